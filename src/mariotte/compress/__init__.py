@@ -1,0 +1,1 @@
+"""Compression: pruning and quantization, one file a method."""

@@ -1,0 +1,1 @@
+"""One file a compression method; the file name is the method's name."""

@@ -1,0 +1,1 @@
+"""Corpora and the packed blocks of tokens made of them."""

@@ -1,0 +1,35 @@
+"""What a user can act on: each message says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+
+class MariotteError(Exception):
+    """Base of every error that the user can mend; the command line prints it as one sentence, exit code 2."""
+
+
+class UnknownNameError(MariotteError):
+    """A name (of a method, law, measure, corpus, model family ...) that nothing defines."""
+
+
+class ChainError(MariotteError):
+    """A chain that cannot be read, or a link whose amount, scope or fields its step refuses."""
+
+
+class ModelError(MariotteError):
+    """A model that cannot be loaded, cut as asked, or saved so that it loads again."""
+
+
+class DataError(MariotteError):
+    """A corpus that is missing, empty or too short for what was asked of it."""
+
+
+class StudyError(MariotteError):
+    """A study file that cannot be read or asks for something impossible."""
+
+
+class StoreError(MariotteError):
+    """A store that cannot be opened, is damaged, or was written by a newer Mariotte."""
+
+
+class FitError(MariotteError):
+    """Points on which a law cannot be fitted, or a fit that cannot answer what it was asked."""

@@ -1,0 +1,1 @@
+"""One file a measure; the file name is its name."""

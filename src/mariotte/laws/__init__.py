@@ -1,0 +1,1 @@
+"""Compression laws: forms, fits, hold-out."""

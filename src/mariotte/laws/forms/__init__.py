@@ -1,0 +1,1 @@
+"""One file a law; the file name is its name."""

@@ -1,0 +1,1 @@
+"""Models seen through their architecture entry, loaded, saved and scored."""

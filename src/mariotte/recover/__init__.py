@@ -1,0 +1,1 @@
+"""Recovery: fine-tuning that wins back what compression lost."""

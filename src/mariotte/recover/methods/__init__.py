@@ -1,0 +1,1 @@
+"""One file a recovery; the file name is its name."""

@@ -1,0 +1,1 @@
+"""A synthetic world, exactly known, and the tiny models trained in its language."""

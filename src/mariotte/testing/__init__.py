@@ -1,0 +1,1 @@
+"""Conformance suites that any implementation must pass."""
