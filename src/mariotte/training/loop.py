@@ -1,0 +1,249 @@
+"""The one training loop: the testbed's models and every recovery are trained by it.
+
+Shapes: B rows of a batch, T tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mariotte.errors import MariotteError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a step of training tells the one who watches: counts after the step, loss before it."""
+
+    step: int
+    tokens: int
+    loss: float
+    factor: float
+
+
+@dataclass
+class TrainState:
+    """A run at one moment: enough to go on exactly as if it had never stopped.
+
+    Parameters
+    ----------
+    module : the model; only its parameters with ``requires_grad`` are trained, saved and copied
+    optimizers : over those parameters; their learning rates at construction are what the schedule scales
+    seed : of everything random inside the model (dropout). Each step draws from a generator seeded by
+        (seed, step), so that the step count is the whole state of the generator, on any device
+    step : steps already made
+    tokens : tokens already seen
+    """
+
+    module: nn.Module
+    optimizers: Sequence[Optimizer]
+    seed: int = 0
+    step: int = 0
+    tokens: int = 0
+    _rates: list[list[float]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that train, by name; a tied one once."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def set_rates_(self, factor: float) -> None:
+        """Set every learning rate to its rate at construction times a factor."""
+        for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+
+    def copy(self) -> TrainState:
+        """A state that trains on without touching this one; what does not train is shared, not copied."""
+        trained = {id(p) for p in self.trained.values()}
+        shared = [t for t in (*self.module.parameters(), *self.module.buffers()) if id(t) not in trained]
+        memo: dict[int, object] = {id(t): t for t in shared}
+        # One deepcopy for both: the copied optimizers must hold the copied parameters.
+        module, optimizers = copy.deepcopy((self.module, list(self.optimizers)), memo)
+        twin = TrainState(module, optimizers, self.seed, self.step, self.tokens)
+        twin._rates = [list(rates) for rates in self._rates]
+        return twin
+
+    def save(self, folder: Path) -> None:
+        """Write the state as safetensors and a manifest, which comes last: a manifest means a whole state.
+
+        A folder that already holds a state keeps it until the new manifest replaces the old one in one move.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in self.trained.items()}
+        scalars: dict[str, float] = {}
+        for i, optimizer in enumerate(self.optimizers):
+            states = cast("dict[int, dict[str, object]]", optimizer.state_dict()["state"])
+            for j, entries in states.items():
+                for name, value in entries.items():
+                    key = f"optimizer/{i}/{j}/{name}"
+                    if isinstance(value, Tensor):
+                        tensors[key] = value.detach().cpu().contiguous()
+                    elif isinstance(value, (int, float)):
+                        scalars[key] = value
+                    else:
+                        raise AssertionError(f"cannot save {key} of type {type(value).__name__}")
+        data = folder / f"state-{self.step:07d}.safetensors"
+        save_file(tensors, data)
+        manifest = {
+            "format": _FORMAT,
+            "data": data.name,
+            "seed": self.seed,
+            "step": self.step,
+            "tokens": self.tokens,
+            "scalars": scalars,
+        }
+        draft = folder / (MANIFEST + ".draft")
+        draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        draft.replace(folder / MANIFEST)
+        for old in folder.glob("state-*.safetensors"):
+            if old != data:
+                old.unlink()
+
+    def load(self, folder: Path) -> TrainState:
+        """Take over a saved state, in place, and return self.
+
+        The module and the optimizers must have been built as they were for the saved run: the folder holds
+        values, not structure. Learning rates and other settings of the optimizers stay as built.
+
+        Raises
+        ------
+        MariotteError
+            When the folder holds no whole state, or one of another model; train anew into another folder.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise MariotteError(
+                f"{folder} holds no training state: expected {MANIFEST}; train from the start"
+            ) from None
+        tensors = load_file(folder / manifest["data"])
+        trained = self.trained
+        saved = {key.removeprefix("parameter/") for key in tensors if key.startswith("parameter/")}
+        if saved != set(trained):
+            odd = sorted(saved ^ set(trained))
+            raise MariotteError(
+                f"the training state in {folder} is of another model: {len(odd)} parameters differ, "
+                f"first '{odd[0]}'; train into another folder"
+            )
+        for name, p in trained.items():
+            value = tensors[f"parameter/{name}"]
+            if value.shape != p.shape:
+                raise MariotteError(
+                    f"the training state in {folder} is of another model: '{name}' is {tuple(value.shape)} there "
+                    f"and {tuple(p.shape)} here; train into another folder"
+                )
+            p.data.copy_(value)
+        for i, optimizer in enumerate(self.optimizers):
+            states: dict[int, dict[str, object]] = {}
+            for key, value in (*tensors.items(), *manifest["scalars"].items()):
+                kind, *where = key.split("/", 3)
+                if kind == "optimizer" and int(where[0]) == i:
+                    states.setdefault(int(where[1]), {})[where[2]] = value
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.seed, self.step, self.tokens = manifest["seed"], manifest["step"], manifest["tokens"]
+        return self
+
+
+def causal_loss(module: nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Mean negative log-likelihood, in nats, of each row's T - 1 last tokens given those before.
+
+    Parameters
+    ----------
+    module : a transformers causal language model
+    tokens_BT : (B, T) token ids
+
+    Returns
+    -------
+    scalar, float32
+    """
+    logits_BTV = module(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
+    # float32: in bf16 the logarithm of a sum over V terms is off by more than a step of training gains.
+    return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
+
+
+def train(
+    state: TrainState,
+    batch: Callable[[int], Tensor],
+    *,
+    schedule: Callable[[int], float],
+    until: int,
+    clip: float | None = 1.0,
+    micro_batch: int | None = None,
+    loss: Callable[[nn.Module, Tensor], Tensor] = causal_loss,
+    watch: Callable[[Progress], None] | None = None,
+) -> TrainState:
+    """Train in place from the state's step to another.
+
+    Parameters
+    ----------
+    state : changed in place; hand over ``state.copy()`` to keep it
+    batch : tokens (B, T) of a step counted from 0; a function of the step alone, so that a resumed run sees
+        what an uninterrupted one sees
+    schedule : factor of the learning rates at a step
+    until : step at which to stop; nothing happens when the state is already there
+    clip : largest norm of the gradient over all trained parameters; None never clips
+    micro_batch : rows that pass through the model at once; None is the whole batch
+    loss : mean loss over the predictions of the rows given
+    watch : called after every step
+
+    Returns
+    -------
+    the same state
+
+    Raises
+    ------
+    MariotteError
+        When nothing trains, or the loss stops being a number: lower the learning rates.
+    """
+    trained = list(state.trained.values())
+    if not trained:
+        raise MariotteError("training needs parameters with requires_grad, got none; unfreeze some or add an adapter")
+    device = trained[0].device
+    was_training = state.module.training
+    state.module.train()
+    try:
+        # Forked: a run neither disturbs the caller's random numbers nor depends on them.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            while state.step < until:
+                torch.manual_seed((state.seed << 32) + state.step)
+                tokens_BT = batch(state.step)
+                factor = schedule(state.step)
+                state.set_rates_(factor)
+                value = 0.0
+                for rows in tokens_BT.split(micro_batch or len(tokens_BT)):
+                    part = loss(state.module, rows.to(device)) * (len(rows) / len(tokens_BT))
+                    part.backward()
+                    value += part.item()
+                if not math.isfinite(value):
+                    raise MariotteError(
+                        f"the loss became {value} at step {state.step} of training; lower the learning rates"
+                    )
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(trained, clip)
+                for optimizer in state.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                state.tokens += tokens_BT.numel()
+                if watch is not None:
+                    watch(Progress(step=state.step, tokens=state.tokens, loss=value, factor=factor))
+    finally:
+        state.module.train(was_training)
+    return state

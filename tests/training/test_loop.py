@@ -1,0 +1,144 @@
+"""The loop learns, stops, resumes and branches exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mariotte.errors import MariotteError
+from mariotte.training.loop import MANIFEST, Progress, TrainState, causal_loss, train
+from mariotte.training.schedule import ConstantThenLinear
+
+
+def tiny_state(*, seed: int = 0, dropout: float = 0.1) -> TrainState:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+    )
+    module = LlamaForCausalLM(config)
+    matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and "layers" in name]
+    rest = [p for name, p in module.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    return TrainState(module, [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=3e-3)])
+
+
+def counting(step: int) -> Tensor:
+    """Rows that count upwards from a random start: easy to learn, different at every step."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, 16, (4, 1), generator=generator)
+    return (start + torch.arange(12)) % 32
+
+
+def values(state: TrainState) -> list[Tensor]:
+    moments = [
+        entries[name]
+        for optimizer in state.optimizers
+        for _, entries in sorted(optimizer.state_dict()["state"].items())
+        for name in sorted(entries)
+    ]
+    return [*(p.detach() for p in state.trained.values()), *moments]
+
+
+def assert_same(left: TrainState, right: TrainState) -> None:
+    assert (left.step, left.tokens, left.seed) == (right.step, right.tokens, right.seed)
+    for a, b in zip(values(left), values(right), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_lowers_the_loss_and_counts_tokens() -> None:
+    seen: list[Progress] = []
+    state = train(tiny_state(), counting, schedule=ConstantThenLinear(steps=40, decay=20), until=40, watch=seen.append)
+    assert seen[-1].loss < 0.3 * seen[0].loss
+    assert state.tokens == seen[-1].tokens == 40 * 4 * 12
+    assert not any(p.grad is not None for p in state.trained.values())
+
+
+def test_a_saved_and_restored_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    schedule = ConstantThenLinear(steps=12, decay=6, warmup=2)
+    whole = train(tiny_state(), counting, schedule=schedule, until=12)
+    half = train(tiny_state(), counting, schedule=schedule, until=5)
+    half.save(tmp_path)
+    torch.rand(7)  # the caller's random numbers do not matter
+    resumed = train(tiny_state(seed=9).load(tmp_path), counting, schedule=schedule, until=12)
+    assert_same(whole, resumed)
+
+
+def test_a_copy_trains_on_without_touching_the_original() -> None:
+    schedule = ConstantThenLinear(steps=8, decay=4)
+    trunk = train(tiny_state(), counting, schedule=schedule, until=4)
+    before = [value.clone() for value in values(trunk)]
+    branch = train(trunk.copy(), counting, schedule=schedule, until=8)
+    for value, old in zip(values(trunk), before, strict=True):
+        assert torch.equal(value, old)
+    assert_same(branch, train(trunk, counting, schedule=schedule, until=8))
+
+
+def test_a_copy_shares_what_does_not_train_and_a_save_leaves_it_out(tmp_path: Path) -> None:
+    module = tiny_state().module
+    module.requires_grad_(False)
+    module.lm_head.weight.requires_grad_(True)
+    state = TrainState(module, [torch.optim.AdamW([module.lm_head.weight], lr=1e-2)])
+    twin = state.copy()
+    assert twin.module.model.embed_tokens.weight is module.model.embed_tokens.weight
+    assert twin.module.lm_head.weight is not module.lm_head.weight
+    train(twin, counting, schedule=ConstantThenLinear(steps=2), until=2)
+    assert not torch.equal(twin.module.lm_head.weight, module.lm_head.weight)
+    twin.save(tmp_path)
+    (data,) = tmp_path.glob("*.safetensors")
+    assert data.stat().st_size < 4 * 32 * 32 * 4
+
+
+def test_saving_again_replaces_the_state_and_leaves_one_file(tmp_path: Path) -> None:
+    state = tiny_state()
+    state.save(tmp_path)
+    train(state, counting, schedule=ConstantThenLinear(steps=2), until=2)
+    state.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [MANIFEST, "state-0000002.safetensors"]
+    assert_same(tiny_state(seed=3).load(tmp_path), state)
+
+
+def test_loading_refuses_nothing_and_another_model(tmp_path: Path) -> None:
+    with pytest.raises(MariotteError, match="no training state"):
+        tiny_state().load(tmp_path)
+    tiny_state().save(tmp_path)
+    other = tiny_state()
+    other.module.lm_head.weight.requires_grad_(False)
+    with pytest.raises(MariotteError, match="of another model"):
+        other.load(tmp_path)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    schedule = ConstantThenLinear(steps=1)
+    whole = train(tiny_state(dropout=0.0), counting, schedule=schedule, until=1)
+    parts = train(tiny_state(dropout=0.0), counting, schedule=schedule, until=1, micro_batch=3)
+    for a, b in zip(whole.module.state_dict().values(), parts.module.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_causal_loss_of_a_uniform_model_is_the_logarithm_of_the_vocabulary() -> None:
+    module = tiny_state().module
+    torch.nn.init.zeros_(module.lm_head.weight)
+    assert causal_loss(module, counting(0)).item() == pytest.approx(torch.tensor(32.0).log().item())
+
+
+def test_a_loss_that_is_no_number_stops_training_with_advice() -> None:
+    state = tiny_state()
+    torch.nn.init.constant_(state.module.lm_head.weight, float("nan"))
+    with pytest.raises(MariotteError, match="lower the learning rates"):
+        train(state, counting, schedule=ConstantThenLinear(steps=1), until=1)
+
+
+def test_training_nothing_is_refused() -> None:
+    state = tiny_state()
+    state.module.requires_grad_(False)
+    with pytest.raises(MariotteError, match="requires_grad"):
+        train(state, counting, schedule=ConstantThenLinear(steps=1), until=1)
