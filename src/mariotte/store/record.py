@@ -128,9 +128,12 @@ class Record:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if strange := set(values) - known:
-            raise StoreError(f"a record has no field {sorted(strange)[0]!r}: it was written by another version of Mariotte")
+            raise StoreError(
+                f"a record has no field {sorted(strange)[0]!r}: it was written by another version of Mariotte"
+            )
         try:
-            return cls(**{**values, "steps": tuple(values.get("steps", ()))})
+            arguments: dict[str, Any] = {**values, "steps": tuple(values.get("steps", ()))}
+            return cls(**arguments)
         except TypeError as error:
             raise StoreError(f"a record lacks a field that every record has: {error}") from error
 
@@ -139,8 +142,16 @@ class Record:
         return digest(self.to_dict())
 
     def result_hash(self) -> str:
-        """SHA-256 of the record without timings and environment: equal for two runs with equal results."""
-        return digest({k: v for k, v in self.to_dict().items() if k not in TIMING_FIELDS})
+        """SHA-256 of what the experiment found: equal for two runs with equal results.
+
+        Left out are timings, environment and the study that happened to ask first. A measure whose numbers are
+        timings themselves says so with ``repeatable = False`` in its protocol; then its metrics, base and details are
+        left out too.
+        """
+        left_out = {*TIMING_FIELDS, "study"}
+        if self.protocol.get("repeatable", True) is False:
+            left_out |= {"metrics", "base", "details"}
+        return digest({k: v for k, v in self.to_dict().items() if k not in left_out})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,253 @@
+"""Corpora: one entry a corpus, four splits that never share a document.
+
+A name resolves first in the folder ``MARIOTTE_DATA`` (``<corpus>/{train,valid,test}.txt`` or ``.jsonl``), then on the hub.
+``file:PATH`` is a folder with such files, or one file, which is split 80/10/10 by a hash of its documents. The calibration
+split is always a tenth of the training documents, chosen by hash and left out of training.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from mariotte.errors import DataError
+from mariotte.named import unknown
+
+Split = Literal["train", "calibration", "valid", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+TESTBED_ROWS: Mapping[Split, int] = {"train": 50_000, "calibration": 1_024, "valid": 400, "test": 400}
+"""Rows of 64 tokens in a split of a testbed corpus; each split is an independent draw from the same world."""
+
+
+def _bucket(document: str, salt: str, n: int) -> int:
+    """A number in [0, n) that depends on the document alone."""
+    return int.from_bytes(hashlib.sha256(f"{salt}\0{document}".encode()).digest()[:8], "big") % n
+
+
+def is_calibration(document: str) -> bool:
+    """Whether a training document is set aside for calibration: one in ten, by its hash."""
+    return _bucket(document, "calibration", 10) == 0
+
+
+def split_of(document: str) -> Literal["train", "valid", "test"]:
+    """The split of a document of an unsplit file: 80/10/10 by its hash."""
+    bucket = _bucket(document, "split", 10)
+    return "train" if bucket < 8 else "valid" if bucket == 8 else "test"
+
+
+@dataclass(frozen=True)
+class Corpus(ABC):
+    """Text in documents, in four disjoint splits."""
+
+    name: str
+
+    @abstractmethod
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of a split, in a fixed order.
+
+        Raises
+        ------
+        DataError
+            When the corpus is missing, cannot be read or has no text in this split.
+        """
+
+
+def stories(text: str) -> list[str]:
+    """Documents separated by ``<|endoftext|>``."""
+    return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
+
+
+def articles(text: str) -> list[str]:
+    """WikiText articles: each begins with a heading of level one, `` = Title = ``."""
+    parts = re.split(r"(?m)^(?= = [^=\n]+ = $)", text)
+    return [part.strip("\n") for part in parts if part.strip()]
+
+
+def paragraphs(text: str) -> list[str]:
+    """Stories where ``<|endoftext|>`` separates them, else paragraphs separated by blank lines."""
+    if "<|endoftext|>" in text:
+        return stories(text)
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def instruction(row: Mapping[str, Any]) -> str:
+    """One row as text: its ``text``, or instruction, input and output in Alpaca's prompt."""
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    if not {"instruction", "output"} <= set(row):
+        raise DataError(
+            f"a row must have 'text', or 'instruction' and 'output', got the fields {', '.join(map(str, row)) or 'none'}"
+        )
+    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+
+
+def _read_file(path: Path, cut: Callable[[str], list[str]]) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if path.suffix != ".jsonl":
+        return cut(text)
+    documents: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {number} must be a JSON object, and cannot be read: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {number} must be a JSON object, got {type(row).__name__}")
+        documents.append(instruction(cast("dict[str, Any]", row)))
+    return documents
+
+
+def _filtered(documents: list[str], split: Split) -> Iterator[str]:
+    """The documents of a train file that belong to `split`; those of other files as they are."""
+    if split in ("valid", "test"):
+        yield from documents
+    else:
+        yield from (d for d in documents if is_calibration(d) == (split == "calibration"))
+
+
+@dataclass(frozen=True)
+class Folder(Corpus):
+    """Files ``{train,valid,test}.{txt,jsonl}`` in one folder.
+
+    Parameters
+    ----------
+    path : the folder
+    cut : how a text file falls into documents
+    """
+
+    path: Path
+    cut: Callable[[str], list[str]] = paragraphs
+
+    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        stem = "train" if split == "calibration" else split
+        for suffix in (".txt", ".jsonl"):
+            file = self.path / f"{stem}{suffix}"
+            if file.is_file():
+                return _filtered(_read_file(file, self.cut), split)
+        raise DataError(f"corpus {self.name!r} has no {stem} split: expected {stem}.txt or {stem}.jsonl in {self.path}")
+
+
+@dataclass(frozen=True)
+class File(Corpus):
+    """One file, split 80/10/10 by a hash of each document; equal documents always share a split."""
+
+    path: Path
+
+    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        documents = _read_file(self.path, paragraphs)
+        wanted = "train" if split == "calibration" else split
+        return _filtered([d for d in documents if split_of(d) == wanted], split)
+
+
+@dataclass(frozen=True)
+class Hub(Corpus):
+    """A dataset of the hub.
+
+    Parameters
+    ----------
+    dataset, config : as the hub calls them
+    splits : our split to the hub's; a missing one is taken from the training split by hash
+    cut : how the joined rows fall into documents; None when every row is one
+    """
+
+    dataset: str
+    config: str | None
+    splits: Mapping[str, str]
+    cut: Callable[[str], list[str]] | None = None
+
+    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        import datasets  # slow to import, and only corpora of the hub need it
+
+        wanted = "train" if split == "calibration" else split
+        try:
+            rows = datasets.load_dataset(self.dataset, self.config, split=self.splits.get(wanted, self.splits["train"]))
+        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise DataError(
+                f"corpus {self.name!r} is not in MARIOTTE_DATA and the hub did not give {self.dataset!r} ({reason}); put "
+                f"{self.name}/{{train,valid,test}}.txt or .jsonl into that folder"
+            ) from error
+        texts = (cast("dict[str, Any]", row) for row in rows)
+        documents = (
+            self.cut("".join(str(row["text"]) for row in texts)) if self.cut else [instruction(row) for row in texts]
+        )
+        if wanted not in self.splits or len(self.splits) == 1:
+            documents = [d for d in documents if split_of(d) == wanted]
+        return _filtered(documents, split)
+
+
+@dataclass(frozen=True)
+class Testbed(Corpus):
+    """Rows of the testbed's world in one register, or in all as the models were trained."""
+
+    register: str
+
+    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        return iter(_testbed_rows(self.register, split))
+
+
+@functools.lru_cache(maxsize=16)
+def _testbed_rows(register: str, split: Split) -> list[str]:
+    from mariotte.testbed.world import World  # building the world takes a moment; other corpora do without
+
+    return [row.text for row in World().rows(register, split, TESTBED_ROWS[split])]
+
+
+REGISTERS = ("all", "encyclopedia", "news", "instructions")
+
+CORPORA: Mapping[str, Corpus] = {
+    corpus.name: corpus
+    for corpus in (
+        Hub(
+            "wikitext2",
+            "Salesforce/wikitext",
+            "wikitext-2-raw-v1",
+            {"train": "train", "valid": "validation", "test": "test"},
+            articles,
+        ),
+        Hub("tinystories", "roneneldan/TinyStories", None, {"train": "train[:1%]", "test": "validation"}),
+        Hub("alpaca", "tatsu-lab/alpaca", None, {"train": "train"}),
+        *(Testbed(f"testbed/{register}", register) for register in REGISTERS),
+    )
+}
+
+
+def find(name: str) -> Corpus:
+    """The corpus called `name`, or the one in ``file:PATH``.
+
+    Raises
+    ------
+    UnknownNameError
+        When no entry has this name.
+    DataError
+        When ``file:PATH`` names nothing that exists.
+    """
+    if name.startswith("file:"):
+        path = Path(name.removeprefix("file:")).expanduser()
+        if path.is_dir():
+            return Folder(name, path)
+        if not path.is_file():
+            raise DataError(f"no file or folder at {path}: a corpus file:PATH needs an existing one")
+        return File(name, path)
+    if name not in CORPORA:
+        raise unknown("corpus", name, CORPORA, hint="; or give file:PATH")
+    corpus = CORPORA[name]
+    root = os.environ.get("MARIOTTE_DATA")
+    if root and isinstance(corpus, Hub) and (Path(root) / name).is_dir():
+        return Folder(name, Path(root) / name, corpus.cut or stories)
+    return corpus

@@ -1,0 +1,174 @@
+"""A checkpoint that loads anywhere: saved, loaded back by stock transformers, compared, and only then put into place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mariotte import __version__
+from mariotte.errors import ModelError
+from mariotte.models.load import quiet_transformers
+from mariotte.models.model import Model
+
+SIDECAR = "mariotte.json"
+_PROBE = (4, 32)  # rows and tokens on which the saved and the reloaded model are compared
+
+
+def _probe(model: Model) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.shape.vocab, _PROBE, generator=generator)
+
+
+def card(model: Model, dense_params: int) -> str:
+    """The model card: what was done, what is left, how to load it."""
+    counts = model.counts
+    removed = 1 - counts.n_params / dense_params
+    chain = " | ".join(done.step for done in model.done) or "dense"
+    rows = "\n".join(
+        f"| `{d.step}` | {d.unit} | {'' if d.amount is None else d.amount} | {'' if d.obtained is None else f'{d.obtained:.4g}'} "
+        f"| {d.zeros:,} |"
+        for d in model.done
+    )
+    return f"""---
+library_name: transformers
+base_model: {json.dumps(model.name)}
+tags: [compression, mariotte]
+---
+# {model.name} after `{chain}`
+
+Compressed with [Mariotte](https://pypi.org/project/mariotte) {__version__}. The licence and the terms of use of the base model apply.
+
+| | |
+|---|---|
+| base model | `{model.name}` ({dense_params:,} parameters) |
+| chain | `{chain}` |
+| parameters | {counts.n_params:,} ({removed:.1%} removed) |
+| without embeddings | {counts.n_params_non_embedding:,} |
+| bytes | {counts.n_bytes:,} ({str(model.stored_dtype).removeprefix("torch.")}) |
+| base fingerprint | `{model.fingerprint}` |
+
+| step | unit | asked | obtained | weights zeroed |
+|---|---|---|---|---|
+{rows}
+
+An ordinary `transformers` checkpoint:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+When it was saved it was loaded back and its logits compared with those of the model in memory. How much quality was lost has to be
+measured for your data: `mariotte run`, or any evaluation of your own.
+"""
+
+
+def save(
+    model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense_params: int | None = None
+) -> Path:
+    """Save a model so that plain ``transformers`` loads it, and prove it.
+
+    The folder appears only when it is whole: everything is written beside it, loaded back, compared and renamed.
+
+    Parameters
+    ----------
+    model : what to save
+    folder : where; must not exist yet, or be empty
+    dtype : of the stored weights; None takes that of the checkpoint that the model came from
+    dense_params : parameters of the dense model, for the card; None takes this model's
+
+    Raises
+    ------
+    ModelError
+        When the folder holds something already, cannot be written, or what was written does not load back to the same
+        logits.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} exists and is not empty: give a new folder for the checkpoint")
+    stored = dtype or model.stored_dtype
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ModelError(
+            f"the checkpoint cannot be written to {target}: {error.strerror}; give a folder that can be written"
+        ) from error
+    try:
+        _write(model, temporary, stored, dense_params or model.counts.n_params)
+        if target.exists():
+            target.rmdir()
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ModelError(
+            f"the checkpoint cannot be written to {target}: {error.strerror or error}; nothing was left there"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -> None:
+    # A copy: casting in place would round the weights of the model that the caller goes on measuring.
+    rounded = model.copy()
+    rounded.hf.to(stored)  # pyright: ignore[reportArgumentType]
+    with quiet_transformers():
+        rounded.hf.save_pretrained(folder, safe_serialization=True)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card(model, dense_params), encoding="utf-8")
+    sidecar = {
+        "mariotte": __version__,
+        "base_model": model.name,
+        "base_fingerprint": model.fingerprint,
+        "dense_params": dense_params,
+        "steps": [dataclasses.asdict(done) for done in model.done],
+    }
+    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+    compare(rounded, folder)
+
+
+@torch.no_grad()
+def compare(model: Model, folder: Path) -> None:
+    """Load `folder` with stock transformers and compare logits with `model`, both in float32.
+
+    Raises
+    ------
+    ModelError
+        When it does not load, or the logits differ by more than rounding.
+    """
+    try:
+        with quiet_transformers():
+            loaded, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, use_safetensors=True
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(
+            f"the checkpoint does not load back, so it was not kept: {' '.join(str(error).split())[:300]}"
+        ) from error
+    strange = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if strange:
+        raise ModelError(
+            f"the checkpoint does not load back, so it was not kept: {strange[0]} is missing or out of place"
+        )
+    tokens_BT = _probe(model)
+    reference = model.copy()
+    reference.hf.to(torch.float32).cpu()  # pyright: ignore[reportArgumentType]
+    expected = reference.logits(tokens_BT)
+    found = cast(PreTrainedModel, loaded).eval()(input_ids=tokens_BT, use_cache=False).logits
+    # Same weights and same code: what remains is the order of float32 sums.
+    worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not worst <= 1e-4 * max(scale, 1.0):
+        raise ModelError(
+            f"the checkpoint loads back to other logits (off by {worst:.3g} of {scale:.3g}), so it was not kept"
+        )

@@ -1,0 +1,190 @@
+"""From a name to a model: a folder, ``testbed/NAME`` or a hub id; safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mariotte import architectures
+from mariotte.errors import ModelError, UnknownNameError
+from mariotte.models.model import Model
+from mariotte.named import unknown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "weights"
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading without transformers' own bars and notices: the bench reports its own progress."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def locate(name: str) -> Path:
+    """The folder that holds a model, fetched from the hub when it is nowhere else.
+
+    Raises
+    ------
+    ModelError
+        When there is no such folder and the hub cannot be asked or does not have it.
+    UnknownNameError
+        When `name` is ``testbed/...`` and the testbed has no such model.
+    """
+    if name.startswith("testbed/"):
+        known = {f"testbed/{folder.name}" for folder in TESTBED.iterdir() if (folder / "config.json").is_file()}
+        if name not in known:
+            raise unknown("testbed model", name, known)
+        return TESTBED / name.removeprefix("testbed/")
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"no model folder at {name}: give an existing folder, testbed/NAME or a hub id")
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"no model {name!r}: it is no folder here and the hub did not give it ({type(error).__name__}: {reason}); "
+            "check the name, or download it where there is a network"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's ``config.json``.
+
+    Raises
+    ------
+    ModelError
+        When there is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no config.json: it is not a transformers model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} must be a JSON object, and cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must be a JSON object, got {type(config).__name__}")
+    return cast("dict[str, Any]", config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises
+    ------
+    ModelError
+        When there are none; a folder with pickled weights is refused by that name.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder} holds its weights as {pickled[0]}, a pickle, which can run code when it is read: "
+            "convert it to safetensors first"
+        )
+    raise ModelError(f"{folder} holds a config.json but no weights: expected model.safetensors beside it")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config and weights: what identifies a model, whatever it is called."""
+    found = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder)):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder; None when it holds none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    with quiet_transformers():
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a causal language model and see it through its family's entry.
+
+    Parameters
+    ----------
+    name_or_path : a folder, ``testbed/NAME``, or a hub id such as ``Qwen/Qwen2.5-0.5B``
+    device : where to put it
+    dtype : to compute in; None takes float32 on the CPU (bfloat16 is slow there) and the checkpoint's own elsewhere
+    trust_remote_code : run modelling code that the checkpoint carries; off unless you ask
+
+    Raises
+    ------
+    ModelError
+        When there is no such model, it has no weights in safetensors, its weights do not match its config, or its
+        family is not described in ``architectures.py``.
+    """
+    name = os.fspath(name_or_path)
+    folder = locate(name)
+    config = read_config(folder)
+    if not config.get("model_type"):
+        raise ModelError(f"{folder / 'config.json'} must state a model_type, got none")
+    architectures.shape(config)  # refuses a family or a size that cannot be read, before any weight is
+    weight_files(folder)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UnknownNameError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    where = torch.device(device)
+    if chosen is None:
+        chosen = torch.float32 if where.type == "cpu" else stored
+    try:
+        with quiet_transformers():
+            hf, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=chosen,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                attn_implementation="sdpa",
+            )
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"{name} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers fills what is missing with random numbers, which would measure as a broken model.
+        raise ModelError(
+            f"{name} lacks weights that its config asks for, such as {missing[0]}: the checkpoint is incomplete"
+        )
+    model = cast(PreTrainedModel, hf).to(where).eval()  # pyright: ignore[reportArgumentType]
+    return Model(model, load_tokenizer(folder), name=name, fingerprint=fingerprint(folder), stored_dtype=stored)

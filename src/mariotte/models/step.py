@@ -1,0 +1,204 @@
+"""The contract of pruning, quantization and recovery: prepared once, applied at any amount."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mariotte.chain import print_number
+from mariotte.errors import ChainError, DataError
+from mariotte.models.model import Done, Model
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Counters:
+    """How often each kind of work was done: what shows that shared work is done once."""
+
+    loads: int = 0
+    dense_evaluations: int = 0
+    preparations: int = 0
+    applications: int = 0
+    evaluations: int = 0
+    trunks: int = 0
+    trunk_tokens: int = 0
+    decay_tokens: int = 0
+
+
+def _silent(stage: str, done: float) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a step may use besides the model that enters it.
+
+    Parameters
+    ----------
+    dense : the model before anything was done to it
+    scratch : folder of this preparation alone, kept across runs
+    seed : every random choice is derived from it
+    calibration : (n, T) token ids, or None when the run has none
+    corpus : name of the corpus that calibration comes from; recoveries train on its other splits unless told otherwise
+    block : tokens in a training block
+    counters : the run's counters
+    progress : called with a stage's name and the share done, in [0, 1]
+    """
+
+    dense: Model
+    scratch: Path
+    seed: int = 0
+    calibration: Tensor | None = None
+    corpus: str | None = None
+    block: int = 64
+    counters: Counters = field(default_factory=Counters)
+    progress: Callable[[str, float], None] = _silent
+
+    def generator(self, *labels: object) -> torch.Generator:
+        """A generator on the CPU seeded by the run's seed and `labels`, independent of every other one."""
+        text = json.dumps([self.seed, *map(str, labels)])
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+
+    def calibration_for(self, step: str) -> Tensor:
+        """The calibration tokens, (n, T).
+
+        Raises
+        ------
+        DataError
+            When the run has none.
+        """
+        if self.calibration is None or self.calibration.numel() == 0:
+            raise DataError(f"{step} needs calibration text, got none: name a corpus, such as --calibration wikitext2")
+        return self.calibration
+
+
+class Prepared:
+    """What a step learned from one model: tensors by key and a few facts, in a folder, read when asked for.
+
+    The manifest is written last: a folder without one is unfinished work, never a result.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Prepared | None:
+        """The finished preparation in `folder`, or None."""
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            return None
+        prepared = cls(folder)
+        prepared.facts = json.loads(manifest.read_text(encoding="utf-8"))
+        return prepared
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of one block or part; whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        temporary = self.folder / f".{key}.safetensors"
+        save_file(whole, temporary)
+        os.replace(temporary, self.folder / f"{key}.safetensors")
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors stored under `key`, on the CPU."""
+        return load_file(self.folder / f"{key}.safetensors")
+
+    def __contains__(self, key: str) -> bool:
+        return (self.folder / f"{key}.safetensors").is_file()
+
+    def finish(self, **facts: Any) -> Prepared:
+        """Write the manifest: from now on the preparation is complete."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.facts = facts
+        temporary = self.folder / f".{MANIFEST}"
+        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        os.replace(temporary, self.folder / MANIFEST)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """One kind of compression or recovery; its fields are its hyperparameters.
+
+    Subclasses are frozen keyword-only dataclasses, final, one a file. They declare:
+
+    * ``unit``: what an amount counts: neurons, hidden, blocks, heads, weights, bits or tokens
+    * ``family``: for the laws: unstructured, width, slice, depth, low-rank, quantization or recovery
+    * ``reference``: a key of ``references.bib``
+    * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
+    * ``version``: goes up when a correction changes numbers
+    """
+
+    unit: ClassVar[str]
+    family: ClassVar[str]
+    reference: ClassVar[str]
+    scopes: ClassVar[tuple[str, ...]] = ("all",)
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Check the fields; subclasses with choices extend it and raise `ChainError`."""
+
+    @classmethod
+    def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
+        """The amount, checked against the step's unit: a share in [0, 1), whole tokens, or bits.
+
+        Raises
+        ------
+        ChainError
+            When it is missing, no number, or out of range.
+        """
+        example = {"tokens": "1M", "bits": "4"}.get(cls.unit, "0.3")
+        if amount is None or isinstance(amount, str):
+            came = "none" if amount is None else repr(amount)
+            raise ChainError(f"{name} needs an amount of {cls.unit}, got {came}: write {name}@{example}")
+        if cls.unit == "tokens":
+            if amount < 1 or isinstance(amount, float):
+                raise ChainError(f"{name}: tokens must be a whole number of at least 1, got {print_number(amount)}")
+            return amount
+        if cls.unit == "bits":
+            if not 2 <= amount <= 16:
+                raise ChainError(f"{name}: bits must be in [2, 16], got {print_number(amount)}")
+            return amount
+        if not 0 <= amount < 1:
+            raise ChainError(f"{name}: the share of {cls.unit} to remove must be in [0, 1), got {print_number(amount)}")
+        return float(amount)
+
+    def refuse(self, model: Model) -> str | None:
+        """Why this step cannot work on `model`, in a clause after its name, or None when it can."""
+        return None
+
+    @abstractmethod
+    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``."""
+
+    @abstractmethod
+    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+        """The model after this step at one amount, with a `Done` in its history; `model` itself stays as it was."""
+
+    def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
+        """Whether a finished preparation serves these amounts; true for all that prepare for any amount."""
+        return True
+
+
+def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+    """The preparation in ``context.scratch`` if it is finished and covers `amounts`; else a new one."""
+    prepared = Prepared.open(context.scratch)
+    if prepared is not None and step.covers(prepared, amounts):
+        return prepared
+    context.counters.preparations += 1
+    return step.prepare(model, context, amounts)
+
+
+__all__ = ["Context", "Counters", "Done", "Prepared", "Step", "prepare_once"]
