@@ -7,7 +7,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mariotte.chain import print_number
+from mariotte.chain import Link, print_number
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Done, Model
 
@@ -139,6 +139,15 @@ class Step(ABC):
     * ``reference``: a key of ``references.bib``
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
     * ``version``: goes up when a correction changes numbers
+
+    Parameters
+    ----------
+    scope : one of ``scopes``; empty takes the first
+
+    Raises
+    ------
+    ChainError
+        When the step has no such scope.
     """
 
     unit: ClassVar[str]
@@ -147,8 +156,30 @@ class Step(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     version: ClassVar[int] = 1
 
+    scope: str = ""
+
     def __post_init__(self) -> None:
-        """Check the fields; subclasses with choices extend it and raise `ChainError`."""
+        """Check the fields and settle the scope; subclasses with choices extend it and raise `ChainError`."""
+        if not self.scope:
+            # Settled here, so that a step asked for without a scope equals the one asked for with its default.
+            object.__setattr__(self, "scope", self.scopes[0])
+        if self.scope not in self.scopes:
+            raise ChainError(f"{self.name()} has no scope {self.scope!r}; it has {', '.join(self.scopes)}")
+
+    @classmethod
+    def name(cls) -> str:
+        """The step's name in a chain: that of the file that defines it."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def link(self, amount: int | float | None = None) -> Link:
+        """This step at one amount as a link of a chain: scope and fields only where they are not the defaults."""
+        settings = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "scope"}
+        return Link(
+            self.name(),
+            amount,
+            None if self.scope == self.scopes[0] else self.scope,
+            {key: value for key, (value, default) in settings.items() if value is not None and value != default},
+        )
 
     @classmethod
     def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
