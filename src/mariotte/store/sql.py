@@ -1,0 +1,408 @@
+"""Stores in a SQL database: one SQLite file by default, PostgreSQL by URL, the same code for both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import sqlalchemy as sa
+from sqlalchemy import event, exc
+from sqlalchemy.dialects import postgresql, sqlite
+from typing_extensions import override
+
+import mariotte
+from mariotte.errors import StoreError
+from mariotte.store.base import Store, record_order
+from mariotte.store.record import FORMAT, Failure, Record, canonical_json
+
+DEFAULT = "mariotte.db"
+"""File in the working folder that is the store when neither an argument nor MARIOTTE_STORE names one."""
+
+BUSY_TIMEOUT_S = 30.0
+"""How long a writer waits for another one; a transaction of ours takes milliseconds, a slow network disk seconds."""
+
+# Prefixed, because a PostgreSQL database may hold other people's tables as well.
+_metadata = sa.MetaData()
+_meta = sa.Table(
+    "mariotte_meta", _metadata, sa.Column("key", sa.Text, primary_key=True), sa.Column("value", sa.Text, nullable=False)
+)
+_records = sa.Table(
+    "mariotte_records",
+    _metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("experiment", sa.Text, nullable=False, index=True),
+    sa.Column("study", sa.Text, nullable=False, index=True),
+    sa.Column("model", sa.Text, nullable=False, index=True),
+    sa.Column("chain", sa.Text, nullable=False, index=True),
+    sa.Column("measure", sa.Text, nullable=False, index=True),
+    sa.Column("method", sa.Text, index=True),
+    sa.Column("seed", sa.BigInteger, nullable=False, index=True),
+    sa.Column("result_hash", sa.Text, nullable=False),
+    sa.Column("hash", sa.Text, nullable=False),  # of the body
+    sa.Column("body", sa.Text, nullable=False),  # canonical JSON of the whole record
+)
+_COPIED = ("id", "experiment", "study", "model", "chain", "measure", "method", "seed")
+"""Fields of a record that are columns as well, so that they can be asked for."""
+_failures = sa.Table(
+    "mariotte_failures",
+    _metadata,
+    sa.Column("experiment", sa.Text, primary_key=True),
+    sa.Column("stage", sa.Text, primary_key=True),
+    sa.Column("study", sa.Text, nullable=False, index=True),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("chain", sa.Text, nullable=False),
+    sa.Column("seed", sa.BigInteger, nullable=False),
+    sa.Column("error", sa.Text, nullable=False),
+    sa.Column("traceback", sa.Text, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+)
+_runs = sa.Table(
+    "mariotte_runs",
+    _metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("study", sa.Text, nullable=False, index=True),
+    sa.Column("body", sa.Text, nullable=False),
+)
+
+_LOCKED = "is locked: another process has been writing for over {timeout:g} s; wait for it or end it, then run again"
+_ADVICE = {
+    "SQLITE_BUSY": _LOCKED,
+    "SQLITE_LOCKED": _LOCKED,
+    "SQLITE_FULL": "cannot be written: the disk is full; free space and run again, nothing stored is lost",
+    "SQLITE_READONLY": "cannot be written: the file or its folder is read-only; "
+    "change the permissions or name another with --store",
+    "SQLITE_CANTOPEN": "cannot be opened: check that its folder exists and that you may write there",
+    "SQLITE_PERM": "cannot be opened: check that you may read and write it",
+    "SQLITE_NOTADB": "is not a SQLite database: name a store that Mariotte made, or a new file",
+    "SQLITE_CORRUPT": "is damaged ({error}): restore the file from a copy, or run the study again into a new store",
+    "SQLITE_IOERR": "cannot be read or written ({error}): check the disk and its free space, then run again",
+}
+"""By SQLite's error name: what is wrong and what to do."""
+
+
+def open_store(url: str | Path | None = None, *, create: bool = False) -> Store:
+    """Open a store.
+
+    Parameters
+    ----------
+    url : a file (``runs/a.db``, ``sqlite:///runs/a.db``) or a database (``postgresql://user@host/name``); None for the
+        environment's ``MARIOTTE_STORE``, and without it ``mariotte.db`` in the working folder
+    create : make the store when there is none; its folder must exist
+
+    Raises
+    ------
+    StoreError
+        When there is no store and `create` is False, it cannot be opened, is no store of ours, or is of a newer format.
+    """
+    if url is None:
+        url = os.environ.get("MARIOTTE_STORE") or DEFAULT
+    return SqlStore(url, create=create)
+
+
+class SqlStore(Store):
+    """A store in a SQL database; see `open_store` for the arguments.
+
+    Notes
+    -----
+    SQLite runs in WAL mode with ``synchronous=FULL``: readers do not wait for writers, and what was committed survives
+    a power cut. Writing transactions begin with the write lock (``BEGIN IMMEDIATE``), because one that first reads and
+    then asks for the lock fails at once, whatever the timeout, when another process wrote in between. Connections are
+    not pooled: a fraction of a millisecond each, and no file handle outlives its transaction or crosses a fork.
+    """
+
+    def __init__(self, url: str | Path, *, create: bool = False) -> None:
+        self._url = _parse(url)
+        self._engine = _engine(self._url, create=create)
+        insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+        self._insert: Any = insert  # two classes with the same on_conflict_do_nothing and no common base that has it
+        try:
+            self._check(create=create)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    @override
+    def name(self) -> str:
+        return _name(self._url)
+
+    def _check(self, *, create: bool) -> None:
+        """See that this is a store of ours, of a format we read; make it first when asked to."""
+        with self._reading() as connection:
+            tables = set(sa.inspect(connection).get_table_names())
+        if _meta.name not in tables:
+            if not create:
+                what = "a database, but no store of Mariotte's" if tables else "an empty database"
+                raise StoreError(f"{self.name} is {what}: name the store that `mariotte run` made with --store")
+            if tables and self._engine.dialect.name == "sqlite":
+                raise StoreError(f"{self.name} is another program's database: name a new file for the store")
+            with self._writing() as connection:
+                # Two processes may come here together: the lock is held, tables are made unless there, and so are rows.
+                _metadata.create_all(connection, checkfirst=True)
+                rows = [{"key": "format", "value": str(FORMAT)}, {"key": "version", "value": mariotte.__version__}]
+                connection.execute(self._insert(_meta).on_conflict_do_nothing(), rows)
+        with self._reading() as connection:
+            meta: dict[str, str] = {row.key: row.value for row in connection.execute(sa.select(_meta))}
+        found = meta.get("format", "")
+        if not found.isdecimal():
+            raise StoreError(
+                f"{self.name} is damaged: its format should be a number, it is {found!r}; restore it from a copy"
+            )
+        if int(found) > FORMAT:
+            raise StoreError(
+                f"store {self.name} has format {found} (written by Mariotte {meta.get('version', '?')}), "
+                f"this Mariotte reads up to {FORMAT}: update mariotte"
+            )
+
+    @contextmanager
+    def _reading(self) -> Generator[sa.Connection]:
+        with _sentences(self._url), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Generator[sa.Connection]:
+        """A transaction with the write lock from its first statement; committed at the end, undone on an error."""
+        with _sentences(self._url), self._engine.execution_options(begin="BEGIN IMMEDIATE").begin() as connection:
+            yield connection
+
+    @override
+    def add(self, records: Sequence[Record]) -> int:
+        new = 0
+        with self._writing() as connection:
+            # In the order of their ids: two PostgreSQL transactions that add the same records cannot deadlock.
+            for record in sorted(records, key=lambda record: record.id):
+                body = canonical_json(record.to_dict())
+                row = {name: getattr(record, name) for name in _COPIED}
+                row |= {"result_hash": record.result_hash(), "hash": _sha256(body), "body": body}
+                statement = self._insert(_records).values(row).on_conflict_do_nothing(index_elements=["id"])
+                if connection.execute(statement).rowcount == 1:
+                    new += 1
+                    continue
+                found = connection.scalar(sa.select(_records.c.result_hash).where(_records.c.id == record.id))
+                if found != row["result_hash"]:
+                    what = f"record {record.id[:12]} ({record.chain} of {record.model}, {record.measure})"
+                    hashes = f"with results {str(found)[:12]}, now they are {row['result_hash'][:12]}"
+                    raise StoreError(
+                        f"{what} is in {self.name} {hashes}: the same experiment gave two results; "
+                        "compare them in two stores, or run again into a new one"
+                    )
+        return new
+
+    @override
+    def records(
+        self,
+        *,
+        study: str | None = None,
+        model: str | None = None,
+        chain: str | None = None,
+        measure: str | None = None,
+        experiment: str | None = None,
+        method: str | None = None,
+        seed: int | None = None,
+    ) -> list[Record]:
+        c = _records.c
+        given = {
+            c.study: study,
+            c.model: model,
+            c.chain: chain,
+            c.experiment: experiment,
+            c.method: method,
+            c.seed: seed,
+        }
+        conditions = [column == value for column, value in given.items() if value is not None]
+        if measure is not None:
+            conditions.append(
+                sa.or_(c.measure == measure, *(_starts_with(c.measure, measure + mark) for mark in (":", "(")))
+            )
+        return self._select(sa.and_(sa.true(), *conditions))
+
+    @override
+    def find(self, prefix: str) -> list[Record]:
+        return self._select(sa.or_(_starts_with(_records.c.id, prefix), _starts_with(_records.c.experiment, prefix)))
+
+    def _select(self, condition: sa.ColumnElement[bool]) -> list[Record]:
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(_records).where(condition)).mappings().all()
+        return sorted((self._read(dict(row)) for row in rows), key=record_order)
+
+    def _read(self, row: Mapping[Any, Any]) -> Record:
+        """The record of a row, after checking that nothing in the row changed since it was written."""
+        damaged = StoreError(
+            f"record {row['id']} in {self.name} does not match its hash: the store is damaged; "
+            "restore it from a copy, or run the study again into a new store"
+        )
+        if _sha256(row["body"]) != row["hash"]:
+            raise damaged
+        try:
+            record = Record.from_dict(json.loads(row["body"]))
+        except StoreError as error:
+            raise StoreError(f"record {row['id']} in {self.name} cannot be read: {error}") from error
+        if any(getattr(record, name) != row[name] for name in _COPIED):
+            raise damaged
+        return record
+
+    @override
+    def ids(self, *, study: str | None = None) -> set[str]:
+        condition = sa.true() if study is None else _records.c.study == study
+        with self._reading() as connection:
+            return set(connection.scalars(sa.select(_records.c.id).where(condition)))
+
+    @override
+    def add_failure(self, failure: Failure) -> None:
+        c = _failures.c
+        with self._writing() as connection:
+            same = sa.and_(c.experiment == failure.experiment, c.stage == failure.stage)
+            connection.execute(sa.delete(_failures).where(same))
+            connection.execute(sa.insert(_failures).values(**dataclasses.asdict(failure)))
+
+    @override
+    def failures(self, *, study: str | None = None, experiment: str | None = None) -> list[Failure]:
+        with self._reading() as connection:
+            rows = connection.execute(sa.select(_failures).where(_of_failures(study, experiment))).mappings().all()
+        found = [Failure(**cast("dict[str, Any]", dict(row))) for row in rows]
+        return sorted(found, key=lambda f: (f.study, f.model, f.chain, f.seed, f.stage, f.experiment))
+
+    @override
+    def clear_failures(self, *, study: str | None = None, experiment: str | None = None) -> int:
+        with self._writing() as connection:
+            return connection.execute(sa.delete(_failures).where(_of_failures(study, experiment))).rowcount
+
+    @override
+    def add_run(self, run: Mapping[str, Any]) -> None:
+        assert "study" in run, f"a run must name its study, got only {sorted(run)}"
+        with self._writing() as connection:
+            connection.execute(sa.insert(_runs).values(study=run["study"], body=canonical_json(dict(run))))
+
+    @override
+    def runs(self, *, study: str | None = None) -> list[dict[str, Any]]:
+        condition = sa.true() if study is None else _runs.c.study == study
+        with self._reading() as connection:
+            bodies = connection.scalars(sa.select(_runs.c.body).where(condition).order_by(_runs.c.number)).all()
+        return [json.loads(body) for body in bodies]
+
+    @override
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def _sha256(text: str) -> str:
+    """Of a record's canonical JSON this is `Record.hash`."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _starts_with(column: sa.Column[Any], prefix: str) -> sa.ColumnElement[bool]:
+    # Not LIKE: in SQLite it ignores case, and % and _ would have to be escaped.
+    return sa.func.substr(column, 1, len(prefix)) == prefix
+
+
+def _of_failures(study: str | None, experiment: str | None) -> sa.ColumnElement[bool]:
+    given = {_failures.c.study: study, _failures.c.experiment: experiment}
+    return sa.and_(sa.true(), *(column == value for column, value in given.items() if value is not None))
+
+
+def _parse(url: str | Path) -> sa.URL:
+    """The URL of a file or a database; a plain path is a SQLite file."""
+    if isinstance(url, Path) or "://" not in url:
+        return sa.URL.create("sqlite", database=str(Path(url).expanduser()))
+    try:
+        parsed = sa.make_url(url)
+    except exc.ArgumentError as error:
+        raise StoreError(
+            f"a store is a file or a URL such as sqlite:///runs.db or postgresql://user@host/name, got {url!r}"
+        ) from error
+    if parsed.drivername == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")  # SQLAlchemy's default is psycopg2, which we do not ask for
+    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise StoreError(f"{url!r} names no file: a store is kept, so give one, such as sqlite:///runs.db")
+    return parsed
+
+
+def _name(url: sa.URL) -> str:
+    if url.drivername == "sqlite":
+        return str(url.database)
+    return url.render_as_string(hide_password=True)
+
+
+def _engine(url: sa.URL, *, create: bool) -> sa.Engine:
+    backend = url.get_backend_name()
+    if backend not in ("sqlite", "postgresql"):
+        raise StoreError(f"a store is a SQLite file or a PostgreSQL database, got {_name(url)!r}")
+    if backend == "postgresql":
+        try:
+            return sa.create_engine(url, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise StoreError(
+                f"{_name(url)} needs the package {error.name}, which is not installed: pip install 'mariotte[postgres]'"
+            ) from error
+        except exc.NoSuchModuleError as error:
+            raise StoreError(f"SQLAlchemy has no driver {url.drivername!r}: use postgresql+psycopg://") from error
+    file = Path(cast("str", url.database))
+    _check_file(file, create=create)
+    unwritable = not create and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
+    if unwritable and not Path(f"{file}-wal").exists():
+        # A store in a folder that we cannot write to: SQLite could not make the files that WAL needs even to read.
+        # `immutable` does without them, and nothing is missed, because there is no write-ahead log to be read.
+        address = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
+    else:
+        address = f"{file.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+
+    def connect() -> sqlite3.Connection:
+        # Transactions are begun by us (see below), so the driver must not begin its own: isolation_level None.
+        connection = sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        try:
+            if "immutable" not in address:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    engine = sa.create_engine("sqlite://", creator=connect, poolclass=sa.NullPool)
+
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _check_file(file: Path, *, create: bool) -> None:
+    """Say in a sentence what SQLite would say in three words, before it makes an empty file."""
+    if file.is_dir():
+        raise StoreError(f"a store is a file, {file} is a folder: give {file / DEFAULT} for a file in it")
+    if file.exists():
+        return
+    if not create:
+        raise StoreError(f"no store at {file}: `mariotte run STUDY.toml` makes one; name another with --store")
+    if not file.parent.is_dir():
+        raise StoreError(
+            f"cannot make the store {file}: its folder does not exist; make it, or name another with --store"
+        )
+
+
+@contextmanager
+def _sentences(url: sa.URL) -> Generator[None]:
+    """Turn what the database says into a `StoreError` of one sentence."""
+    try:
+        yield
+    except exc.DBAPIError as error:
+        raise _store_error(url, error.orig) from error
+    except sqlite3.Error as error:  # on connecting: our own connect function is not wrapped by SQLAlchemy
+        raise _store_error(url, error) from error
+
+
+def _store_error(url: sa.URL, error: BaseException | None) -> StoreError:
+    name = getattr(error, "sqlite_errorname", "")
+    short = " ".join(str(error).split())
+    for known, advice in _ADVICE.items():
+        if name.startswith(known):
+            return StoreError(f"store {_name(url)} {advice.format(timeout=BUSY_TIMEOUT_S, error=short)}")
+    return StoreError(f"store {_name(url)} cannot be used: {short}; check the store, or name another with --store")

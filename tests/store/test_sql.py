@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mariotte.errors import StoreError
+from mariotte.store import sql
+from mariotte.store.record import Record
+from mariotte.store.sql import open_store
+from mariotte.testing.stores import StoreConformance, make_failure, make_record
+
+
+def execute(url: str, statement: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(url)) as connection, connection:
+        assert connection.execute(statement, values).rowcount == 1
+
+
+class TestSQLite(StoreConformance):
+    def new_url(self, tmp_path: Path) -> str:
+        return str(tmp_path / "store.db")
+
+    def damage(self, url: str, record: Record) -> None:
+        execute(url, "UPDATE mariotte_records SET body = replace(body, '1.5', '1.4') WHERE id = ?", record.id)
+
+    def set_format(self, url: str, number: int) -> None:
+        execute(url, "UPDATE mariotte_meta SET value = ? WHERE key = 'format'", str(number))
+
+
+@pytest.mark.skipif("MARIOTTE_TEST_POSTGRES" not in os.environ, reason="MARIOTTE_TEST_POSTGRES names no server")
+class TestPostgreSQL(StoreConformance):
+    """Each test in its own schema of the database that MARIOTTE_TEST_POSTGRES names, such as postgresql://localhost/x."""
+
+    def new_url(self, tmp_path: Path) -> str:
+        import sqlalchemy as sa
+
+        server = os.environ["MARIOTTE_TEST_POSTGRES"]
+        schema = f"t_{abs(hash(str(tmp_path))):x}"
+        engine = sa.create_engine(sql._parse(server))
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
+        engine.dispose()
+        return f"{server}?options=-csearch_path%3D{schema}"
+
+    def change(self, url: str, statement: str) -> None:
+        import sqlalchemy as sa
+
+        engine = sa.create_engine(sql._parse(url))
+        with engine.begin() as connection:
+            assert connection.exec_driver_sql(statement).rowcount == 1
+        engine.dispose()
+
+    def damage(self, url: str, record: Record) -> None:
+        self.change(url, f"UPDATE mariotte_records SET body = replace(body, '1.5', '1.4') WHERE id = '{record.id}'")
+
+    def set_format(self, url: str, number: int) -> None:
+        self.change(url, f"UPDATE mariotte_meta SET value = '{number}' WHERE key = 'format'")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A store with one record."""
+    path = tmp_path / "store.db"
+    with open_store(path, create=True) as store:
+        store.add([make_record(1)])
+    return path
+
+
+def sentence(url: str | Path | None, *, create: bool = False) -> str:
+    """The message with which opening, or reading, this store fails: one line."""
+    with pytest.raises(StoreError) as caught, open_store(url, create=create) as store:
+        store.records()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_reading_a_missing_store_says_how_to_make_one_and_makes_none(tmp_path: Path) -> None:
+    missing = tmp_path / "none.db"
+    assert sentence(missing) == f"no store at {missing}: `mariotte run STUDY.toml` makes one; name another with --store"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert "its folder does not exist" in sentence(tmp_path / "no" / "store.db", create=True)
+
+
+def test_a_folder_is_no_store(tmp_path: Path) -> None:
+    assert (
+        sentence(tmp_path, create=True)
+        == f"a store is a file, {tmp_path} is a folder: give {tmp_path}/mariotte.db for a file in it"
+    )
+
+
+@pytest.mark.parametrize("content", [b"model,ratio,value\n" * 200, b"PAR1"])
+def test_a_file_that_is_no_database_is_left_as_it_was(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    assert "is not a SQLite database" in sentence(path, create=True)
+    assert path.read_bytes() == content
+
+
+def test_a_truncated_store_is_damaged(file: Path) -> None:
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+    assert "damaged" in sentence(file)
+
+
+def test_an_empty_file_becomes_a_store_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    path.touch()
+    assert "is an empty database" in sentence(path)
+    with open_store(path, create=True) as store:
+        assert store.records() == []
+
+
+def test_the_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    assert "no store of Mariotte's" in sentence(path)
+    assert "another program's database" in sentence(path, create=True)
+
+
+def test_a_format_that_is_no_number_is_damage(file: Path) -> None:
+    execute(str(file), "UPDATE mariotte_meta SET value = 'one' WHERE key = 'format'")
+    assert "its format should be a number, it is 'one'" in sentence(file)
+
+
+def test_a_missing_table_is_reported(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute("DROP TABLE mariotte_records")
+    assert "no such table" in sentence(file)
+
+
+def test_a_changed_column_is_found_although_the_body_is_whole(file: Path) -> None:
+    execute(str(file), "UPDATE mariotte_records SET study = 'other'")
+    assert "does not match its hash" in sentence(file)
+
+
+def test_a_lock_held_for_too_long_is_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "BUSY_TIMEOUT_S", 0.05)
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with open_store(file) as store:
+            assert len(store.records()) == 1
+            with pytest.raises(StoreError, match="is locked: another process has been writing for over"):
+                store.add([make_record(2)])
+        other.execute("ROLLBACK")
+    with open_store(file) as store:
+        assert store.add([make_record(2)]) == 1
+
+
+def test_a_full_disk_is_reported_and_nothing_is_half_there(file: Path) -> None:
+    """SQLite's limit on pages answers as a full disk does."""
+    with open_store(file) as store:
+        assert isinstance(store, sql.SqlStore)
+
+        def limit(connection: sqlite3.Connection, _: object) -> None:
+            connection.execute("PRAGMA max_page_count = 1")
+
+        sql.event.listen(store._engine, "connect", limit)
+        with pytest.raises(StoreError, match="the disk is full; free space and run again"):
+            store.add([make_record(n, details={"text": "x" * 50_000}) for n in range(2, 5)])
+    with open_store(file) as store:
+        assert store.records() == [make_record(1)]
+
+
+def test_a_read_only_folder_can_be_read_and_not_written(file: Path) -> None:
+    file.chmod(0o444)
+    file.parent.chmod(0o555)
+    try:
+        if os.access(file.parent, os.W_OK):
+            pytest.skip("permissions do not bind this user")
+        with open_store(file) as store:
+            assert len(store.records()) == 1
+            with pytest.raises(StoreError, match="read-only"):
+                store.add_failure(make_failure())
+    finally:
+        file.parent.chmod(0o755)
+
+
+def test_a_store_that_may_not_be_written_is_opened_without_touching_its_folder(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with open_store(file) as store:
+        assert len(store.records()) == 1
+        assert [path.name for path in file.parent.iterdir()] == ["store.db"]
+        with pytest.raises(StoreError, match="the file or its folder is read-only"):
+            store.add_failure(make_failure())
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite://", "names no file"),
+        ("mysql://host/x", "SQLite file or a PostgreSQL database, got 'mysql://host/x'"),
+        ("postgresql+nothing://host/x", "use postgresql\\+psycopg://"),
+        ("://", "a store is a file or a URL such as"),
+    ],
+)
+def test_what_is_no_store_is_answered_with_what_is(url: str, expected: str) -> None:
+    with pytest.raises(StoreError, match=expected):
+        open_store(url, create=True)
+
+
+def test_a_missing_postgres_driver_is_named_with_its_extra_and_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    message = sentence("postgresql://me:secret@host/x")
+    assert "pip install 'mariotte[postgres]'" in message
+    assert "secret" not in message
+
+
+def test_the_default_store_is_the_environments_then_the_working_folders(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MARIOTTE_STORE", raising=False)
+    assert sentence(None).startswith("no store at mariotte.db")
+    monkeypatch.setenv("MARIOTTE_STORE", str(file))
+    with open_store() as store:
+        assert store.name == str(file)
+
+
+@pytest.mark.parametrize("name", ["with space.db", "per%cent?#.db", "ünï.db"])
+def test_any_file_name_will_do(tmp_path: Path, name: str) -> None:
+    for url in (tmp_path / name, str(tmp_path / name)):
+        with open_store(url, create=True) as store:
+            store.add([make_record(1)])
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_relative_url_is_a_file_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store("sqlite:///here.db", create=True).close()
+    assert (tmp_path / "here.db").is_file()
+
+
+def test_the_desk_opens_a_store_without_the_bench(file: Path) -> None:
+    code = f"""
+import sys
+import mariotte.store
+assert "sqlalchemy" not in sys.modules
+from mariotte.store import open_store
+with open_store({str(file)!r}) as store:
+    assert len(store.records()) == 1
+assert not {{"torch", "transformers", "pandas"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
