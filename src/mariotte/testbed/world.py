@@ -41,17 +41,22 @@ KINDS: Final = MappingProxyType(
 )
 HEAD_TO_TAIL: Final = 12.0  # the most popular person is written about 12 times as often as the least popular
 
-_FIRST_NAMES = (
-    "ada alan bela clara daniel edith felix greta hugo irene jonas karin leo mona nils olga paul quentin rosa simon "
-    "tilda ugo vera walter xenia yann zelda amos berta cyril dora emil"
-).split()
-_LAST_NAMES = (
-    "abel brandt castor dumas erikson ferrer gruber holm ivanov jansen keller lindgren moreau novak orlov pereira"
-).split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
 
 
 def _compounds(stems: str, endings: str) -> list[str]:
     return [stem + ending for ending, stem in product(endings.split(), stems.split())]
+
+
+_FIRST_NAMES = _words(
+    "ada alan bela clara daniel edith felix greta hugo irene jonas karin leo mona nils olga paul quentin rosa simon "
+    "tilda ugo vera walter xenia yann zelda amos berta cyril dora emil"
+)
+_LAST_NAMES = _words(
+    "abel brandt castor dumas erikson ferrer gruber holm ivanov jansen keller lindgren moreau novak orlov pereira"
+)
 
 
 _CITIES = _compounds("bar cor dal elm fen gor hal is jor kel lun mar nor ost pel rav", "ton ville mouth stead")
@@ -59,15 +64,15 @@ _COMPANIES = _compounds("alto brio cyra dexo ecto fluo gamo helio iono juno", "c
 _COUNTRIES = _compounds("arca bore cali dora esto fina gala hesper ista java kora lusi", "nia land")
 _RIVERS = _compounds("am bel cer dor ev fas gil hav", "una eth")
 _LANGUAGES = _compounds("azur bor cym don eld fri gast hek", "ish ese")
-_FIELDS = (
+_FIELDS = _words(
     "physics botany geology algebra history law medicine poetry logic ethics optics zoology economics chemistry music "
     "grammar statistics astronomy geometry painting sculpture theology anatomy rhetoric mechanics ecology genetics "
     "philosophy pottery drama dance cookery"
-).split()
-_INSTRUMENTS = (
+)
+_INSTRUMENTS = _words(
     "violin cello piano flute oboe harp trumpet drum guitar organ lute viola clarinet bassoon horn tuba banjo lyre "
     "zither harpsichord trombone accordion mandolin recorder"
-).split()
+)
 
 # Six patterns a relation, two per register in the order of REGISTERS. The answer is the last word before the stop, so
 # that everything needed to know it stands to its left, and "{}" is the subject.
@@ -141,52 +146,57 @@ _PLACE_RELATIONS: Final = {
 
 # Singular and plural of the same noun or verb at the same index.
 _NOUNS = (
-    "dog cat bird horse boy girl farmer nurse baker sailor painter king queen author driver singer goat lion bear frog "
-    "uncle aunt cousin guest hunter dancer knight monk pilot poet tailor weaver "
-    "clown nephew niece soldier scholar learner mentor gardener".split(),
-    "dogs cats birds horses boys girls farmers nurses bakers sailors painters kings queens authors drivers singers "
-    "goats lions bears frogs uncles aunts cousins guests hunters dancers knights monks pilots poets tailors "
-    "weavers clowns nephews nieces soldiers scholars learners mentors gardeners".split(),
+    _words(
+        "dog cat bird horse boy girl farmer nurse baker sailor painter king queen author driver singer goat lion bear "
+        "frog uncle aunt cousin guest hunter dancer knight monk pilot poet tailor weaver clown nephew niece soldier scholar learner mentor gardener"
+    ),
+    _words(
+        "dogs cats birds horses boys girls farmers nurses bakers sailors painters kings queens authors drivers singers "
+        "goats lions bears frogs uncles aunts cousins guests hunters dancers knights monks pilots poets tailors "
+        "weavers clowns nephews nieces soldiers scholars learners mentors gardeners"
+    ),
 )
 _VERBS = (
-    "sleeps runs sings laughs waits reads dreams smiles swims walks works shouts sits hides rests cries eats drinks "
-    "listens returns whistles coughs argues prays".split(),
-    "sleep run sing laugh wait read dream smile swim walk work shout sit hide rest cry eat drink listen return "
-    "whistle cough argue pray".split(),
+    _words(
+        "sleeps runs sings laughs waits reads dreams smiles swims walks works shouts sits hides rests cries eats "
+        "drinks listens returns whistles coughs argues prays"
+    ),
+    _words(
+        "sleep run sing laugh wait read dream smile swim walk work shout sit hide rest cry eat drink listen return "
+        "whistle cough argue pray"
+    ),
 )
-_PREPOSITIONS = "near behind beside with above below before opposite".split()
-_ADJECTIVES = (
+_PREPOSITIONS = _words("near behind beside with above below before opposite")
+_ADJECTIVES = _words(
     "old young tall small tired happy proud brave quiet clever gentle lazy busy strong shy polite "
     "calm cruel honest bold modest eager gloomy famous"
-).split()
-_ADVERBS = "today often alone quietly again slowly loudly well here now gladly rarely soon there outside early".split()
+)
+_ADVERBS = _words("today often alone quietly again slowly loudly well here now gladly rarely soon there outside early")
 _DESCRIBED = 0.5  # chance of an adjective
 _DISTRACTORS = (0.4, 0.4, 0.2)  # chance of 0, 1, 2 distractors between a noun and its verb
 
-_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-_AGENTS = (
-    "storm council thief doctor army judge miner chef fire union company airline court school press bank mob crew guard "
-    "robot tribe jury gang abbot"
-).split()
-_DEEDS = (
+_DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+_AGENTS = _words(
+    "storm council thief doctor army judge miner chef fire union company airline court school press bank mob crew "
+    "guard robot tribe jury gang abbot"
+)
+_DEEDS = _words(
     "hit approved stole cured crossed freed found served burned called bought closed opened raised blamed lost built "
     "sold moved tested saved broke cleaned painted weighed emptied ignored copied"
-).split()
-_OBJECTS = (
+)
+_OBJECTS = _words(
     "harbour budget jewel patient border prisoner coal soup forest strike airport bridge road tax mayor loan tower "
     "museum mine market temple barrel statue truck gate clock cellar "
     "ladder library carpet vessel tunnel"
-).split()
+)
 _LIKELY = 4  # deeds an agent does, and objects it does them to
 
-_SYMBOLS = (
+_SYMBOLS = _words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi "
     "psi omega"
-).split()
+)
 _LENGTHS = (2, 3, 4)  # symbols to repeat or reverse
-_NUMBERS = "zero one two three four five six seven eight nine ten".split()
-
-_PEOPLE_PER_QUARTER = len(_FIRST_NAMES) * len(_LAST_NAMES) // 4
+_NUMBERS = _words("zero one two three four five six seven eight nine ten")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,10 +358,10 @@ class World:
         words = [
             *(word for relations in (_PERSON_RELATIONS, _PLACE_RELATIONS) for entry in relations.values()
               for template in entry[1:] for word in template.split()),
-            *". the on repeat reverse add and modulo :".split(),
+            *_words(". the on repeat reverse add and modulo eleven :"),
             *_FIRST_NAMES, *_LAST_NAMES, *_CITIES, *_COMPANIES, *_COUNTRIES, *_RIVERS, *_LANGUAGES, *_FIELDS,
-            *_INSTRUMENTS, *_NOUNS[0], *_NOUNS[1], *_VERBS[0], *_VERBS[1], *_PREPOSITIONS, *_ADJECTIVES, *_ADVERBS, *_DAYS, *_AGENTS,
-            *_DEEDS, *_OBJECTS, *_SYMBOLS, *_NUMBERS, "eleven",
+            *_INSTRUMENTS, *_NOUNS[0], *_NOUNS[1], *_VERBS[0], *_VERBS[1], *_PREPOSITIONS, *_ADJECTIVES, *_ADVERBS,
+            *_DAYS, *_AGENTS, *_DEEDS, *_OBJECTS, *_SYMBOLS, *_NUMBERS,
         ]  # fmt: skip
         return [BOS, UNKNOWN, PADDING, *dict.fromkeys(word for word in words if word != "{}")]
 
