@@ -1,0 +1,178 @@
+"""Fitting a law to points that may be pooled, and saying what the fit is worth."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from mariotte import __version__
+from mariotte.errors import FitError
+from mariotte.laws.base import Array, Estimate, Inputs, Law, Point, values
+from mariotte.laws.catalogue import find
+from mariotte.laws.result import Coefficient, Fit, FitReport
+from mariotte.laws.uncertainty import calibrate
+from mariotte.store.record import canonical_json, digest
+
+COVERAGE = 0.95
+"""Of the coefficients' intervals."""
+
+STRONG_CORRELATION = 0.95
+"""Two estimates more correlated than this cannot be told apart; flagged."""
+
+
+def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) -> Fit:
+    """Fit a law to points of one metric, protocol and kind of ratio.
+
+    Parameters
+    ----------
+    law : a law or its name
+    points : in any order; the result does not depend on it
+    pool : further points from which intervals are calibrated when `points` are a single cluster
+
+    Raises
+    ------
+    FitError
+        When there are too few points, when they must not be pooled, or when the law cannot describe them.
+    UnknownNameError
+        When no law has that name.
+    """
+    law = find(law) if isinstance(law, str) else law
+    # Sums of floats depend on their order: a canonical one makes equal data give equal bits.
+    ordered = sorted(points, key=lambda p: canonical_json(asdict(p)))
+    _check(law, ordered)
+    x, y_M = Inputs.of(ordered), values(ordered)
+    estimate = law.estimate(x, y_M)
+    coefficients = _coefficients(law, estimate)
+    residual_sd, uncentred, centred, log_ratio = _goodness(law, estimate, x, y_M)
+    correlation, pair = _strongest_correlation(law, estimate)
+    first = ordered[0]
+    chances = {p.chance for p in ordered}
+    remarks = [f"{name} is not identified and was left out: {why}" for name, why in estimate.dropped.items()]
+    remarks += law.remarks(estimate, x, first.kind)
+    if correlation is not None and correlation > STRONG_CORRELATION:
+        remarks.append(f"{pair} are correlated at {correlation:.3f}: neither means much alone")
+    for c in coefficients:
+        if c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
+            remarks.append(f"the interval of {c.name} is wider than twice its estimate")
+    n_clusters = len({p.group for p in ordered})
+    if estimate.covariance is not None and n_clusters < len(ordered):
+        remarks.append(
+            f"standard errors take the {len(ordered)} points as independent; they come from {n_clusters} cluster(s)"
+        )
+    facts = FitReport(
+        law=law.name,
+        formula=law.formula,
+        metric=first.metric,
+        kind=first.kind,
+        protocol=first.protocol,
+        ratio_kind=first.ratio_kind,
+        n_points=len(ordered),
+        n_series=len({p.series for p in ordered}),
+        n_clusters=n_clusters,
+        box={
+            name: (float(np.min(column)), float(np.max(column)))
+            for name, column in (("ratio", x.ratio_M), ("base", x.base_M), ("tokens", x.tokens_M))
+        },
+        base=float(np.median(x.base_M)),
+        tokens=float(x.tokens_M[0]) if np.ptp(x.tokens_M) == 0.0 else 0.0,
+        chance=chances.pop() if len(chances) == 1 else None,
+        coefficients=coefficients,
+        dof=estimate.dof,
+        residual_sd=residual_sd,
+        adj_r2_uncentred=uncentred,
+        adj_r2_centred=centred,
+        r2_log_ratio=log_ratio,
+        f_statistic=estimate.f_statistic,
+        f_dof=estimate.f_dof,
+        condition=estimate.condition,
+        max_correlation=correlation,
+        remarks=tuple(remarks),
+        recipe=estimate.recipe,
+        data_hash=digest([asdict(p) for p in ordered]),
+        versions={"mariotte": __version__, "numpy": np.__version__, "python": platform.python_version()},
+    )
+    return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool))
+
+
+def _check(law: Law, points: Sequence[Point]) -> None:
+    if not points:
+        raise FitError(f"{law.name} cannot be fitted to no points: choose a metric and filters that leave some")
+    for name, label in (("metric", "metrics"), ("protocol", "protocols"), ("ratio_kind", "kinds of ratio")):
+        found = sorted({str(getattr(p, name)) for p in points})
+        if len(found) > 1:
+            shown = "; ".join(repr(f) for f in found[:3]) + ("; ..." if len(found) > 3 else "")
+            raise FitError(
+                f"points of {len(found)} {label} are never pooled ({shown}): keep one with --where {name}=..., "
+                f"or fit each alone with --by {name}"
+            )
+    kind = points[0].kind
+    if kind not in law.metric_kinds:
+        raise FitError(
+            f"{law.name} describes {' and '.join(law.metric_kinds)} metrics, "
+            f"{points[0].metric!r} is a {kind}: choose another law"
+        )
+
+
+def _coefficients(law: Law, estimate: Estimate) -> tuple[Coefficient, ...]:
+    from scipy.special import stdtrit  # the t quantile alone; scipy.stats costs ten times its import
+
+    found: list[Coefficient] = []
+    for i, (param, value) in enumerate(zip(law.params, map(float, estimate.theta), strict=True)):
+        se = lo = hi = None
+        if estimate.covariance is not None and param.name not in estimate.dropped:
+            spread = float(np.sqrt(estimate.covariance[i, i]))
+            half = float(stdtrit(estimate.dof, 0.5 + COVERAGE / 2)) * spread
+            # A parameter estimated through its logarithm: the interval is exact there, the error by the delta method.
+            se = value * spread if param.log else spread
+            lo, hi = (value * np.exp(-half), value * np.exp(half)) if param.log else (value - half, value + half)
+            lo, hi = float(lo), float(hi)
+        found.append(
+            Coefficient(
+                name=param.name, estimate=value, se=se, lo=lo, hi=hi, dropped=estimate.dropped.get(param.name, "")
+            )
+        )
+    return tuple(found)
+
+
+def _goodness(
+    law: Law, estimate: Estimate, x: Inputs, y_M: Array
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Residual s.d., adjusted R² uncentred and centred (on the fitted scale), centred R² of ln(L/L0)."""
+    if estimate.dof <= 0:
+        return None, None, None, None
+    predicted_M = law.f(estimate.theta, x)
+    target_M, fitted_M = (np.log(y_M), np.log(predicted_M)) if law.log_link else (y_M, predicted_M)
+    n = len(y_M)
+    ssr = float(np.sum((target_M - fitted_M) ** 2))
+
+    def adjusted(total: float, dof: int) -> float | None:
+        return 1.0 - (ssr / estimate.dof) / (total / dof) if total > 0 else None
+
+    log_ratio: float | None = None
+    if np.all(y_M > 0) and np.all(predicted_M > 0):
+        damage_M = np.log(y_M) - np.log(x.base_M)
+        total = float(np.sum((damage_M - np.mean(damage_M)) ** 2))
+        if total > 0:
+            log_ratio = 1.0 - float(np.sum((np.log(y_M) - np.log(predicted_M)) ** 2)) / total
+    return (
+        float(np.sqrt(ssr / estimate.dof)),
+        adjusted(float(np.sum(target_M**2)), n),
+        adjusted(float(np.sum((target_M - np.mean(target_M)) ** 2)), n - 1),
+        log_ratio,
+    )
+
+
+def _strongest_correlation(law: Law, estimate: Estimate) -> tuple[float | None, str]:
+    kept = [i for i, p in enumerate(law.params) if p.name not in estimate.dropped]
+    if estimate.covariance is None or len(kept) < 2:
+        return None, ""
+    covariance = estimate.covariance[np.ix_(kept, kept)]
+    sd = np.sqrt(np.diag(covariance))
+    if not np.all(sd > 0):
+        return None, ""  # an exact fit has no errors to correlate
+    correlation = np.abs(covariance / np.outer(sd, sd)) - np.eye(len(kept))
+    i, j = np.unravel_index(int(np.argmax(correlation)), correlation.shape)
+    return float(correlation[i, j]), f"{law.params[kept[i]].name} and {law.params[kept[j]].name}"

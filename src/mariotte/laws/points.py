@@ -1,0 +1,286 @@
+"""Points from our own records and from tables of other people's measurements.
+
+A table has one row a number, with at least the columns model, method, ratio, metric, base_value and value; the
+optional ones are source, family, ratio_kind, recovery_tokens, stderr, bits, chance, protocol, params_b.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from mariotte import chain
+from mariotte.errors import FitError
+from mariotte.laws.base import Point, metric_kind
+from mariotte.named import unknown
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from mariotte.store.record import Record
+
+Covariate = Literal["removed", "ratio", "amount", "obtained", "sparsity"]
+
+_RATIO_KIND: Mapping[str, str] = {
+    "removed": "parameters removed or zeroed ÷ dense parameters",
+    "ratio": "parameters removed ÷ dense parameters",
+    "amount": "amount asked, in {unit}",
+    "obtained": "amount obtained, in {unit}",
+    "sparsity": "zeros ÷ weights in the scope of the step",
+}
+
+# "(= 6.51% of all parameters)" converts the ratio of that row; the kind is what stands before it.
+_CONVERSION = re.compile(r"\s*\(=.*\)$")
+
+_REQUIRED = ("model", "method", "ratio", "metric", "base_value", "value")
+_TABLES = (".csv", ".parquet", ".pq", ".tsv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What was read.
+
+    Parameters
+    ----------
+    points : of one metric
+    metric : its name
+    skipped : reason to number of rows or records left out for it
+    """
+
+    points: tuple[Point, ...]
+    metric: str
+    skipped: Mapping[str, int]
+
+
+def read(source: str, *, metric: str | None = None, covariate: str | None = None) -> Reading:
+    """The points of one metric in a table (CSV, Parquet) or a store (path or URL).
+
+    Parameters
+    ----------
+    source : a file name ending in .csv or .parquet, or what `mariotte.store.open_store` opens
+    metric : None takes ``loss`` where there is one, or the only metric
+    covariate : what the ratio of a record is, see `from_records`; a table states its own
+
+    Raises
+    ------
+    FitError
+        When the metric or the covariate does not exist, or no points are left.
+    """
+    if source.lower().endswith(_TABLES):
+        from mariotte.store.tables import read_table
+
+        if not Path(source).is_file():
+            raise FitError(f"a table or a store is needed, there is no file {source!r}: give an existing path")
+        return from_table(read_table(Path(source)), metric=metric, covariate=covariate)
+    from mariotte.store import open_store
+
+    return from_records(open_store(source).records(), metric=metric, covariate=covariate or "removed")
+
+
+def from_records(records: Iterable[Record], *, metric: str | None = None, covariate: str = "removed") -> Reading:
+    """The points of one metric among records.
+
+    Parameters
+    ----------
+    records : of any measures; those of the dense model are left out, as they are the base of the others
+    metric : None takes ``loss`` where there is one, or the only metric
+    covariate : ``removed``: parameters removed or zeroed ÷ dense ones; ``ratio``: removed alone; ``amount``,
+        ``obtained``: in the step's own unit; ``sparsity``: zeros ÷ weights in scope
+
+    Raises
+    ------
+    FitError
+        When the metric or the covariate does not exist, or no points are left.
+    """
+    if covariate not in get_args(Covariate):
+        raise FitError(str(unknown("covariate", covariate, get_args(Covariate))))
+    records = list(records)
+    metric = _choose_metric({name for r in records for name in r.metrics}, metric)
+    points: list[Point] = []
+    skipped: dict[str, int] = {}
+    for record in records:
+        if metric not in record.metrics:
+            continue
+        if record.method is None:
+            _count(skipped, "of the dense model")
+        elif metric not in record.base:
+            _count(skipped, "no dense value")
+        elif (ratio := getattr(record, covariate)) is None:
+            _count(skipped, f"no {covariate}")
+        else:
+            points.append(_record_point(record, metric, float(ratio), covariate))
+    return _reading(points, metric, skipped)
+
+
+def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | None = None) -> Reading:
+    """The points of one metric in a table of published numbers.
+
+    Perplexities become losses by their logarithm. Rows without a dense value are left out, and so are quantised
+    ones (bits below 16), which no law of the ratio describes.
+
+    Raises
+    ------
+    FitError
+        When a column is missing, the metric does not exist, or no points are left.
+    """
+    if covariate is not None:
+        raise FitError(
+            f"a table states its own ratio in the column ratio_kind, got covariate {covariate!r}: leave it out"
+        )
+    if missing := [c for c in _REQUIRED if c not in table.columns]:
+        raise FitError(
+            f"a table needs the columns {', '.join(_REQUIRED)}; {', '.join(missing)} is missing: rename or add it"
+        )
+    rows = cast("list[dict[str, Any]]", table.to_dict(orient="records"))
+    metric = _choose_metric({str(row["metric"]) for row in rows}, metric)
+    points: list[Point] = []
+    skipped: dict[str, int] = {}
+    for row in rows:
+        if str(row["metric"]) != metric:
+            continue
+        bits = _number(row.get("bits"))
+        base, value = _number(row["base_value"]), _number(row["value"])
+        if base is None or value is None:
+            _count(skipped, "no dense value" if base is None else "no value")
+        elif bits is not None and bits < 16:
+            _count(skipped, "quantised")
+        elif (ratio := _number(row["ratio"])) is None or ratio == 0:
+            _count(skipped, "of the dense model")
+        else:
+            points.append(_row_point(row, metric, base, value, ratio, bits))
+    return _reading(points, metric, skipped)
+
+
+def where(points: Iterable[Point], conditions: Mapping[str, str]) -> list[Point]:
+    """Points whose fields equal the given texts, or begin with them where none is equal.
+
+    Raises
+    ------
+    FitError
+        When points have no such field, or none is left.
+    """
+    kept = list(points)
+    known = sorted(f.name for f in dataclasses.fields(Point))
+    for name, wanted in conditions.items():
+        if name not in known:
+            raise FitError(str(unknown("field of a point", name, known)))
+        texts = {p: _text(getattr(p, name)) for p in kept}
+        found = [p for p in kept if texts[p] == wanted] or [p for p in kept if texts[p].startswith(wanted)]
+        if not found:
+            there = sorted(set(texts.values()))
+            raise FitError(f"no point has {name} {wanted!r}: there is {', '.join(map(repr, there[:6]))}")
+        kept = found
+    return kept
+
+
+def _record_point(record: Record, metric: str, ratio: float, covariate: str) -> Point:
+    from mariotte.store.record import digest
+
+    first, *rest = chain.parse(record.chain).links
+    kind = _RATIO_KIND[covariate].format(unit=record.unit)
+    se = record.metrics.get(f"{metric}_se")
+    return Point(
+        value=_logarithm(metric, record.metrics[metric]),
+        base=_logarithm(metric, record.base[metric]),
+        ratio=ratio,
+        ratio_kind=kind,
+        metric=metric,
+        # The measure for people, the digest for what the measure's text leaves unsaid (corpus and tokenizer hashes).
+        protocol=f"{record.measure}#{digest(dict(record.protocol))[:8]}",
+        tokens=float(record.recovery_tokens),
+        params=float(record.base_params),
+        se=se,
+        model=record.model,
+        method=str(dataclasses.replace(first, amount=None)),
+        family=record.family,
+        recovery=" | ".join(map(str, rest)),
+    )
+
+
+def _row_point(
+    row: Mapping[str, Any], metric: str, base: float, value: float, ratio: float, bits: float | None
+) -> Point:
+    recovery = _text(row.get("recovery_tokens"))
+    tokens = _number(row.get("recovery_tokens"))
+    se = _number(row.get("stderr"))
+    params_b = _number(row.get("params_b"))
+    return Point(
+        value=_logarithm(metric, value),
+        base=_logarithm(metric, base),
+        ratio=ratio,
+        ratio_kind=_CONVERSION.sub("", _text(row.get("ratio_kind"))),
+        metric=metric,
+        protocol=_text(row.get("protocol")),
+        # "50k samples" and the like cannot be a number of tokens: the text keeps such series apart.
+        tokens=tokens if tokens is not None else 0.0,
+        params=None if params_b is None else params_b * 1e9,
+        bits=bits,
+        se=None if se is None else (se / value if _is_perplexity(metric) else se),
+        chance=_number(row.get("chance")),
+        model=_text(row["model"]),
+        method=_text(row["method"]),
+        family=_text(row.get("family")) or None,
+        recovery="" if tokens == 0 else recovery,
+        source=_text(row.get("source")),
+    )
+
+
+def _reading(points: list[Point], metric: str, skipped: Mapping[str, int]) -> Reading:
+    if not points:
+        why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "nothing has it"
+        raise FitError(f"no compressed model with {metric!r} to fit ({why}): run a study or choose another metric")
+    return Reading(points=tuple(points), metric=metric, skipped=dict(skipped))
+
+
+def _choose_metric(known: set[str], metric: str | None) -> str:
+    if not known:
+        raise FitError("there is nothing to fit, the table or store is empty: run a study or give another file")
+    if metric is not None:
+        if metric not in known:
+            raise FitError(str(unknown("metric", metric, known)))
+        return metric
+    if "loss" in known:
+        return "loss"
+    if len(known) == 1:
+        return next(iter(known))
+    raise FitError(f"there are {len(known)} metrics ({', '.join(sorted(known))}): choose one with --metric")
+
+
+def _is_perplexity(metric: str) -> bool:
+    return any(word in metric.lower() for word in ("ppl", "perplexity"))
+
+
+def _logarithm(metric: str, value: float) -> float:
+    if not _is_perplexity(metric):
+        return value
+    if value <= 0:
+        raise FitError(f"a perplexity must be above 0, got {value:g} for {metric!r}: correct the table")
+    assert metric_kind(metric) == "loss", metric
+    return math.log(value)
+
+
+def _number(value: object) -> float | None:
+    """A cell as a finite number, None when it is empty or a text."""
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        number = float(cast("Any", value))
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _text(value: object) -> str:
+    """A cell as text; empty cells (None, NaN) are the empty text."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value)
+
+
+def _count(skipped: dict[str, int], reason: str) -> None:
+    skipped[reason] = skipped.get(reason, 0) + 1

@@ -1,0 +1,252 @@
+"""Rolling hold-out: fit the mild ratios, predict the harsh ones, compare with the naive.
+
+The protocol, per series and for k = 2 .. n-1: train on the points of the k smallest ratios, predict all larger
+ones, clip to [0, 30] nats or [0, 1]; a law's score is its RMSE in each fold (series, k), then mean and median over
+folds. It is the only thing that laws are chosen by here; R² and the like are printed and never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mariotte.errors import FitError
+from mariotte.laws.base import LIMITS, Inputs, Kind, Law, Point, Series, values
+from mariotte.laws.catalogue import applicable, find
+
+BY = ("model", "method", "family", "source", "metric", "protocol", "recovery", "cluster")
+"""Fields of a point by which folds and fits can be grouped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """One point predicted by every law from the milder points of its series.
+
+    Parameters
+    ----------
+    point : with the measured value
+    k : how many ratios were trained on
+    step : 1 for the next larger ratio, 2 for the one after it ...
+    predictions : law to clipped prediction; a law that could not be fitted is absent
+    """
+
+    point: Point
+    k: int
+    step: int
+    predictions: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A law that could not be fitted in a fold, and why."""
+
+    law: str
+    series: Series
+    k: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The hold-out error of one law over folds.
+
+    Parameters
+    ----------
+    law, group : the law, and the value of the field grouped by (empty without one)
+    mean, median : of the folds' RMSE, in nats or fractions
+    se : standard error of the mean, over clusters where there are several, else over folds; None for one fold
+    n_folds, n_points, n_series, n_clusters : what it rests on
+    """
+
+    law: str
+    group: str
+    mean: float
+    median: float
+    se: float | None
+    n_folds: int
+    n_points: int
+    n_series: int
+    n_clusters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """All predictions of a rolling hold-out.
+
+    Parameters
+    ----------
+    kind : of the metric
+    laws : in the order given
+    rows : every test point of every fold
+    refusals : folds that a law could not be fitted in
+    """
+
+    kind: Kind
+    laws: tuple[str, ...]
+    rows: tuple[HeldOut, ...]
+    refusals: tuple[Refusal, ...]
+
+    def scores(
+        self, *, before_collapse: bool = True, next_step: bool = False, by: str | None = None, common: bool = True
+    ) -> list[Score]:
+        """One score a law (and group), best mean first within each group.
+
+        Parameters
+        ----------
+        before_collapse : keep only test points before collapse. It uses the truth, and so flatters every law alike
+        next_step : keep only the next larger ratio
+        by : field of a point to group by, one of `BY`; None for one group
+        common : score only folds that every law covers; without it laws may rest on different folds
+        """
+        _check_field(by)
+        kept = [
+            r for r in self.rows if (not before_collapse or r.point.before_collapse) and (not next_step or r.step == 1)
+        ]
+        folds: dict[tuple[str, Series, int], list[HeldOut]] = {}
+        for row in kept:
+            folds.setdefault((field_of(row.point, by), row.point.series, row.k), []).append(row)
+        if common:
+            folds = {
+                key: rows for key, rows in folds.items() if all(law in r.predictions for r in rows for law in self.laws)
+            }
+        scores: list[Score] = []
+        for group in sorted({key[0] for key in folds}):
+            own = {key: rows for key, rows in folds.items() if key[0] == group}
+            found = [s for law in self.laws if (s := _score(law, group, own)) is not None]
+            scores += sorted(found, key=lambda s: s.mean)
+        return scores
+
+    def winner(self) -> str:
+        """The law chosen by hold-out before collapse: the simplest within one standard error of the best mean.
+
+        Baselines without a ratio are never chosen, since they cannot answer what a law is asked; `Score` shows
+        whether the winner beats them. Among equally simple laws the smaller mean wins.
+
+        Raises
+        ------
+        FitError
+            When no fold can be scored.
+        """
+        scores = [s for s in self.scores() if not find(s.law).baseline]
+        if not scores:
+            raise FitError(
+                "no law can be chosen by hold-out: it needs a series with at least 3 ratios before collapse; "
+                "measure more ratios, or name a law with --law"
+            )
+        best = scores[0]
+        within = [s for s in scores if s.mean <= best.mean + (best.se or 0.0)]
+        return min(within, key=lambda s: (len(find(s.law).params), s.mean)).law
+
+
+def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *, min_train: int = 2) -> HoldOut:
+    """Predict the end of every series from each of its beginnings.
+
+    Parameters
+    ----------
+    points : of one kind of metric; series are kept apart, so that protocols may differ
+    laws : laws or names; None for all that describe this kind of metric
+    min_train : the fewest ratios trained on
+
+    Raises
+    ------
+    FitError
+        When there are no points, or losses and scores together.
+    """
+    points = list(points)
+    if len({p.kind for p in points}) != 1:
+        came = "both" if points else "no points"
+        raise FitError(f"a hold-out needs losses or scores, got {came}: keep one metric")
+    kind = points[0].kind
+    chosen = applicable(kind) if laws is None else [find(law) if isinstance(law, str) else law for law in laws]
+    rows: list[HeldOut] = []
+    refusals: list[Refusal] = []
+    curves: dict[Series, list[Point]] = {}
+    for point in points:
+        curves.setdefault(point.series, []).append(point)
+    for series in sorted(curves):
+        curve = sorted(curves[series], key=lambda p: (p.ratio, p.value))
+        ratios = sorted({p.ratio for p in curve})
+        for k in range(min_train, len(ratios)):
+            train = [p for p in curve if p.ratio <= ratios[k - 1]]
+            test = [p for p in curve if p.ratio > ratios[k - 1]]
+            predictions: list[dict[str, float]] = [{} for _ in test]
+            for law in chosen:
+                try:
+                    theta = law.estimate(Inputs.of(train), values(train)).theta
+                except FitError as error:
+                    refusals.append(Refusal(law=law.name, series=series, k=k, reason=str(error)))
+                    continue
+                for row, value in zip(predictions, np.clip(law.f(theta, Inputs.of(test)), *LIMITS[kind]), strict=True):
+                    row[law.name] = float(value)
+            for point, row in zip(test, predictions, strict=True):
+                rows.append(HeldOut(point=point, k=k, step=ratios.index(point.ratio) - k + 1, predictions=row))
+    return HoldOut(kind=kind, laws=tuple(law.name for law in chosen), rows=tuple(rows), refusals=tuple(refusals))
+
+
+def field_of(point: Point, by: str | None) -> str:
+    """The value of the field to group by, as text; the empty text for None."""
+    if by is None:
+        return ""
+    value = point.group if by == "cluster" else getattr(point, by)
+    return "" if value is None else str(value)
+
+
+def grouped(points: Iterable[Point], by: str | None) -> dict[str, list[Point]]:
+    """Points by the value of a field, in the order of the values.
+
+    Raises
+    ------
+    FitError
+        When points have no such field.
+    """
+    _check_field(by)
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(field_of(point, by), []).append(point)
+    return dict(sorted(groups.items()))
+
+
+def _check_field(by: str | None) -> None:
+    if by is not None and by not in BY:
+        raise FitError(f"points cannot be grouped by {by!r}: choose one of {', '.join(BY)}")
+
+
+def _score(law: str, group: str, folds: Mapping[tuple[str, Series, int], Sequence[HeldOut]]) -> Score | None:
+    errors: list[float] = []
+    clusters: list[str] = []
+    n_points = 0
+    for rows in folds.values():
+        misses = [r.predictions[law] - r.point.value for r in rows if law in r.predictions]
+        if misses:
+            errors.append(float(np.sqrt(np.mean(np.square(misses)))))
+            clusters.append(rows[0].point.group)
+            n_points += len(misses)
+    if not errors:
+        return None
+    return Score(
+        law=law,
+        group=group,
+        mean=float(np.mean(errors)),
+        median=float(np.median(errors)),
+        se=_standard_error(errors, clusters),
+        n_folds=len(errors),
+        n_points=n_points,
+        n_series=len({key[1] for key, rows in folds.items() if any(law in r.predictions for r in rows)}),
+        n_clusters=len(set(clusters)),
+    )
+
+
+def _standard_error(errors: Sequence[float], clusters: Sequence[str]) -> float | None:
+    """Of the mean: folds of one cluster move together, so that clusters are summed before squaring."""
+    if len(errors) < 2:
+        return None
+    deviation_M = np.asarray(errors) - np.mean(errors)
+    names = sorted(set(clusters))
+    unit: Callable[[int], str | int] = (lambda i: clusters[i]) if len(names) > 1 else (lambda i: i)
+    sums: dict[str | int, float] = {}
+    for i, deviation in enumerate(deviation_M):
+        sums[unit(i)] = sums.get(unit(i), 0.0) + float(deviation)
+    n = len(sums)
+    return float(np.sqrt(n / (n - 1) * sum(s**2 for s in sums.values()))) / len(errors)
