@@ -1,1 +1,8 @@
 """Compression: pruning and quantization, one file a method."""
+
+from mariotte.named import Catalogue
+
+METHODS = Catalogue("method", "mariotte.compress.methods", "mariotte.methods")
+"""Every compression method by its name."""
+
+__all__ = ["METHODS"]

@@ -1,0 +1,148 @@
+"""Cutting a model: new weights, and a config that says what the model has become.
+
+Shapes: O outputs and I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mariotte.models.model import Model
+
+
+def rounding(width: int, round_to: int | None = None, *, multiple_of: int = 1, at: int | None = None) -> int:
+    """The multiple to which a cut width is rounded.
+
+    Parameters
+    ----------
+    width : the uncut width
+    round_to : asked for; None takes 128 in models at least 1024 wide, so that later quantization in groups of 32 or 128
+        divides it, and 8 in smaller ones
+    multiple_of : a multiple that the family insists on
+    at : the model's hidden size; None when it is `width` itself
+
+    Returns
+    -------
+    The smallest common multiple of the two. Without `round_to`, where that would leave fewer than eight widths to
+    choose from, the general rounding gives way to its largest divisor that leaves them: a model with 5 heads, 80 wide,
+    is rounded to 10 and not to 40.
+    """
+    if round_to is not None:
+        return math.lcm(round_to, multiple_of)
+    general = 128 if (at or width) >= 1024 else 8
+    coarsest = max(general, width // 8)
+    divisors = [d for d in range(general, 0, -1) if general % d == 0]
+    return next((m for d in divisors if (m := math.lcm(d, multiple_of)) <= coarsest), multiple_of)
+
+
+def cut_width(width: int, amount: float, multiple: int) -> int:
+    """What is kept of a width when `amount` of it should go: the nearest multiple, or the width itself.
+
+    At least one multiple is kept; of two equally near the larger one, so that nothing is removed without being asked.
+    """
+    asked = width * (1 - amount)
+    below = math.floor(asked / multiple) * multiple
+    choices = {max(below, multiple), below + multiple, width}
+    return min((c for c in choices if c <= width), key=lambda c: (round(abs(c - asked), 9), -c))
+
+
+def parameter_names(model: Model) -> dict[Tensor, str]:
+    """Each parameter's name in the model; a shared one has the first of its names (the embeddings', when tied)."""
+    return {parameter: name for name, parameter in model.hf.named_parameters()}
+
+
+def norm_weight(norm: nn.Module) -> Tensor:
+    """A norm's scale, (D,)."""
+    return cast(Tensor, norm.weight)
+
+
+def set_norm_eps_(model: Model, eps: float) -> None:
+    """Give every norm of the residual stream another epsilon; the config has to be told separately."""
+    norms = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    for norm in (*norms, model.final_norm):
+        (attribute,) = (name for name in ("variance_epsilon", "eps") if hasattr(norm, name))
+        setattr(norm, attribute, eps)
+
+
+@torch.no_grad()
+def derive(
+    model: Model,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    untie: bool = False,
+) -> Model:
+    """A model with some weights replaced, perhaps by ones of another shape; the given one stays as it is.
+
+    Parameters
+    ----------
+    model : what to start from
+    weights : new values by parameter name, cast to the dtype and device of the parameter that they replace
+    config : what the config must say now; it has to describe the new shapes
+    untie : give the head a weight of its own, which must be among `weights`
+
+    Returns
+    -------
+    An independent model with the same history. Its other parameters are copies.
+
+    Notes
+    -----
+    Costs one copy of the parameters that stay, and never holds two of those that are replaced.
+    """
+    shared: dict[str, nn.Parameter] = dict(model.hf.named_parameters())
+    # Handing deepcopy the parameters as already copied makes it copy the modules around them only.
+    hf = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in shared.values()})
+    for key, value in (config or {}).items():
+        setattr(hf.config, key, value)
+    derived = Model(
+        hf,
+        model.tokenizer,
+        name=model.name,
+        fingerprint=model.fingerprint,
+        stored_dtype=model.stored_dtype,
+        done=model.done,
+    )
+    head = f"{model.entry.head}.weight"
+    tied = derived.head.weight is derived.embeddings.weight
+    unknown = set(weights) - set(shared) - ({head} if untie else set())
+    assert not unknown, f"no parameters {sorted(unknown)}; the head needs untie=True when it is tied"
+    for name, old in shared.items():
+        new = weights.get(name)
+        value = old.detach().clone() if new is None else new.detach().to(old.device, old.dtype, copy=True)
+        _set_parameter(hf, name, value.contiguous(), old)
+    if untie and tied:
+        embeddings = derived.embeddings.weight
+        _set_parameter(hf, head, weights[head].to(embeddings.device, embeddings.dtype, copy=True), embeddings)
+        setattr(hf.config, model.entry.tied, False)
+    elif tied:
+        derived.head.weight = derived.embeddings.weight
+    for module in hf.modules():
+        _restate_sizes(module)
+    if untie:
+        # transformers keeps the list of tied keys from when the model was made, and would tie them again when saving.
+        hf.all_tied_weights_keys = {}
+    return derived
+
+
+def _set_parameter(hf: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(hf.get_submodule(path), leaf, nn.Parameter(value.contiguous(), requires_grad=like.requires_grad))
+
+
+def _restate_sizes(module: nn.Module) -> None:
+    """Make what modules say of their sizes agree with their weights: adapters and exporters read it."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    else:
+        for name in ("hidden_size", "intermediate_size"):
+            config = cast(Any, getattr(module, "config", None))
+            if isinstance(getattr(module, name, None), int) and hasattr(config, name):
+                setattr(module, name, getattr(config, name))

@@ -1,0 +1,89 @@
+"""Tiny random models of every family: two layers, width 32, made in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mariotte import architectures
+from mariotte.models.model import Model
+
+VOCAB = 64
+
+
+@torch.no_grad()
+def tiny(
+    model_type: str,
+    *,
+    hidden: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int | None = None,
+    ffn: int = 48,
+    vocab: int = VOCAB,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **settings: Any,
+) -> Model:
+    """A random model of one family.
+
+    Parameters
+    ----------
+    model_type : a family of ``architectures.py``
+    hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : sizes; `head_dim` None takes ``hidden // heads``
+    dtype : of its weights
+    seed : of its weights
+    settings : anything else that its config should say
+
+    Notes
+    -----
+    Weights are larger than at an initialisation, and norms and biases random: at the usual 0.02 logits hardly differ
+    from zero, and a norm of ones or a bias of zeros would hide that a method forgets it.
+    """
+    entry = architectures.find(model_type)
+    sizes = {
+        entry.hidden: hidden,
+        entry.layers: layers,
+        entry.heads: heads,
+        entry.kv_heads: kv_heads,
+        entry.head_dim: head_dim or hidden // heads,
+        entry.ffn: ffn,
+        entry.vocab: vocab,
+        entry.tied: tied,
+    }
+    config = AutoConfig.for_model(
+        model_type, **sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None, **settings
+    )
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in hf.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise)
+        else:
+            parameter.copy_(noise * (1.0 if parameter.shape[0] == vocab else 1.5 / parameter.shape[1] ** 0.5))
+    hf = hf.to(dtype)
+    hf.config.dtype = dtype
+    model = Model(hf, None, name=f"tiny-{model_type}", fingerprint="", stored_dtype=dtype)
+    model.fingerprint = weights_hash(model)
+    return model
+
+
+def weights_hash(model: Model) -> str:
+    """SHA-256 over config and weights: two models have the same one only if they are the same to the bit."""
+    found = hashlib.sha256(model.hf.config.to_json_string(use_diff=False).encode())
+    for name, tensor in sorted(model.hf.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def random_tokens(rows: int = 16, length: int = 24, *, vocab: int = VOCAB, seed: int = 0) -> Tensor:
+    """Uniform token ids, (rows, length)."""
+    return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
