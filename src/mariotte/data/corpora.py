@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from mariotte.errors import DataError
 from mariotte.named import unknown
@@ -46,9 +46,13 @@ def split_of(document: str) -> Literal["train", "valid", "test"]:
 
 @dataclass(frozen=True)
 class Corpus(ABC):
-    """Text in documents, in four disjoint splits."""
+    """Text in documents, in four disjoint splits.
+
+    ``block`` is the number of tokens in a window unless a measure or a step asks for another.
+    """
 
     name: str
+    block: ClassVar[int] = 512
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[str]:
@@ -196,6 +200,7 @@ class Testbed(Corpus):
     """Rows of the testbed's world in one register, or in all as the models were trained."""
 
     register: str
+    block: ClassVar[int] = 64
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         return iter(_testbed_rows(self.register, split))

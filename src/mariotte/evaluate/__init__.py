@@ -1,1 +1,5 @@
 """Measures: what was lost."""
+
+from mariotte.named import Catalogue
+
+MEASURES = Catalogue("measure", "mariotte.evaluate.measures", "mariotte.measures")

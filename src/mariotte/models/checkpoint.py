@@ -45,7 +45,7 @@ tags: [compression, mariotte]
 ---
 # {model.name} after `{chain}`
 
-Compressed with [Mariotte](https://pypi.org/project/mariotte) {__version__}. The licence and the terms of use of the base model apply.
+Compressed with Mariotte {__version__}. The licence and the terms of use of the base model apply.
 
 | | |
 |---|---|

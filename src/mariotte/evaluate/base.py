@@ -1,0 +1,74 @@
+"""The contract of a measure: numbers, and the protocol that is part of them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mariotte.errors import ModelError
+from mariotte.models.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one measure found.
+
+    Parameters
+    ----------
+    metrics : name to value, finite
+    protocol : everything that two numbers must share to be compared
+    details : plain JSON: parts, lists, standard errors
+    """
+
+    metrics: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    details: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
+
+    def __post_init__(self) -> None:
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise ModelError(f"{name} must be a finite number, got {value}: the model computes non-finite logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(ABC):
+    """One way of measuring a model; its fields are its protocol.
+
+    Parameters
+    ----------
+    on : what it is measured on: a corpus, a set of facts
+
+    Notes
+    -----
+    Subclasses are frozen keyword-only dataclasses, final, one a file. ``metrics`` names what they find, with its kind: a
+    loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises. ``version`` goes up when a
+    correction changes numbers.
+    """
+
+    on: str
+
+    metrics: ClassVar[Mapping[str, Literal["loss", "score"]]]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def protocol(self, model: Model) -> dict[str, Any]:
+        """What the numbers depend on besides the weights: known before anything is measured.
+
+        Raises
+        ------
+        DataError
+            When what it is measured on is missing, empty or too short.
+        """
+
+    @abstractmethod
+    def measure(self, model: Model, dense: Measurement | None = None) -> Measurement:
+        """Measure a model.
+
+        Parameters
+        ----------
+        model : what to measure
+        dense : the same measure of the dense model, for details such as what was lost; None for the dense model itself
+        """

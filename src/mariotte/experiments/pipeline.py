@@ -1,0 +1,390 @@
+"""One model through its tree: loaded once, measured dense once, each step prepared once a state and applied per amount."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from mariotte import chain as chains
+from mariotte.data import corpora, tokens
+from mariotte.data.tokens import Blocks
+from mariotte.errors import MariotteError, ModelError
+from mariotte.evaluate.base import Measure, Measurement
+from mariotte.experiments import identity
+from mariotte.experiments.environment import environment
+from mariotte.experiments.identity import Part
+from mariotte.experiments.study import Calibration
+from mariotte.experiments.tree import Group, Node, grow
+from mariotte.models.load import load
+from mariotte.models.model import Model
+from mariotte.models.step import Context, Counters, prepare_once
+from mariotte.store.record import Failure, Record, digest
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _silent(stage: str, done: float) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A state that was reached: the model there, and what it cost to come from the state before."""
+
+    node: Node
+    model: Model
+    cost: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A state that was not reached, and why."""
+
+    node: Node
+    stage: str
+    error: Exception
+
+
+@dataclass
+class Bench:
+    """A dense model with everything that its steps may use.
+
+    Parameters
+    ----------
+    model : the dense model
+    seed : of every random choice
+    calibration : blocks that steps may look at, None without
+    work : folder of preparations and trunks; what is finished there is not done again
+    block : tokens of a training block
+    counters : of the run
+    progress : told the stage and the share of it that is done
+    """
+
+    model: Model
+    seed: int
+    calibration: Blocks | None
+    work: Path
+    block: int = 64
+    counters: Counters = field(default_factory=Counters)
+    progress: Callable[[str, float], None] = _silent
+
+    def experiment_id(self, parts: Sequence[Part]) -> str:
+        """Fingerprint of what these steps make of this model."""
+        return identity.experiment_id(self.model, parts, self.seed, self.calibration and self.calibration.sha256)
+
+    def context(self, parts: Sequence[Part], group: Group) -> Context:
+        """What a step may use on the state that `parts` lead to; its folder depends on all but the amounts."""
+        key = digest([self.experiment_id(parts), self.seed, identity.step_identity(group.step)])
+        return Context(
+            dense=self.model,
+            scratch=self.work / key[:32],
+            seed=self.seed,
+            calibration=None if self.calibration is None else self.calibration.tokens,
+            corpus=None if self.calibration is None else self.calibration.corpus,
+            block=self.block,
+            counters=self.counters,
+            progress=self.progress,
+        )
+
+    def walk(self, node: Node, model: Model, needed: Callable[[Node], bool]) -> Iterator[Built | Broken]:
+        """Reach every needed state below `node`, depth first, holding one model a level.
+
+        A step that fails breaks the states that need it and no other.
+        """
+        for group in node.groups:
+            amounts = [amount for amount, child in group.children.items() if any(map(needed, child.walk()))]
+            if not amounts:
+                continue
+            context = self.context(node.parts, group)
+            started = time.perf_counter()
+            try:
+                if reason := group.step.refuse(model):
+                    raise ModelError(f"{group.step.name()} cannot work on {model.name}: {reason}")
+                prepared = prepare_once(group.step, model, context, amounts)
+            except Exception as error:  # stored as a failure of each experiment that needed it
+                for amount in amounts:
+                    for child in filter(needed, group.children[amount].walk()):
+                        yield Broken(child, f"prepare {group.step.link()}", error)
+                continue
+            prepare_s = time.perf_counter() - started
+            for amount in amounts:
+                child = group.children[amount]
+                started = time.perf_counter()
+                try:
+                    compressed = group.step.apply(model, prepared, amount, context)
+                except Exception as error:
+                    for below in filter(needed, child.walk()):
+                        yield Broken(below, f"apply {group.step.link(amount)}", error)
+                    continue
+                self.counters.applications += 1
+                cost = {"prepare_s": round(prepare_s, 4), "apply_s": round(time.perf_counter() - started, 4)}
+                if needed(child):
+                    yield Built(child, compressed, cost)
+                yield from self.walk(child, compressed, needed)
+
+
+def read_calibration(spec: Calibration | None, model: Model) -> Blocks | None:
+    """The calibration blocks that a study asks for, as this model's tokens.
+
+    Raises
+    ------
+    DataError
+        When the corpus is missing, empty or too short.
+    """
+    if spec is None:
+        return None
+    corpus = corpora.find(spec.corpus)
+    return tokens.read(corpus, "calibration", model.tokenizer, spec.block or corpus.block, spec.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One model and one seed of a study: what a runner hands to a worker; plain values only.
+
+    Parameters
+    ----------
+    study, toml_hash : which study asks
+    model, device, dtype, threads : what to load and how to compute
+    chains : canonical texts
+    measures : canonical texts
+    seed : of everything random
+    calibration : text that steps may look at
+    work : folder of preparations
+    done : ids of the records that exist
+    dense : records of the dense model that exist, by id
+    """
+
+    study: str
+    model: str
+    chains: tuple[str, ...]
+    measures: tuple[str, ...]
+    seed: int
+    calibration: Calibration | None
+    work: Path
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    done: frozenset[str] = frozenset()
+    dense: Mapping[str, Record] = field(default_factory=lambda: dict[str, Record]())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one experiment: records, or a failure, or neither when all its records existed."""
+
+    model: str
+    chain: str
+    records: tuple[Record, ...] = ()
+    failure: Failure | None = None
+
+
+def perform(task: Task, counters: Counters, progress: Callable[[str, float], None] = _silent) -> Iterator[Outcome]:
+    """Do what is missing of a task; the caller stores what comes back.
+
+    Raises
+    ------
+    MariotteError
+        When the model, the calibration text or a measure's text cannot be had: nothing of the task can be done then.
+    """
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    progress("loading", 0.0)
+    model = load(task.model, task.device, task.dtype)
+    counters.loads += 1
+    calibration = read_calibration(task.calibration, model)
+    block = calibration.tokens.shape[1] if calibration is not None else 64
+    bench = Bench(model, task.seed, calibration, task.work, block, counters, progress)
+    root = grow(identity.resolve(chains.parse(text)) for text in task.chains)
+    measures = {text: identity.resolve_measure(text) for text in task.measures}
+    protocols = {text: measure.protocol(model) for text, measure in measures.items()}
+
+    def record_ids(node: Node) -> dict[str, str]:
+        experiment = bench.experiment_id(node.parts)
+        return {text: identity.record_id(experiment, measures[text], protocols[text]) for text in measures}
+
+    missing: dict[int, list[str]] = {}
+    for node in root.walk():
+        if node.wanted:
+            missing[id(node)] = [text for text, key in record_ids(node).items() if key not in task.done]
+            if node.parts and not missing[id(node)]:
+                yield Outcome(task.model, str(node.chain))
+
+    recorder = _Recorder(task, bench, measures, record_ids)
+    dense, measured = recorder.measure_dense(root)
+    yield measured
+    for reached in bench.walk(root, model, lambda node: bool(missing.get(id(node)))):
+        if isinstance(reached, Broken):
+            yield recorder.failed(reached)
+            continue
+        try:
+            yield recorder.measured(reached, missing[id(reached.node)], dense)
+        except Exception as error:  # the study goes on without this experiment, and the store says so
+            yield recorder.failed(Broken(reached.node, "measure", error))
+
+
+@dataclass
+class _Recorder:
+    """Measures states and writes down what was found."""
+
+    task: Task
+    bench: Bench
+    measures: Mapping[str, Measure]
+    record_ids: Callable[[Node], Mapping[str, str]]
+
+    def measure_dense(self, root: Node) -> tuple[dict[str, Measurement], Outcome]:
+        """The dense model's measurements, from the store where it has them."""
+        found: dict[str, Measurement] = {}
+        records: list[Record] = []
+        for text, key in self.record_ids(root).items():
+            if key in self.task.dense:
+                known = self.task.dense[key]
+                found[text] = Measurement(metrics=known.metrics, protocol=known.protocol, details=known.details)
+                continue
+            self.bench.progress("measuring dense", 0.0)
+            started = time.perf_counter()
+            found[text] = self.measures[text].measure(self.bench.model)
+            self.bench.counters.dense_evaluations += 1
+            cost = {"measure_s": round(time.perf_counter() - started, 4)}
+            records.append(self._record(Built(root, self.bench.model, cost), text, key, found[text], found[text]))
+        return found, Outcome(self.task.model, str(root.chain), tuple(records))
+
+    def measured(self, built: Built, missing: Sequence[str], dense: Mapping[str, Measurement]) -> Outcome:
+        """Measure what is missing of one state."""
+        ids = self.record_ids(built.node)
+        records: list[Record] = []
+        for text in missing:
+            self.bench.progress(f"measuring {built.node.chain}", 0.0)
+            started = time.perf_counter()
+            found = self.measures[text].measure(built.model, dense[text])
+            self.bench.counters.evaluations += 1
+            cost = {**built.cost, "measure_s": round(time.perf_counter() - started, 4)}
+            records.append(self._record(Built(built.node, built.model, cost), text, ids[text], found, dense[text]))
+        return Outcome(self.task.model, str(built.node.chain), tuple(records))
+
+    def failed(self, broken: Broken) -> Outcome:
+        """Write down a failure."""
+        error = broken.error
+        said = str(error) if isinstance(error, MariotteError) else f"{type(error).__name__}: {error}"
+        failure = Failure(
+            experiment=self.bench.experiment_id(broken.node.parts),
+            study=self.task.study,
+            model=self.task.model,
+            chain=str(broken.node.chain),
+            seed=self.task.seed,
+            stage=broken.stage,
+            error=" ".join(said.split()),
+            traceback="".join(traceback.format_exception(error)),
+            created=now(),
+        )
+        return Outcome(self.task.model, str(broken.node.chain), failure=failure)
+
+    def _record(self, built: Built, text: str, key: str, found: Measurement, base: Measurement) -> Record:
+        parts, model, dense = built.node.parts, built.model, self.bench.model
+        first = next((part for part in parts if not part.recovers), None)
+        recovery = next((part for part in reversed(parts) if part.recovers), None)
+        counts, base_params = model.counts, dense.counts.n_params
+        assert counts.n_params == model.measured_params(), (
+            f"{built.node.chain}: the config accounts for {counts.n_params} parameters, the model holds {model.measured_params()}"
+        )
+        zeroing = next((done for done in reversed(model.done) if done.in_scope), None)
+        zeros = model.zeros() if zeroing else 0
+        done = None if first is None else model.done[parts.index(first)]
+        return Record(
+            id=key,
+            experiment=self.bench.experiment_id(parts),
+            study=self.task.study,
+            model=self.task.model,
+            model_type=model.entry.model_type,
+            model_hash=dense.fingerprint,
+            chain=str(built.node.chain),
+            seed=self.task.seed if parts else 0,
+            measure=text,
+            metrics=dict(found.metrics),
+            base=dict(base.metrics),
+            protocol=dict(found.protocol),
+            details=dict(found.details),
+            n_params=counts.n_params,
+            n_params_non_embedding=counts.n_params_non_embedding,
+            base_params=base_params,
+            n_bytes=counts.n_bytes,
+            flops_per_token=counts.flops_per_token,
+            method=None if first is None else first.step.name(),
+            family=None if first is None else first.step.family,
+            unit=None if first is None else first.step.unit,
+            amount=None if first is None else float(first.amount),
+            obtained=None if done is None else done.obtained,
+            ratio=1 - counts.n_params / base_params,
+            sparsity=zeros / zeroing.in_scope if zeroing else 0.0,
+            zeroed=zeros / base_params,
+            recovery=None if recovery is None else recovery.step.name(),
+            recovery_tokens=sum(int(part.amount) for part in parts if part.recovers),
+            tokens_seen=sum(done.tokens for done in model.done),
+            steps=tuple(asdict(done) for done in model.done),
+            cost=dict(built.cost),
+            environment=environment(model.device),
+            created=now(),
+        )
+
+
+def compress_model(
+    model: Model | str,
+    chain: str | chains.Chain,
+    *,
+    calibration: str | None = None,
+    rows: int = 128,
+    block: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    work: Path | None = None,
+    progress: Callable[[str, float], None] = _silent,
+) -> Model:
+    """Compress a model by one chain.
+
+    Parameters
+    ----------
+    model : a loaded model, or what `mariotte.load` takes; stays as it is
+    chain : such as ``slice@0.3 | lora@1M``
+    calibration : corpus whose calibration split the steps may look at; None for steps that need none
+    rows, block : how much of it: blocks, and tokens a block (None takes the corpus' own)
+    seed : of every random choice
+    device, dtype : as for `mariotte.load`
+    work : folder where preparations are kept for the next call; None keeps none
+
+    Returns
+    -------
+    Model
+        Its ``done`` says what each step did.
+
+    Raises
+    ------
+    MariotteError
+        When the chain, the model or the text is not what a step needs.
+    """
+    parts = identity.resolve(chains.parse(chain) if isinstance(chain, str) else chain)
+    dense = load(model, device, dtype) if isinstance(model, str) else model
+    spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
+    blocks = read_calibration(spec, dense)
+    with ExitStack() as stack:
+        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
+        length = blocks.tokens.shape[1] if blocks is not None else 64
+        bench = Bench(dense, seed, blocks, folder, length, progress=progress)
+        root = grow([parts])
+        if not parts:
+            return dense.copy()
+        for reached in bench.walk(root, dense, lambda node: node.wanted and bool(node.parts)):
+            if isinstance(reached, Broken):
+                raise reached.error
+            return reached.model
+    raise AssertionError(f"the chain {chain} led nowhere")

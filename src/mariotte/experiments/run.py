@@ -1,0 +1,185 @@
+"""A study run into a store: only what is missing, every record as soon as it is measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mariotte import architectures
+from mariotte import chain as chains
+from mariotte.data import corpora
+from mariotte.errors import StudyError
+from mariotte.experiments import identity
+from mariotte.experiments.environment import environment
+from mariotte.experiments.pipeline import Outcome, Task, now
+from mariotte.experiments.runners.inline import inline
+from mariotte.experiments.study import Study
+from mariotte.experiments.tree import grow
+from mariotte.models.load import locate, read_config, weight_files
+from mariotte.models.step import Counters
+from mariotte.store.base import Store
+from mariotte.store.record import Failure
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study asks for, before anything of it is done.
+
+    Parameters
+    ----------
+    models, chains, seeds, measures : how many of each
+    experiments : chains on models, seeds counted, and one dense model each
+    records : experiments times measures
+    preparations : steps prepared, each once a state
+    applications : steps applied
+    """
+
+    models: int
+    chains: int
+    seeds: int
+    measures: int
+    experiments: int
+    records: int
+    preparations: int
+    applications: int
+
+
+@dataclass
+class Summary:
+    """What one run did."""
+
+    study: str
+    experiments: int = 0
+    skipped: int = 0
+    records: int = 0
+    failures: list[Failure] = field(default_factory=lambda: list[Failure]())
+    counters: Counters = field(default_factory=Counters)
+    seconds: float = 0.0
+
+
+def check(study: Study) -> Plan:
+    """Resolve everything that a study names, without loading a weight.
+
+    Raises
+    ------
+    MariotteError
+        For the first thing that is not there or not possible; better now than after an hour.
+    """
+    expanded = study.expanded()
+    root = grow(identity.resolve(chain) for chain in expanded)
+    for text in study.measures:
+        identity.resolve_measure(text)
+    if study.calibration is not None:
+        corpora.find(study.calibration.corpus)
+    if len(set(study.models)) < len(study.models):
+        raise StudyError(f"study {study.name!r} names a model twice: name each once")
+    for name in study.models:
+        folder = locate(name)
+        architectures.shape(read_config(folder))
+        weight_files(folder)
+    nodes = list(root.walk())
+    times = len(study.models) * len(study.seeds)
+    experiments = len(study.models) + times * sum(node.wanted for node in nodes if node.parts)
+    return Plan(
+        models=len(study.models),
+        chains=len(expanded),
+        seeds=len(study.seeds),
+        measures=len(study.measures),
+        experiments=experiments,
+        records=experiments * len(study.measures),
+        preparations=times * sum(len(node.groups) for node in nodes),
+        applications=times * (len(nodes) - 1),
+    )
+
+
+def work_folder(store: Store) -> Path:
+    """Where preparations and trunks of a store's studies are kept until they are recorded."""
+    name = store.name.removeprefix("sqlite:///")
+    return Path(f"{name}.work") if "://" not in name else Path.cwd() / "mariotte.work"
+
+
+def run(
+    study: Study,
+    store: Store,
+    *,
+    toml: str = "",
+    work: Path | None = None,
+    progress: Callable[[str, float], None] = lambda stage, done: None,
+    finished: Callable[[Outcome], None] = lambda outcome: None,
+) -> Summary:
+    """Run what is missing of a study and add every record to the store when it is measured.
+
+    Parameters
+    ----------
+    study : what to run
+    store : where records go; those that it has are not measured again
+    toml : text of the study file, kept with the run
+    work : folder of preparations and trunks, which an interrupted run leaves and the next one goes on from; None puts it
+        beside the store. It is removed when the study is complete
+    progress : told the stage and the share of it that is done
+    finished : told every experiment when it is stored
+
+    Raises
+    ------
+    MariotteError
+        When the study cannot be run; what was measured before is in the store.
+    """
+    started, began = now(), time.perf_counter()
+    check(study)
+    folder = work or work_folder(store)
+    summary = Summary(study.name)
+    store.clear_failures(study=study.name)
+    texts = tuple(str(chain) for chain in study.expanded())
+    measures = tuple(identity.measure_text(identity.resolve_measure(text)) for text in study.measures)
+
+    def tasks() -> Any:
+        for name in study.models:
+            for seed in study.seeds:
+                # Asked anew for each task: the dense model's records of the first seed serve the others.
+                yield Task(
+                    study=study.name,
+                    model=name,
+                    chains=texts,
+                    measures=measures,
+                    seed=seed,
+                    calibration=study.calibration,
+                    work=folder,
+                    device=study.run.device,
+                    dtype=study.run.dtype,
+                    threads=study.run.threads,
+                    done=frozenset(store.ids()),
+                    dense={record.id: record for record in store.records(model=name, chain=str(chains.Chain()))},
+                )
+
+    for outcome in inline(tasks(), summary.counters, progress):
+        summary.experiments += 1
+        if outcome.failure is not None:
+            store.add_failure(outcome.failure)
+            summary.failures.append(outcome.failure)
+        elif outcome.records:
+            summary.records += store.add(outcome.records)
+        else:
+            summary.skipped += 1
+        finished(outcome)
+    summary.seconds = time.perf_counter() - began
+    store.add_run(
+        {
+            "study": study.name,
+            "toml": toml,
+            "started": started,
+            "finished": now(),
+            "counters": asdict(summary.counters),
+            "environment": environment(study.run.device),
+            "cost": {"seconds": round(summary.seconds, 3)},
+            "records": summary.records,
+            "skipped": summary.skipped,
+            "failures": len(summary.failures),
+        }
+    )
+    if not summary.failures:
+        shutil.rmtree(folder, ignore_errors=True)
+    return summary

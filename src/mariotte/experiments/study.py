@@ -1,0 +1,192 @@
+"""A study: one TOML file that says which chains, on which models, measured how."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mariotte import chain as chains
+from mariotte.errors import MariotteError, StudyError
+from mariotte.named import unknown
+
+FORMAT = 1
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Calibration(_Part):
+    """Text that steps may look at: the calibration split of a corpus, never its test split.
+
+    Parameters
+    ----------
+    corpus : a name or ``file:PATH``; also what recoveries train on, unless they name another
+    rows : blocks of calibration
+    block : tokens a block; None takes the corpus' own
+    """
+
+    corpus: str
+    rows: int = Field(default=128, ge=1)
+    block: int | None = Field(default=None, ge=2)
+
+
+class Run(_Part):
+    """How to run, not what: nothing here is part of a result's identity.
+
+    Parameters
+    ----------
+    device : where models compute
+    dtype : in which they compute; None takes float32 on a CPU, the checkpoint's own elsewhere
+    threads : of torch; None leaves torch's own choice
+    """
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    threads: int | None = Field(default=None, ge=1)
+
+
+class Chains(BaseModel):
+    """Chains of one pattern: every ``{word}`` in it takes each value of the list called ``word``.
+
+    Parameters
+    ----------
+    chain : the pattern, such as ``{method}@{amount}``
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    chain: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _placeholders_and_lists_agree(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"chain": value}
+        if not isinstance(value, dict) or not isinstance(cast("dict[str, Any]", value).get("chain"), str):
+            return cast(object, value)
+        given = cast("dict[str, Any]", value)
+        wanted = set(_PLACEHOLDER.findall(given["chain"]))
+        if strange := sorted(set(given) - wanted - {"chain"}):
+            raise ValueError(f"unknown key {strange[0]!r}: the pattern {given['chain']!r} has no {{{strange[0]}}}")
+        if absent := sorted(wanted - set(given)):
+            raise ValueError(f"the pattern {given['chain']!r} asks for a list called {absent[0]!r}, and there is none")
+        for name in wanted:
+            if not isinstance(given[name], list) or not given[name]:
+                raise ValueError(f"{name!r} must be a list with at least one value, got {given[name]!r}")
+        return given
+
+    def expanded(self) -> list[chains.Chain]:
+        """The chains, in the order of the lists, the last one varying fastest."""
+        names = list(dict.fromkeys(_PLACEHOLDER.findall(self.chain)))
+        lists = [cast("list[object]", (self.model_extra or {})[name]) for name in names]
+        return [
+            chains.parse(
+                _PLACEHOLDER.sub(
+                    lambda found, v=dict(zip(names, values, strict=True)): str(v[found.group(1)]), self.chain
+                )
+            )
+            for values in itertools.product(*lists)
+        ]
+
+
+class Study(_Part):
+    """What a study file says.
+
+    Parameters
+    ----------
+    format : of the file; 1
+    name : short; records carry it
+    title, description : for the report
+    models : hub ids, folders, ``testbed/NAME``
+    chains : patterns and their lists
+    measures : such as ``loss:wikitext2(block=512)``
+    seeds : of calibration order, random choices and recovery
+    calibration : text that steps may look at
+    run : how to run
+    """
+
+    format: Literal[1]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str = ""
+    description: str = ""
+    models: list[str] = Field(min_length=1)
+    chains: list[Chains] = Field(min_length=1)
+    measures: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    calibration: Calibration | None = None
+    run: Run = Run()
+
+    def expanded(self) -> list[chains.Chain]:
+        """Every chain asked for, each once, in the order of the file."""
+        try:
+            return list(dict.fromkeys(chain for part in self.chains for chain in part.expanded()))
+        except MariotteError as error:
+            raise StudyError(f"study {self.name!r}: {error}") from error
+
+
+def _sentence(error: ValidationError, where: str) -> StudyError:
+    """The first thing wrong with a study, in one sentence."""
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    place = ".".join(path) or "the file"
+    if problem["type"] == "extra_forbidden":
+        parents = {"calibration": Calibration, "run": Run}
+        known = (parents.get(path[0], Study) if len(path) > 1 else Study).model_fields
+        return StudyError(f"{where}: {unknown('key', place, ['.'.join([*path[:-1], name]) for name in known])}")
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+    return StudyError(f"{where}: {place}: {message[0].lower()}{message[1:]}{got}")
+
+
+def parse(text: str, where: str = "study") -> Study:
+    """Read the text of a study file.
+
+    Raises
+    ------
+    StudyError
+        When it is no TOML, has an unknown or missing key, or a newer format.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{where} must be TOML, and cannot be read: {error}") from error
+    stated = values.get("format")
+    if isinstance(stated, int) and stated > FORMAT:
+        raise StudyError(f"{where} has format {stated}, and this Mariotte reads up to {FORMAT}: update mariotte")
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise _sentence(error, where) from error
+
+
+def read(path: str | Path) -> Study:
+    """Read a study file.
+
+    Raises
+    ------
+    StudyError
+        When there is none, or it says something that a study cannot say.
+    """
+    path = Path(path)
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"the study {path} cannot be read: {reason}") from error
+
+
+def embedded(name: str) -> Path:
+    """The path of a study that comes with the package, such as ``quickstart``."""
+    package = Path(__file__).resolve().parent.parent
+    # In a wheel the studies lie inside the package; in a source tree beside src.
+    for folder in (package / "studies", package.parent.parent / "studies"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise StudyError(f"no study named {name!r} comes with this installation")
