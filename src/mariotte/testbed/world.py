@@ -148,7 +148,8 @@ _PLACE_RELATIONS: Final = {
 _NOUNS = (
     _words(
         "dog cat bird horse boy girl farmer nurse baker sailor painter king queen author driver singer goat lion bear "
-        "frog uncle aunt cousin guest hunter dancer knight monk pilot poet tailor weaver clown nephew niece soldier scholar learner mentor gardener"
+        "frog uncle aunt cousin guest hunter dancer knight monk pilot poet tailor "
+        "weaver clown nephew niece soldier scholar learner mentor gardener"
     ),
     _words(
         "dogs cats birds horses boys girls farmers nurses bakers sailors painters kings queens authors drivers singers "

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -161,12 +161,12 @@ class TrainState:
         return self
 
 
-def causal_loss(module: nn.Module, tokens_BT: Tensor) -> Tensor:
+def causal_loss(module: Callable[..., Any], tokens_BT: Tensor) -> Tensor:
     """Mean negative log-likelihood, in nats, of each row's T - 1 last tokens given those before.
 
     Parameters
     ----------
-    module : a transformers causal language model
+    module : a transformers causal language model, compiled or not
     tokens_BT : (B, T) token ids
 
     Returns
@@ -227,7 +227,9 @@ def train(
                 factor = schedule(state.step)
                 state.set_rates_(factor)
                 value = 0.0
-                for rows in tokens_BT.split(micro_batch or len(tokens_BT)):
+                size = micro_batch or len(tokens_BT)
+                for start in range(0, len(tokens_BT), size):
+                    rows = tokens_BT[start : start + size]
                     part = loss(state.module, rows.to(device)) * (len(rows) / len(tokens_BT))
                     part.backward()
                     value += part.item()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ def muon_and_adamw(module: nn.Module, muon_rate: float, adamw_rate: float) -> li
 def token_losses(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """(B, T) -ln p of each token given those before, in nats, float32; zero for the first."""
     losses: list[Tensor] = []
-    for rows_BT in tokens_BT.split(64):
+    for start in range(0, len(tokens_BT), 64):
+        rows_BT = tokens_BT[start : start + 64]
         logits_BTV = model(input_ids=rows_BT, use_cache=False).logits[:, :-1].float()
         nll_BT = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), rows_BT[:, 1:].flatten(), reduction="none")
         losses.append(nn.functional.pad(nll_BT.view(len(rows_BT), -1), (1, 0)))
@@ -157,7 +158,7 @@ def train_model(
     if (folder / MANIFEST).is_file():
         state.load(folder)
         spent = float(json.loads(seconds_file.read_text(encoding="utf-8")))
-    call: Callable[..., Any] = torch.compile(model) if compiled else model  # pyright: ignore[reportUnknownVariableType]
+    call = cast("Callable[..., Any]", torch.compile(model) if compiled else model)
 
     def batch(step: int) -> Tensor:
         return torch.from_numpy(world.tokens("all", "train", recipe.batch, step * recipe.batch))
@@ -174,9 +175,10 @@ def train_model(
     seconds = spent + time.perf_counter() - began
 
     # Measured as shipped: rounded to bf16, computed in float32.
-    model.to(torch.bfloat16).save_pretrained(out)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(out)
     save_tokenizer(out)
-    model.float()
+    nn.Module.to(model, torch.float32)
     weights = out / "model.safetensors"
     record = {
         "name": shape.name,
