@@ -1,5 +1,7 @@
 """What every store must do, as a test class: subclass it, say where a new store is, and run pytest."""
 
+# ruff: noqa: D102  (the name of a test is its docstring)
+
 from __future__ import annotations
 
 import dataclasses
@@ -62,7 +64,8 @@ def make_record(number: int = 0, **changes: Any) -> Record:
         "cost": {"load_s": 0.25},
         "environment": {"threads": 1},
         "created": "2026-01-01T00:00:00Z",
-    } | changes
+    }
+    fields.update(changes)
     experiment = digest([fields["model"], fields["chain"], fields["seed"]])
     fields.setdefault("experiment", experiment)
     fields.setdefault("id", digest([fields["experiment"], fields["measure"]]))
@@ -83,7 +86,8 @@ def make_failure(number: int = 1, **changes: Any) -> Failure:
         "traceback": "Traceback (most recent call last): ...",
         "created": "2026-01-01T00:00:00Z",
     }
-    return Failure(**(fields | changes))
+    fields.update(changes)
+    return Failure(**fields)
 
 
 class _Stuck(Record):
@@ -103,7 +107,8 @@ def _add_until_stuck(url: str, numbers: list[int], reached: Event) -> None:
     records = [make_record(number) for number in numbers]
     # The id that sorts last, so that the others are on their way to the store when the writer stops.
     fields: dict[str, Any] = {f.name: getattr(records[0], f.name) for f in dataclasses.fields(Record)}
-    stuck = _Stuck(**{**fields, "id": "f" * 64})
+    fields["id"] = "f" * 64
+    stuck = _Stuck(**fields)
     object.__setattr__(stuck, "reached", reached)
     with open_store(url, create=True) as store:
         store.add([*records, stuck])
@@ -184,9 +189,9 @@ class StoreConformance:
             assert store.get("abcd01") == one
             assert store.find("eeee1") == [one]
             assert store.find("eeee") == [one, other]
-            with pytest.raises(StoreError, match="2 records .* id starting with 'abcd'"):
+            with pytest.raises(StoreError, match=r"2 records .* id starting with 'abcd'"):
                 store.get("abcd")
-            with pytest.raises(StoreError, match="no record .* starting with 'eeee1'"):
+            with pytest.raises(StoreError, match=r"no record .* starting with 'eeee1'"):
                 store.get("eeee1")
             with pytest.raises(StoreError, match="at least 4 characters"):
                 store.get("abc")

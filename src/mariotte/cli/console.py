@@ -1,0 +1,270 @@
+"""What commands print with: text, tables, JSON and progress, for a person at a terminal and for a pipe alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PLAIN_LINE_EVERY_S = 10.0
+"""Shortest time between two progress lines where there is no terminal: a log of a night stays readable."""
+
+
+def say(text: str) -> None:
+    """Print text on stdout as it is: no markup, no colour, no wrapping."""
+    if sys.stdout is not None:
+        print(text, file=sys.stdout)
+
+
+def warn(text: str) -> None:
+    """Print one line on stderr, for what the user should know although the command goes on."""
+    if sys.stderr is not None:
+        print(f"mariotte: {text}", file=sys.stderr)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str | None = None) -> None:
+    """Print a table on stdout: ruled on a terminal, Markdown without wrapping elsewhere.
+
+    Parameters
+    ----------
+    title : printed above; empty for none
+    columns : their headings
+    rows : one cell a column; floats are printed with four digits, None as ``-``, anything else as `str` says
+    note : a line below
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = _out()
+    terminal = out.isatty()
+    cells = [list(row) for row in rows]
+    table = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, title_justify="left")
+    for index, name in enumerate(columns):
+        numeric = any(_is_number(row[index]) for row in cells) and all(
+            row[index] is None or _is_number(row[index]) for row in cells
+        )
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        assert len(row) == len(columns), f"a row must have {len(columns)} cells, got {len(row)}: {row}"
+        table.add_row(*(Text(format_cell(cell)) for cell in row))
+    if title:
+        say(title)
+    if terminal:
+        _rich(out).print(table)
+    else:
+        say(_unwrapped(table))
+    if note:
+        say(note)
+
+
+def print_json(value: object) -> None:
+    """Print JSON on stdout, indented, for other programs.
+
+    Parameters
+    ----------
+    value : JSON values, and within them dataclasses, paths, numpy numbers and arrays; NaN and infinities become null
+    """
+    say(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def format_cell(value: object) -> str:
+    """A cell's text: four significant digits of a float, ``-`` for None and NaN, one line of anything else."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:.0f}"
+    # Names in a store may come from anyone: a control character must not reach the terminal.
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in str(value))
+
+
+class Update(Protocol):
+    """What `progress` hands to the work: call it when something is done."""
+
+    def __call__(
+        self,
+        advance: float = 1,
+        *,
+        completed: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Report progress.
+
+        Parameters
+        ----------
+        advance : how much was done since the last call; ignored when `completed` is given
+        completed : how much is done altogether
+        total : how much there is to do, when that changed
+        text : what is being done now
+        """
+        ...
+
+
+@contextmanager
+def progress(description: str, total: float | None = None) -> Generator[Update]:
+    """Show on stderr how far the work is: a bar with the time left on a terminal, plain lines elsewhere.
+
+    Parameters
+    ----------
+    description : what is done, such as the study's name
+    total : how much there is to do, in any unit; None when that is not known
+
+    Notes
+    -----
+    Plain lines come when the work starts and ends and at most every `PLAIN_LINE_EVERY_S` seconds in between. stdout is
+    left to results, so that ``--json`` can be piped while the bar runs.
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        with _bar(description, total, sys.stderr) as update:
+            yield update
+    else:
+        with _lines(description, total) as update:
+            yield update
+
+
+@contextmanager
+def _bar(description: str, total: float | None, stream: TextIO) -> Generator[Update]:
+    from rich.markup import escape
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=_rich(stream)) as bar:
+        task = bar.add_task(escape(description), total=total, text="")
+
+        def update(
+            advance: float = 1,
+            *,
+            completed: float | None = None,
+            total: float | None = None,
+            text: str | None = None,
+        ) -> None:
+            if text is not None:
+                bar.update(task, text=escape(text))
+            if total is not None:
+                bar.update(task, total=total)
+            if completed is not None:
+                bar.update(task, completed=completed)
+            else:
+                bar.advance(task, advance)
+
+        yield update
+
+
+@contextmanager
+def _lines(description: str, total: float | None) -> Generator[Update]:
+    started = printed = time.monotonic()
+    done, goal = 0.0, total
+
+    def line(text: str) -> None:
+        if sys.stderr is not None:
+            print(f"{description}: {text}", file=sys.stderr, flush=True)
+
+    def amount() -> str:
+        return f"{done:g}" if goal is None else f"{done:g} of {goal:g}"
+
+    def update(
+        advance: float = 1,
+        *,
+        completed: float | None = None,
+        total: float | None = None,
+        text: str | None = None,
+    ) -> None:
+        nonlocal done, goal, printed
+        done = completed if completed is not None else done + advance
+        goal = goal if total is None else total
+        now = time.monotonic()
+        if now - printed < PLAIN_LINE_EVERY_S:
+            return
+        printed = now
+        parts = [amount(), f"{duration(now - started)} so far"]
+        if goal is not None and 0 < done < goal:
+            parts.append(f"about {duration((now - started) * (goal - done) / done)} left")
+        line(", ".join(parts) + (f" ({text})" if text else ""))
+
+    line("started" if goal is None else f"started, {goal:g} to do")
+    try:
+        yield update
+    except BaseException:
+        line(f"stopped at {amount()} after {duration(time.monotonic() - started)}")
+        raise
+    line(f"done, {amount()} in {duration(time.monotonic() - started)}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``8 s``, ``3:05 min``, ``2:41 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def _out() -> TextIO:
+    """Stdout, or nowhere when the shell closed it."""
+    return sys.stdout if sys.stdout is not None else io.StringIO()
+
+
+def _rich(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False)
+
+
+def _unwrapped(table: Table) -> str:
+    """A table's text at its natural width, without colour and trailing spaces."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=100_000, color_system=None, force_terminal=False).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: object) -> object:
+    """JSON values of whatever `print_json` accepts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in cast("Iterable[Any]", value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    if hasattr(value, "tolist"):  # numpy numbers and arrays, without importing numpy
+        return _plain(cast("Any", value).tolist())
+    raise TypeError(f"{type(value).__name__} is not JSON: {value!r}")
