@@ -73,6 +73,20 @@ measured for your data: `mariotte run`, or any evaluation of your own.
 """
 
 
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder for a checkpoint, if one could be put there: asked before the work, not after it.
+
+    Raises
+    ------
+    ModelError
+        When it holds something already.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} exists and is not empty: give a new folder for the checkpoint")
+    return target
+
+
 def save(
     model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense_params: int | None = None
 ) -> Path:
@@ -93,9 +107,7 @@ def save(
         When the folder holds something already, cannot be written, or what was written does not load back to the same
         logits.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists and is not empty: give a new folder for the checkpoint")
+    target = check_target(folder)
     stored = dtype or model.stored_dtype
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

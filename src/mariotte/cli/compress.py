@@ -1,0 +1,89 @@
+"""``mariotte compress``: one chain on one model, saved as a checkpoint that loads anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mariotte.cli.console import print_json, print_table, progress, say
+
+__all__ = ["compress"]
+
+
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, testbed/NAME or a hub id.")],
+    chain: Annotated[str, typer.Argument(metavar="CHAIN", help='Such as "slice@0.3 | lora@1M".')],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist yet, or be empty.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Corpus to look at: a name or file:PATH.  [default: the testbed's for its models]")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 128,
+    block: Annotated[int | None, typer.Option(min=2, help="Tokens in a block.  [default: the corpus' own]")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Compute in this dtype.  [default: float32 on a CPU]")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the chain and say what it means.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Compress a model by one chain and save it as an ordinary checkpoint.
+
+    The checkpoint is loaded back by stock transformers and its logits are compared before the folder appears; a model
+    card says what was done.
+    """
+    from mariotte import chain as chains
+    from mariotte.experiments import identity
+    from mariotte.experiments.pipeline import compress_model
+    from mariotte.models import checkpoint
+    from mariotte.models.load import load, locate, read_config
+
+    parts = identity.resolve(chains.parse(chain))
+    canonical = " | ".join(str(part.link) for part in parts) or "dense"
+    if calibration is None and model.startswith("testbed/"):
+        calibration = "testbed/all"
+    if dry_run:
+        from mariotte import accounting
+
+        counts = accounting.count(read_config(locate(model)))
+        say(f"{model}: {counts.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
+        return
+    checkpoint.check_target(out)
+    with progress(f"compress {model}") as update:
+        dense = load(model, device, dtype)
+        done = compress_model(
+            dense,
+            chain,
+            calibration=calibration,
+            rows=rows,
+            block=block,
+            seed=seed,
+            progress=lambda stage, share: update(0, text=stage if not share else f"{stage} {share:.0%}"),
+        )
+        update(0, text="saving, loading back and comparing")
+        folder = checkpoint.save(done, out, dense_params=dense.counts.n_params)
+    counts, base = done.counts, dense.counts
+    zeros = done.zeros() if any(step.in_scope for step in done.done) else 0
+    if as_json:
+        print_json(
+            {
+                "folder": str(folder),
+                "chain": canonical,
+                "base_params": base.n_params,
+                "n_params": counts.n_params,
+                "ratio": 1 - counts.n_params / base.n_params,
+                "zeroed": zeros / base.n_params,
+                "n_bytes": counts.n_bytes,
+                "steps": done.done,
+            }
+        )
+        return
+    rows_of = [
+        ["parameters", f"{base.n_params:,}", f"{counts.n_params:,}", f"{1 - counts.n_params / base.n_params:.1%} removed"],
+        ["bytes", f"{base.n_bytes:,}", f"{counts.n_bytes:,}", ""],
+        ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
+    ]
+    print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
+    if zeros:
+        say(f"{zeros:,} weights are zero: the checkpoint is as large and as fast as before; zeros alone save nothing")
+    say(f"saved, loaded back by stock transformers, logits equal: {folder}")
