@@ -106,7 +106,7 @@ def facts_known(model: nn.Module, world: World, facts: Sequence[Fact]) -> dict[s
     return result
 
 
-def measure(model: nn.Module, world: World, n_rows: int = TEST_ROWS) -> dict[str, Any]:
+def measure(model: nn.Module, world: World, n_rows: int) -> dict[str, Any]:
     """Loss against the floor on test rows, and facts known about people and places."""
     model.eval()
     rows = world.rows("all", "test", n_rows)
@@ -196,7 +196,7 @@ def train_model(
             "transformers": transformers.__version__,
             "numpy": np.__version__,
         },
-        **measure(model, world),
+        **measure(model, world, TEST_ROWS),
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
