@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mariotte.errors import ModelError
-from mariotte.named import unknown
+from mariotte.errors import ModelError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)

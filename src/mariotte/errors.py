@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MariotteError(Exception):
     """Base of every error that the user can mend; the command line prints it as one sentence, exit code 2."""
@@ -33,3 +36,11 @@ class StoreError(MariotteError):
 
 class FitError(MariotteError):
     """Points on which a law cannot be fitted, or a fit that cannot answer what it was asked."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
+    """The error for a name that nothing defines: the nearest names, then all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    suggestion = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UnknownNameError(f"no {kind} named {name!r}{suggestion} (known: {', '.join(known)}){hint}")

@@ -7,23 +7,13 @@ names imports nothing. Packages of other people join through an entry point.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mariotte.errors import UnknownNameError
-
-
-def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
-    """The error for a name that nothing defines: the nearest names, then all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    suggestion = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return UnknownNameError(f"no {kind} named {name!r}{suggestion} (known: {', '.join(known)}){hint}")
+from mariotte.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -44,7 +34,8 @@ class Catalogue:
     def names(self) -> list[str]:
         """Every name, sorted; imports none of the files behind them."""
         spec = importlib.util.find_spec(self.package)
-        assert spec is not None and spec.submodule_search_locations, f"{self.package} is not a package"
+        assert spec is not None, f"there is no package {self.package}"
+        assert spec.submodule_search_locations, f"{self.package} is a module, not a package"
         files = (file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.py"))
         own = {file.stem.replace("_", "-") for file in files if not file.stem.startswith("_")}
         return sorted(own | {point.name for point in importlib.metadata.entry_points(group=self.group)})

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from mariotte.errors import DataError
-from mariotte.named import unknown
+from mariotte.errors import DataError, unknown
 
 Split = Literal["train", "calibration", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -12,12 +12,11 @@ from typing import Any, TypeVar, cast
 
 from mariotte.chain import Chain, Link, Value, parse_link
 from mariotte.compress import METHODS
-from mariotte.errors import ChainError
+from mariotte.errors import ChainError, unknown
 from mariotte.evaluate import MEASURES
 from mariotte.evaluate.base import Measure
 from mariotte.models.model import Model
 from mariotte.models.step import Step
-from mariotte.named import unknown
 from mariotte.recover import RECOVERIES
 from mariotte.store.record import digest
 

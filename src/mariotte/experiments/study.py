@@ -11,8 +11,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mariotte import chain as chains
-from mariotte.errors import MariotteError, StudyError
-from mariotte.named import unknown
+from mariotte.errors import MariotteError, StudyError, unknown
 
 FORMAT = 1
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")

@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mariotte import architectures
-from mariotte.errors import ModelError, UnknownNameError
+from mariotte.errors import ModelError, UnknownNameError, unknown
 from mariotte.models.model import Model
-from mariotte.named import unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "weights"
