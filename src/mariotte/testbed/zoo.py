@@ -157,7 +157,7 @@ def path(name: str) -> Path:
     if not (folder / RECORD).is_file():
         raise ModelError(
             f"the weights of '{name}' are not in this installation, expected {folder}; "
-            f"make them with 'mariotte testbed train {name}'"
+            f"make them with 'mariotte testbed train {folder.name} --out {folder}'"
         )
     return folder
 
