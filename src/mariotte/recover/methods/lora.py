@@ -1,0 +1,513 @@
+"""LoRA: low-rank adapters on every matrix of the blocks, trained on text and merged into the weights.
+
+Shapes: B rows of a batch, T tokens of a row, O and I outputs and inputs of a matrix, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from mariotte.chain import print_number
+from mariotte.data import corpora, tokens
+from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.models.model import Done, Model
+from mariotte.models.step import Context, Prepared, Step
+from mariotte.training.loop import MANIFEST, Progress, TrainState, causal_loss, train
+from mariotte.training.schedule import ConstantThenLinear
+
+__all__ = ["LoRA"]
+
+_ADAPTER = "default"
+_LATEST = "latest"
+_RUN = "trunk.json"
+_SAVE_SECONDS = 30.0
+"""A killed trunk loses at most this much; chosen by us: a save of the 8B models' adapters takes about a second."""
+
+_WINDOW = 16_384
+"""Rows shuffled at once: a corpus larger than memory is read only as far as its tokens are needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What a number of recovery tokens means in rows and steps.
+
+    Parameters
+    ----------
+    rows : rows of T tokens seen in all; the last batch holds what is left of them
+    steps : steps in all
+    leave : step at which the branch leaves the trunk, the last whole batch within 0.9 of the rows
+    """
+
+    rows: int
+    steps: int
+    leave: int
+
+    @property
+    def decay(self) -> int:
+        """Steps with a falling learning rate; at least one."""
+        return self.steps - self.leave
+
+
+def course(recovery_tokens: int, block: int, batch: int) -> Course:
+    """Rows and steps of a run that sees `recovery_tokens`, rounded down to whole rows.
+
+    Parameters
+    ----------
+    recovery_tokens : D, tokens seen, decay included
+    block : tokens of a row
+    batch : rows of a batch
+
+    Raises
+    ------
+    ChainError
+        When there is not one row.
+    """
+    rows = recovery_tokens // block
+    if rows < 1:
+        raise ChainError(
+            f"lora must see at least one row of {block} tokens, got {print_number(recovery_tokens)}: "
+            f"write lora@{block} or more, or a shorter block"
+        )
+    return Course(rows=rows, steps=-(-rows // batch), leave=rows * 9 // (10 * batch))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows of text in the order of training: a function of the position alone, whatever is read later.
+
+    Parameters
+    ----------
+    tokens_NT : (N, T) rows of the training split from its beginning
+    permutation : of (epoch, window, rows in the window)
+    """
+
+    tokens_NT: Tensor
+    permutation: Callable[[int, int, int], Tensor]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows at positions from `start` up to `stop`, (stop - start, T)."""
+        n = len(self.tokens_NT)
+        found: list[Tensor] = []
+        while start < stop:
+            epoch, index = divmod(start, n)
+            window, offset = divmod(index, _WINDOW)
+            size = min(_WINDOW, n - window * _WINDOW)
+            taken = min(stop - start, size - offset)
+            order = self.permutation(epoch, window, size)[offset : offset + taken]
+            found.append(self.tokens_NT[window * _WINDOW + order])
+            start += taken
+        return torch.cat(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A corpus and a tokenizer, compared by what they are rather than by which objects they are."""
+
+    corpus_is: str
+    tokenizer_sha256: str
+    corpus: corpora.Corpus = dataclasses.field(compare=False)
+    tokenizer: PreTrainedTokenizerBase = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=2)
+def _read(source: _Source, block: int, windows: int) -> Tensor:
+    """Whole windows of training rows, or the whole split where it holds fewer, (N, T).
+
+    Kept: every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
+    """
+    try:
+        return tokens.blocks(source.corpus, "train", source.tokenizer, block, windows * _WINDOW)
+    except DataError:
+        # Too few rows for whole windows: take them all. Anything else that is wrong with the corpus is raised again.
+        return tokens.blocks(source.corpus, "train", source.tokenizer, block)
+
+
+class _Masked(LoraVariant):
+    """A low-rank change of the weights that are not zero, so that a sparse matrix stays sparse.
+
+    Without it the merged change fills every zero; with a mask applied only after training, the model that is kept
+    is not the one whose loss was lowered. Cost: the product of the factors, R·O·I, once a matrix and pass.
+    """
+
+    def __init__(self, mask_OI: Tensor) -> None:
+        self.mask_OI = mask_OI
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] a static method in peft, called on the instance
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        return result + nn.functional.linear(x, delta(module) * self.mask_OI)
+
+
+def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, (R, I), and B, (O, R), of an adapted matrix."""
+    first = cast(nn.Linear, layer.lora_A[_ADAPTER])
+    second = cast(nn.Linear, layer.lora_B[_ADAPTER])
+    return cast(nn.Parameter, first.weight), cast(nn.Parameter, second.weight)
+
+
+def delta(layer: LoraLayer) -> Tensor:
+    """What an adapter adds to its matrix, alpha / R · B A, (O, I), float32."""
+    a_RI, b_OR = _factors(layer)
+    scaling = cast("dict[str, float]", layer.scaling)  # alpha / R
+    return (b_OR @ a_RI) * scaling[_ADAPTER]
+
+
+def matrices(model: Model) -> dict[str, nn.Linear]:
+    """The matrices of the blocks by their path from the model."""
+    entry = model.entry
+    paths = [entry.query, entry.key, entry.value, entry.output, entry.gate, entry.up, entry.down]
+    return {
+        f"{entry.blocks}.{i}.{path}": cast(nn.Linear, block.module.get_submodule(path))
+        for i, block in enumerate(model.blocks)
+        for path in paths
+        if path is not None
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Step):
+    """Recover with low-rank adapters on all linear layers of the blocks, merged at the end.
+
+    Parameters
+    ----------
+    rank : R
+    alpha : the change of a matrix is alpha / R · B A
+    lr : learning rate of the trunk; None takes 0.5 / hidden size, see Notes
+    dropout : of the adapters' input, in [0, 1)
+    batch : rows of a step
+    block : tokens of a row; None takes the run's
+    warmup : steps over which the learning rate rises, the same for every D
+    corpus : trained on, its training split; None takes the run's
+
+    Notes
+    -----
+    One trunk serves every D. It is trained at a constant learning rate; the run of D tokens leaves it at the last
+    whole batch within 0.9·D, with adapter, optimizer and position, and lowers the learning rate linearly to zero over
+    the rest. So the tokens of a smaller D are the first ones of a larger D, and the result at one D is the same bits
+    whatever other D were asked for, in which order, and however often the work was interrupted (on one machine with
+    one number of threads). D counts every token seen, decay included, rounded down to whole rows; the last batch
+    holds the rows that are left. Training text repeats, shuffled anew, where D exceeds it: the facts say how often.
+
+    The default learning rate falls with width as tuned rates do: 4e-3 at width 128 (tuned by us on the testbed),
+    1.2e-4 at width 4096, where 1e-4 to 3e-4 is usual.
+
+    Weights that an earlier step set to zero stay zero: the change is masked in training and in merging alike.
+
+    Costs, with D tokens in all: memory, one copy of the model when merging, none while training; disk, three float32
+    copies of the adapter a D.
+
+    References
+    ----------
+    [hu2022lora]_ section 4. The constant rate with a branch that decays: [hagele2024scaling]_.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    family: ClassVar[str] = "recovery"
+    reference: ClassVar[str] = "hu2022lora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    lr: float | None = None
+    dropout: float = 0.0
+    batch: int = 16
+    block: int | None = None
+    warmup: int = 4
+    corpus: str | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("rank", 1), ("batch", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ChainError(f"lora: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.block is not None and self.block < 2:
+            raise ChainError(f"lora: block must be at least 2 tokens, got {self.block}")
+        if not 0 <= self.dropout < 1:
+            raise ChainError(f"lora: dropout must be in [0, 1), got {self.dropout}")
+        for name in ("alpha", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ChainError(f"lora: {name} must be positive, got {value}")
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        for path, matrix in matrices(model).items():
+            if not isinstance(matrix, nn.Linear):  # pyright: ignore[reportUnnecessaryIsInstance] cast above
+                return f"needs linear layers, and {path} of this {model.entry.model_type} is a {type(matrix).__name__}"
+            if type(matrix.weight.data) is not Tensor or not matrix.weight.is_floating_point():
+                return f"trains beside plain weights, and {path} is quantized: put lora before the quantization"
+        return None
+
+    @override
+    def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
+        block = int(prepared.facts["run"]["block"])
+        leaves = {course(int(amount), block, self.batch).leave for amount in amounts}
+        return all(_whole(_snapshot(prepared.folder, leave)) for leave in leaves if leave)
+
+    @override
+    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        """Train the trunk as far as the largest amount needs it, keeping its state where each amount leaves it.
+
+        Raises
+        ------
+        ModelError
+            When the model's matrices cannot be adapted.
+        DataError
+            When there is no text to train on, or no tokenizer to read it with.
+        """
+        if reason := self.refuse(model):
+            raise ModelError(f"lora {reason}")
+        block = self.block or context.block
+        courses = [course(int(amount), block, self.batch) for amount in amounts]
+        stream = self._stream(model, context, max(c.rows for c in courses))
+        run = self._run(model, context, stream)
+        folder = context.scratch
+        _settle(folder, run)
+        wanted = sorted({c.leave for c in courses if c.leave and not _whole(_snapshot(folder, c.leave))})
+        for leave in wanted:
+            self._trunk(model, context, stream, leave, last=wanted[-1])
+        if wanted:
+            _forget(folder / _LATEST)
+        return Prepared(folder).finish(run=run)
+
+    @override
+    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+        """The model after `amount` tokens, the adapter merged into its weights.
+
+        The facts of its `Done`: rows seen, passes begun over the text (`epochs`), the loss of the first batch before
+        any training, the mean loss over the decay (each batch before it was learned), and how many weights were held
+        at zero.
+
+        Raises
+        ------
+        DataError
+            When the text or the settings are not those that the trunk was trained with.
+        """
+        block = self.block or context.block
+        plan = course(int(amount), block, self.batch)
+        stream = self._stream(model, context, plan.rows)
+        run = self._run(model, context, stream)
+        if prepared.facts["run"] != run:
+            changed = sorted(key for key in run if run[key] != prepared.facts["run"].get(key))
+            raise DataError(
+                f"the trunk in {prepared.folder} was trained with another {' and '.join(changed)}: remove that folder "
+                "and run again"
+            )
+        state = self._state(model, context)
+        with torch.no_grad():
+            loss_begin = causal_loss(state.module, stream.rows(0, min(self.batch, plan.rows)).to(model.device)).item()
+        if plan.leave:
+            state.load(_snapshot(prepared.folder, plan.leave))
+        branched = before = state.tokens
+        losses: list[float] = []
+
+        def watch(progress: Progress) -> None:
+            nonlocal before
+            context.counters.decay_tokens += progress.tokens - before
+            before = progress.tokens
+            losses.append(progress.loss)
+            context.progress("lora decay", (progress.step - plan.leave) / plan.decay)
+
+        falling = ConstantThenLinear(steps=plan.steps, decay=plan.decay)
+        train(
+            state,
+            self._batches(stream, plan.rows),
+            schedule=lambda step: falling(step) * self._warm(step),
+            until=plan.steps,
+            watch=watch,
+        )
+        assert state.tokens == plan.rows * block, f"{state.tokens} tokens seen, {plan.rows} rows of {block} planned"
+        merged = model.copy()
+        held = self._merge_(merged, state)
+        link = self.link(amount)
+        return merged.after(
+            Done(
+                step=str(link),
+                name=link.name,
+                unit=self.unit,
+                family=self.family,
+                amount=amount,
+                obtained=state.tokens,
+                tokens=state.tokens,
+                facts={
+                    "corpus": run["corpus"],
+                    "rows": plan.rows,
+                    "block": block,
+                    "steps": plan.steps,
+                    "decay_tokens": state.tokens - branched,
+                    "epochs": -(-plan.rows // len(stream.tokens_NT)),
+                    "rank": self.rank,
+                    "alpha": self.alpha,
+                    "lr": run["lr"],
+                    "loss_begin": loss_begin,
+                    "loss_end": sum(losses) / len(losses),
+                    "mask_reapplied": held,
+                },
+            )
+        )
+
+    def _run(self, model: Model, context: Context, stream: Stream) -> dict[str, Any]:
+        """What a trunk depends on, as plain JSON: a folder made under another one is not continued."""
+        first = stream.rows(0, min(self.batch, len(stream.tokens_NT)))
+        fields = dataclasses.asdict(self) | {
+            "block": self.block or context.block,
+            "corpus": self.corpus or context.corpus,
+            "lr": self.lr or 0.5 / model.shape.hidden,
+        }
+        return fields | {
+            "version": self.version,
+            "seed": context.seed,
+            "model": model.fingerprint,
+            "done": [done.step for done in model.done],
+            "text": hashlib.sha256(first.numpy().tobytes()).hexdigest(),
+        }
+
+    def _stream(self, model: Model, context: Context, rows: int) -> Stream:
+        """The training text, at least as much of it as `rows` need."""
+        name = self.corpus or context.corpus
+        if name is None:
+            raise DataError("lora needs text to train on, got none: name a corpus, such as lora@1M(corpus=wikitext2)")
+        if model.tokenizer is None:
+            raise DataError(f"lora cannot read {name!r} without a tokenizer: put tokenizer.json into the model folder")
+        corpus = corpora.find(name)
+        source = _Source(
+            corpus_is=repr(corpus),  # with its folder: one name in two folders is two corpora
+            tokenizer_sha256=tokens.tokenizer_hash(model.tokenizer),
+            corpus=corpus,
+            tokenizer=model.tokenizer,
+        )
+        tokens_NT = _read(source, self.block or context.block, -(-rows // _WINDOW))
+
+        @functools.lru_cache(maxsize=2)
+        def permutation(epoch: int, window: int, size: int) -> Tensor:
+            return torch.randperm(size, generator=context.generator("lora", "rows", epoch, window))
+
+        return Stream(tokens_NT, permutation)
+
+    def _batches(self, stream: Stream, rows: int) -> Callable[[int], Tensor]:
+        return lambda step: stream.rows(step * self.batch, min((step + 1) * self.batch, rows))
+
+    def _warm(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+
+    def _state(self, model: Model, context: Context) -> TrainState:
+        """A fresh adapter, which changes nothing yet, on a twin that shares the model's weights and trains none."""
+        # Its own parameters over the same storage: peft marks what must not train, and the model is not ours to mark.
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.hf.parameters()}
+        memo |= {id(b): b for b in model.hf.buffers()}
+        twin = copy.deepcopy(model.hf, memo)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=cast(int, self.alpha),
+            lora_dropout=self.dropout,
+            target_modules=list(matrices(model)),
+        )
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # peft draws from the global generator; we draw anew below
+            module = inject_adapter_in_model(config, twin, adapter_name=_ADAPTER)
+        masked = sum(done.zeros for done in model.done) > 0
+        for path, matrix in matrices(model).items():
+            layer = cast(LoraLayer, module.get_submodule(path))
+            a_RI, b_OR = _factors(layer)
+            generator = context.generator("lora", "start", path)
+            # As peft and the paper's code: uniform within 1 / sqrt(I); B is zero. Float32 beside weights of any dtype.
+            a_RI.data = ((2 * torch.rand(a_RI.shape, generator=generator) - 1) / math.sqrt(a_RI.shape[1])).to(
+                a_RI.device
+            )
+            b_OR.data = torch.zeros(b_OR.shape, device=b_OR.device)
+            if masked:
+                layer.lora_variant[_ADAPTER] = _Masked((matrix.weight != 0).detach())
+        trained = [p for p in module.parameters() if p.requires_grad]
+        rate = self.lr or 0.5 / model.shape.hidden
+        return TrainState(module, [torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)], context.seed)
+
+    def _trunk(self, model: Model, context: Context, stream: Stream, leave: int, *, last: int) -> None:
+        """Train from the furthest state not beyond `leave` up to it, and keep the state there."""
+        folder = context.scratch
+        state = self._state(model, context)
+        start = max(
+            (path for path in folder.iterdir() if _whole(path) and _step(path) <= leave), key=_step, default=None
+        )
+        if start is None:
+            context.counters.trunks += 1
+        else:
+            state.load(start)
+        saved = time.monotonic()
+        before = state.tokens
+
+        def watch(progress: Progress) -> None:
+            nonlocal saved, before
+            context.counters.trunk_tokens += progress.tokens - before
+            before = progress.tokens
+            if time.monotonic() - saved >= _SAVE_SECONDS and progress.step < leave:
+                state.save(folder / _LATEST)
+                saved = time.monotonic()
+            context.progress("lora trunk", progress.step / last)
+
+        train(state, self._batches(stream, leave * self.batch), schedule=self._warm, until=leave, watch=watch)
+        state.save(_snapshot(folder, leave))
+
+    @torch.no_grad()
+    def _merge_(self, model: Model, state: TrainState) -> int:
+        """Add what the adapters learned to the weights; the number of weights held at zero."""
+        held = 0
+        for path, matrix in matrices(model).items():
+            layer = cast(LoraLayer, state.module.get_submodule(path))
+            change_OI = delta(layer)
+            if isinstance(variant := layer.lora_variant.get(_ADAPTER), _Masked):
+                change_OI = change_OI * variant.mask_OI
+                held += int((~variant.mask_OI).sum())
+            # float32: a small change would vanish if it were rounded to the weight's dtype before the sum.
+            matrix.weight.copy_(matrix.weight.float() + change_OI)
+        return held
+
+
+def _snapshot(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:07d}"
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds a whole state: its manifest is written last."""
+    return (folder / MANIFEST).is_file()
+
+
+def _step(folder: Path) -> int:
+    return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"])
+
+
+def _forget(folder: Path) -> None:
+    """Remove a state, its manifest first: half of a state must not look whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settle(folder: Path, run: dict[str, Any]) -> None:
+    """Make a folder this run's: states of another run are removed, its own are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = folder / _RUN
+    if told.is_file() and json.loads(told.read_text(encoding="utf-8")) == run:
+        return
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for state in [*folder.glob("step-*"), folder / _LATEST]:
+        _forget(state)
+    draft = folder / f".{_RUN}"
+    draft.write_text(json.dumps(run), encoding="utf-8")
+    draft.replace(told)
