@@ -85,7 +85,9 @@ class Bench:
 
     def context(self, parts: Sequence[Part], group: Group) -> Context:
         """What a step may use on the state that `parts` lead to; its folder depends on all but the amounts."""
-        key = digest([self.experiment_id(parts), self.seed, identity.step_identity(group.step)])
+        # The calibration once more: the dense model's id leaves it out, and what is learned from it there must not.
+        text = None if self.calibration is None else [self.calibration.corpus, self.calibration.sha256]
+        key = digest([self.experiment_id(parts), self.seed, text, identity.step_identity(group.step)])
         return Context(
             dense=self.model,
             scratch=self.work / key[:32],
