@@ -58,9 +58,9 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         if c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
             remarks.append(f"the interval of {c.name} is wider than twice its estimate")
     n_clusters = len({p.group for p in ordered})
-    if estimate.covariance is not None and n_clusters < len(ordered):
+    if estimate.covariance is not None and 1 < n_clusters < len(ordered):
         remarks.append(
-            f"standard errors take the {len(ordered)} points as independent; they come from {n_clusters} cluster(s)"
+            f"standard errors take the {len(ordered)} points as independent; they come from {n_clusters} clusters"
         )
     facts = FitReport(
         law=law.name,

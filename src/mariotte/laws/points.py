@@ -1,23 +1,23 @@
 """Points from our own records and from tables of other people's measurements.
 
-A table has one row a number, with at least the columns model, method, ratio, metric, base_value and value; the
-optional ones are source, family, ratio_kind, recovery_tokens, stderr, bits, chance, protocol, params_b.
+A table of published numbers has one row a number, with at least the columns model, method, ratio, metric, base_value
+and value; the optional ones are source, family, ratio_kind, recovery_tokens, stderr, bits, chance, protocol, params_b.
+A table exported from a store has a record's fields besides, its chain among them, and gives the points of that store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from mariotte import chain
-from mariotte.errors import FitError
+from mariotte.errors import FitError, unknown
 from mariotte.laws.base import Point, metric_kind
-from mariotte.named import unknown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,7 +38,7 @@ _RATIO_KIND: Mapping[str, str] = {
 _CONVERSION = re.compile(r"\s*\(=.*\)$")
 
 _REQUIRED = ("model", "method", "ratio", "metric", "base_value", "value")
-_TABLES = (".csv", ".parquet", ".pq", ".tsv")
+_TABLES = (".csv", ".parquet", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def read(source: str, *, metric: str | None = None, covariate: str | None = None
 
     Parameters
     ----------
-    source : a file name ending in .csv or .parquet, or what `mariotte.store.open_store` opens
+    source : a file name ending in .csv, .parquet or .json, or what `mariotte.store.open_store` opens
     metric : None takes ``loss`` where there is one, or the only metric
     covariate : what the ratio of a record is, see `from_records`; a table states its own
 
@@ -70,16 +70,17 @@ def read(source: str, *, metric: str | None = None, covariate: str | None = None
     ------
     FitError
         When the metric or the covariate does not exist, or no points are left.
+    StoreError
+        When the table or the store cannot be read.
     """
     if source.lower().endswith(_TABLES):
         from mariotte.store.tables import read_table
 
-        if not Path(source).is_file():
-            raise FitError(f"a table or a store is needed, there is no file {source!r}: give an existing path")
-        return from_table(read_table(Path(source)), metric=metric, covariate=covariate)
-    from mariotte.store import open_store
+        return from_table(read_table(source), metric=metric, covariate=covariate)
+    from mariotte.store.sql import open_store
 
-    return from_records(open_store(source).records(), metric=metric, covariate=covariate or "removed")
+    with open_store(source) as store:
+        return from_records(store.records(), metric=metric, covariate=covariate or "removed")
 
 
 def from_records(records: Iterable[Record], *, metric: str | None = None, covariate: str = "removed") -> Reading:
@@ -97,10 +98,11 @@ def from_records(records: Iterable[Record], *, metric: str | None = None, covari
     FitError
         When the metric or the covariate does not exist, or no points are left.
     """
-    if covariate not in get_args(Covariate):
-        raise FitError(str(unknown("covariate", covariate, get_args(Covariate))))
+    _check_covariate(covariate)
     records = list(records)
-    metric = _choose_metric({name for r in records for name in r.metrics}, metric)
+    # "loss_se" is the standard error of "loss", no metric of its own.
+    errors = {f"{name}_se" for r in records for name in r.metrics}
+    metric = _choose_metric({name for r in records for name in r.metrics} - errors, metric)
     points: list[Point] = []
     skipped: dict[str, int] = {}
     for record in records:
@@ -113,44 +115,71 @@ def from_records(records: Iterable[Record], *, metric: str | None = None, covari
         elif (ratio := getattr(record, covariate)) is None:
             _count(skipped, f"no {covariate}")
         else:
-            points.append(_record_point(record, metric, float(ratio), covariate))
+            points.append(
+                _own_point(
+                    vars(record),
+                    metric=metric,
+                    value=record.metrics[metric],
+                    base=record.base[metric],
+                    se=record.metrics.get(f"{metric}_se"),
+                    ratio=float(ratio),
+                    covariate=covariate,
+                )
+            )
     return _reading(points, metric, skipped)
 
 
 def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | None = None) -> Reading:
-    """The points of one metric in a table of published numbers.
+    """The points of one metric in a table: of published numbers, or exported from a store (it has a column chain).
 
     Perplexities become losses by their logarithm. Rows without a dense value are left out, and so are quantised
     ones (bits below 16), which no law of the ratio describes.
+
+    Parameters
+    ----------
+    table : see the head of this file
+    metric : None takes ``loss`` where there is one, or the only metric
+    covariate : of an exported table as in `from_records`; published ones state their own ratio
 
     Raises
     ------
     FitError
         When a column is missing, the metric does not exist, or no points are left.
     """
-    if covariate is not None:
-        raise FitError(
-            f"a table states its own ratio in the column ratio_kind, got covariate {covariate!r}: leave it out"
-        )
     if missing := [c for c in _REQUIRED if c not in table.columns]:
         raise FitError(
             f"a table needs the columns {', '.join(_REQUIRED)}; {', '.join(missing)} is missing: rename or add it"
         )
-    rows = cast("list[dict[str, Any]]", table.to_dict(orient="records"))
+    exported = "chain" in table.columns
+    if covariate is not None and not exported:
+        raise FitError(f"a table of published numbers states its own ratio, got covariate {covariate!r}: leave it out")
+    covariate = covariate or ("removed" if exported else "ratio")
+    _check_covariate(covariate)
+    # Empty cells are None, NaN or pandas' NA, by column: make them None, all of them.
+    plain = table.astype(object).where(table.notna(), None)
+    rows = cast("list[dict[str, Any]]", plain.to_dict(orient="records"))
     metric = _choose_metric({str(row["metric"]) for row in rows}, metric)
     points: list[Point] = []
     skipped: dict[str, int] = {}
     for row in rows:
         if str(row["metric"]) != metric:
             continue
-        bits = _number(row.get("bits"))
+        bits, ratio = _number(row.get("bits")), _number(row.get(covariate))
         base, value = _number(row["base_value"]), _number(row["value"])
-        if base is None or value is None:
+        # A ratio of 0 is an own record's fact (quantisation removes nothing) but a published table's dense row.
+        if not _text(row["method"]) if exported else ratio == 0:
+            _count(skipped, "of the dense model")
+        elif base is None or value is None:
             _count(skipped, "no dense value" if base is None else "no value")
+        elif ratio is None:
+            _count(skipped, f"no {covariate}")
+        elif exported:
+            own = {**row, "protocol": json.loads(row["protocol"])}
+            se = _number(row.get("stderr"))
+            point = _own_point(own, metric=metric, value=value, base=base, se=se, ratio=ratio, covariate=covariate)
+            points.append(point)
         elif bits is not None and bits < 16:
             _count(skipped, "quantised")
-        elif (ratio := _number(row["ratio"])) is None or ratio == 0:
-            _count(skipped, "of the dense model")
         else:
             points.append(_row_point(row, metric, base, value, ratio, bits))
     return _reading(points, metric, skipped)
@@ -178,26 +207,39 @@ def where(points: Iterable[Point], conditions: Mapping[str, str]) -> list[Point]
     return kept
 
 
-def _record_point(record: Record, metric: str, ratio: float, covariate: str) -> Point:
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is a perplexity, which enters as its logarithm."""
+    return any(word in metric.lower() for word in ("ppl", "perplexity"))
+
+
+def _own_point(
+    fields: Mapping[str, Any],
+    *,
+    metric: str,
+    value: float,
+    base: float,
+    se: float | None,
+    ratio: float,
+    covariate: str,
+) -> Point:
+    """The point of a record, from its fields by name."""
     from mariotte.store.record import digest
 
-    first, *rest = chain.parse(record.chain).links
-    kind = _RATIO_KIND[covariate].format(unit=record.unit)
-    se = record.metrics.get(f"{metric}_se")
+    first, *rest = chain.parse(fields["chain"]).links
     return Point(
-        value=_logarithm(metric, record.metrics[metric]),
-        base=_logarithm(metric, record.base[metric]),
+        value=_logarithm(metric, value),
+        base=_logarithm(metric, base),
         ratio=ratio,
-        ratio_kind=kind,
+        ratio_kind=_RATIO_KIND[covariate].format(unit=fields["unit"]),
         metric=metric,
         # The measure for people, the digest for what the measure's text leaves unsaid (corpus and tokenizer hashes).
-        protocol=f"{record.measure}#{digest(dict(record.protocol))[:8]}",
-        tokens=float(record.recovery_tokens),
-        params=float(record.base_params),
+        protocol=f"{fields['measure']}#{digest(dict(fields['protocol']))[:8]}",
+        tokens=float(fields["recovery_tokens"]),
+        params=float(fields["base_params"]),
         se=se,
-        model=record.model,
+        model=fields["model"],
         method=str(dataclasses.replace(first, amount=None)),
-        family=record.family,
+        family=_text(fields["family"]) or None,
         recovery=" | ".join(map(str, rest)),
     )
 
@@ -220,7 +262,7 @@ def _row_point(
         tokens=tokens if tokens is not None else 0.0,
         params=None if params_b is None else params_b * 1e9,
         bits=bits,
-        se=None if se is None else (se / value if _is_perplexity(metric) else se),
+        se=None if se is None else (se / value if is_perplexity(metric) else se),
         chance=_number(row.get("chance")),
         model=_text(row["model"]),
         method=_text(row["method"]),
@@ -237,6 +279,11 @@ def _reading(points: list[Point], metric: str, skipped: Mapping[str, int]) -> Re
     return Reading(points=tuple(points), metric=metric, skipped=dict(skipped))
 
 
+def _check_covariate(covariate: str) -> None:
+    if covariate not in get_args(Covariate):
+        raise FitError(str(unknown("covariate", covariate, get_args(Covariate))))
+
+
 def _choose_metric(known: set[str], metric: str | None) -> str:
     if not known:
         raise FitError("there is nothing to fit, the table or store is empty: run a study or give another file")
@@ -251,12 +298,8 @@ def _choose_metric(known: set[str], metric: str | None) -> str:
     raise FitError(f"there are {len(known)} metrics ({', '.join(sorted(known))}): choose one with --metric")
 
 
-def _is_perplexity(metric: str) -> bool:
-    return any(word in metric.lower() for word in ("ppl", "perplexity"))
-
-
 def _logarithm(metric: str, value: float) -> float:
-    if not _is_perplexity(metric):
+    if not is_perplexity(metric):
         return value
     if value <= 0:
         raise FitError(f"a perplexity must be above 0, got {value:g} for {metric!r}: correct the table")
@@ -276,10 +319,8 @@ def _number(value: object) -> float | None:
 
 
 def _text(value: object) -> str:
-    """A cell as text; empty cells (None, NaN) are the empty text."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(value)
+    """A cell as text; an empty cell is the empty text."""
+    return "" if value is None else str(value)
 
 
 def _count(skipped: dict[str, int], reason: str) -> None:

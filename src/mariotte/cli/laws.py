@@ -1,0 +1,62 @@
+"""``mariotte laws``: the laws, their sources and what is wrong with them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["laws"]
+
+
+def laws(
+    name: Annotated[
+        str | None, typer.Argument(help="One law, in full; without it all are listed.", show_default=False)
+    ] = None,
+    published: Annotated[bool, typer.Option("--published", help="Print the coefficients that papers give.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the laws with their formulas and sources, or show one with its known defects."""
+    from mariotte.cli.console import print_json, print_table, say
+    from mariotte.laws.catalogue import LAWS, find
+    from mariotte.laws.published import coefficients
+
+    chosen = [find(n) for n in (LAWS.names() if name is None else [name])]
+    if published:
+        rows = [row for row in coefficients() if row["law"] in {law.name for law in chosen}]
+        if as_json:
+            print_json(rows)
+            return
+        columns = ["law", "scope", "metric", "form", "alpha", "beta", "gamma", "adj_r2", "source", "mark", "note"]
+        print_table("Published coefficients", columns, [[row[c] for c in columns] for row in rows])
+        say("mark: read = in the paper's own text; checked = quotation checked against the paper by a third party.")
+        return
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": law.name,
+                    "formula": law.formula,
+                    "reference": law.reference,
+                    "inputs": list(law.inputs),
+                    "metric_kinds": list(law.metric_kinds),
+                    "parameters": [p.name for p in law.params],
+                    "anchored": law.anchored,
+                    "baseline": law.baseline,
+                    "defects": list(law.defects),
+                }
+                for law in chosen
+            ]
+        )
+        return
+    rows = [
+        [law.name, law.formula, "yes" if law.anchored else "no", " and ".join(law.metric_kinds), law.reference or "-"]
+        for law in chosen
+    ]
+    print_table("Laws", ["name", "formula", "L(0) = L0", "describes", "source"], rows)
+    if name is not None:
+        (law,) = chosen
+        say((law.__doc__ or "").strip().partition("\n")[0])
+        say("What is wrong with it:")
+        for i, defect in enumerate(law.defects, 1):
+            say(f"{i}. {defect}")

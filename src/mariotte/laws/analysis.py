@@ -1,0 +1,127 @@
+"""From points to an answer: hold every law out, choose one, fit it, say what is critical."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mariotte.errors import FitError
+from mariotte.laws.base import Kind, Point
+from mariotte.laws.catalogue import find
+from mariotte.laws.fitting import fit
+from mariotte.laws.result import Fit, Ratio
+from mariotte.laws.validation import HoldOut, grouped, rolling
+
+AUTO = "auto"
+"""The name that asks for the winner of the hold-out."""
+
+TOLERANCE: Mapping[Kind, float] = {"loss": 1.05, "score": 0.95}
+"""Of which the critical ratio is printed: 5 % more loss, or 5 % less of a score."""
+
+LEVEL = 0.8
+"""Of the critical ratio's interval: the highest that four clusters can calibrate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What `analyse` found.
+
+    Parameters
+    ----------
+    metric, kind : of the points
+    by : the field grouped by, None for one fit
+    held_out : predictions of all laws; empty when every series is too short
+    law : the one fitted
+    why : how it was chosen, one sentence
+    fits : one a group; the empty text names the only one
+    critical : the ratio at which each fit reaches `TOLERANCE`
+    refused : groups that could not be fitted, and why
+    """
+
+    metric: str
+    kind: Kind
+    by: str | None
+    held_out: HoldOut
+    law: str
+    why: str
+    fits: Mapping[str, Fit]
+    critical: Mapping[str, Ratio]
+    refused: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: scores three ways, fits with their reports, critical ratios."""
+        return {
+            "metric": self.metric,
+            "kind": self.kind,
+            "by": self.by,
+            "hold_out": {
+                "before_collapse": [asdict(s) for s in self.held_out.scores()],
+                "next_step": [asdict(s) for s in self.held_out.scores(next_step=True)],
+                "all": [asdict(s) for s in self.held_out.scores(before_collapse=False)],
+            },
+            "law": self.law,
+            "why": self.why,
+            "tolerance": TOLERANCE[self.kind],
+            "fits": [
+                {"group": group, "critical": asdict(self.critical[group]), **asdict(fitted.report())}
+                for group, fitted in self.fits.items()
+            ],
+            "refused": dict(self.refused),
+        }
+
+
+def analyse(points: Sequence[Point], *, law: str = AUTO, by: str | None = None) -> Analysis:
+    """Compare all laws by rolling hold-out, choose one, and fit it to the points or to each group of them.
+
+    Parameters
+    ----------
+    points : of one metric
+    law : ``auto`` for the winner of the hold-out, or a name
+    by : a field of the points; None pools them all into one fit
+
+    Raises
+    ------
+    FitError
+        When nothing can be chosen or fitted.
+    UnknownNameError
+        When no law has that name.
+    """
+    chosen = None if law == AUTO else find(law).name  # a misspelt name must not wait for the hold-out
+    held_out = rolling(points)
+    if chosen is None:
+        chosen, why = held_out.winner(), "chosen: the simplest within one standard error of the best mean"
+        why += _against_baselines(held_out, chosen)
+    else:
+        why = "as asked"
+    groups = grouped(points, by)
+    fits: dict[str, Fit] = {}
+    refused: dict[str, str] = {}
+    for group, own in groups.items():
+        try:
+            fits[group] = fit(chosen, own, pool=points)
+        except FitError as error:
+            # One group of many that is too small is told and passed over; a single fit that fails is an error.
+            if len(groups) == 1:
+                raise
+            refused[group] = str(error)
+    if not fits:
+        raise FitError(f"no group by {by} could be fitted: {next(iter(refused.values()))}")
+    kind = points[0].kind
+    return Analysis(
+        metric=points[0].metric,
+        kind=kind,
+        by=by,
+        held_out=held_out,
+        law=chosen,
+        why=why,
+        fits=fits,
+        critical={group: fitted.critical(TOLERANCE[kind], level=LEVEL) for group, fitted in fits.items()},
+        refused=refused,
+    )
+
+
+def _against_baselines(held_out: HoldOut, chosen: str) -> str:
+    scores = {s.law: s for s in held_out.scores()}
+    better = [s for s in scores.values() if find(s.law).baseline and s.mean < scores[chosen].mean]
+    return f"; but {better[0].law} has a smaller error ({better[0].mean:.3g})" if better else ""

@@ -1,0 +1,123 @@
+"""``mariotte fit`` and ``mariotte predict`` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mariotte.cli.main import app
+
+HEADER = "source,model,method,family,ratio,ratio_kind,recovery_tokens,metric,base_value,value,stderr,bits,protocol"
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six models on a pruning law with slightly different exponents, one of them under another protocol."""
+    rows = [HEADER]
+    for i in range(6):
+        base = 2.0 + 0.1 * i
+        for ratio in (0.1, 0.2, 0.3, 0.4, 0.5):
+            loss = base * (1 - ratio) ** (-0.6 - 0.02 * i)
+            protocol = "ctx 512" if i == 5 else "ctx 2048"
+            rows.append(
+                f"here,m{i},cut,slice,{ratio},parameters,0,wiki_ppl,{math.exp(base)!r},{math.exp(loss)!r},,,{protocol}"
+            )
+    rows.append("here,m0,cut,slice,0.5,parameters,0,wiki_ppl,7.4,9.9,,4,ctx 2048")
+    path = tmp_path / "table.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_hold_out_coefficients_and_critical_ratio_are_printed(table: Path):
+    result = run("fit", table, "--where", "protocol=ctx 2048")
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "left out: 1 quantised",
+        "Hold-out error of ln wiki_ppl (nats",
+        "| pruning-law",
+        "| persist",
+        "chosen: the simplest",
+    ):
+        assert expected in result.output
+    for expected in (
+        "L = L0 · P0 · (1 - r)^α",
+        "Critical ratio: where ln wiki_ppl changes by +5 % (parameters)",
+        "25 points, 5 series",
+    ):
+        assert expected in result.output
+
+
+def test_json_holds_everything(table: Path):
+    values = json.loads(run("fit", table, "--by", "model", "--json").output)
+    assert values["law"] == "pruning-law"
+    assert values["skipped"] == {"quantised": 1}
+    assert [f["group"] for f in values["fits"]] == [f"m{i}" for i in range(6)]
+    assert values["fits"][0]["critical"]["r"] == pytest.approx(1 - 1.05 ** (-1 / 0.6))
+    assert {s["law"] for s in values["hold_out"]["next_step"]} == {"compression-law", "line", "persist", "pruning-law"}
+
+
+def test_a_fit_is_stored_and_predicts(table: Path, tmp_path: Path):
+    out = tmp_path / "fit.json"
+    assert run("fit", table, "--where", "model=m2", "--law", "pruning-law", "--out", out).exit_code == 0
+    result = run("predict", out, "--ratio", "0.4", "--tokens", "10M", "--level", "0.8", "--json")
+    values = json.loads(result.output)
+    assert values["mean"] == pytest.approx(2.2 * 0.6 ** (-0.64))
+    assert values["inside_box"] is True
+    assert values["lo"] is None
+    assert values["note"].startswith("not calibrated")
+    text = run("predict", out, "--ratio", "0.9").output
+    assert "outside the data of the fit; collapsed" in text
+
+
+def test_base_moves_a_prediction(table: Path, tmp_path: Path):
+    out = tmp_path / "fit.json"
+    assert run("fit", table, "--where", "protocol=ctx 2048", "--law", "pruning-law", "--out", out).exit_code == 0
+    means = [
+        json.loads(run("predict", out, "--ratio", "0.3", "--base", b, "--json").output)["mean"] for b in ("2.0", "2.2")
+    ]
+    assert means[1] / means[0] == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "points of 2 protocols are never pooled ('ctx 2048'; 'ctx 512')"),
+        (["--law", "lin"], "no law named 'lin'; did you mean 'line'"),
+        (["--metric", "wiki"], "no metric named 'wiki'; did you mean 'wiki_ppl'"),
+        (["--by", "colour"], "points cannot be grouped by 'colour'"),
+        (["--where", "model"], "--where must be FIELD=TEXT"),
+        (["--where", "model=x"], "no point has model 'x'"),
+        (["--covariate", "sparsity"], "states its own ratio"),
+        (["--by", "model", "--out", "fit.json"], "--out keeps one fit, --by model gives 6"),
+    ],
+)
+def test_errors_are_one_sentence(table: Path, words: list[str], said: str):
+    result = run("fit", table, *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not Path("fit.json").exists()
+
+
+def test_missing_and_empty_files(tmp_path: Path):
+    assert "no table at" in run("fit", tmp_path / "no.csv").stderr
+    assert "there is no file" in run("predict", tmp_path / "no.json", "--ratio", "0.1").stderr
+    empty = tmp_path / "empty.csv"
+    empty.write_text(HEADER + "\n")
+    assert "columns and no rows" in run("fit", empty).stderr
+
+
+def test_ratio_out_of_range(table: Path, tmp_path: Path):
+    out = tmp_path / "fit.json"
+    assert run("fit", table, "--where", "model=m2", "--law", "line", "--out", out).exit_code == 0
+    result = run("predict", out, "--ratio", "40")
+    assert result.exit_code == 2
+    assert "a ratio must lie in (-1, 1), got 40" in result.stderr
