@@ -1,10 +1,10 @@
-"""What do slice and ffn cost stories260K in loss, a real model of 260,032 parameters trained on TinyStories?
+"""The loss of stories260K, a real model of 260,032 parameters trained on TinyStories, after slice, ffn and magnitude.
 
 python benchmarks/stories260k.py SHARED_DATA
 
-SHARED_DATA holds models/stories260K and tinystories/tinystories_sample.txt. The file is one token stream without special
-tokens, cut into windows of 256: the first 128 calibrate, the last 200 test. Each loss is the mean over all tokens of a
-window but its first. The sample is text that the model was trained on: these are losses of fit, not of generalisation.
+SHARED_DATA holds models/stories260K and tinystories/tinystories_sample.txt. The file is one token stream without
+special tokens, cut into windows of 256: the first 128 calibrate, the last 200 test. Each loss is the mean over all
+tokens of a window but its first. The model was trained on this text: losses of fit, not of generalisation.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def _observe(
 
     handles = [module.register_forward_pre_hook(watch(group)) for group, some in inputs.items() for module in some]
     # The model without its head: no hook sits behind it, and logits are the largest tensor of the pass.
-    body = cast(nn.Module, model.hf.base_model)
+    body = model.hf.base_model
     try:
         for start in range(0, len(tokens_NT), rows):
             body(input_ids=tokens_NT[start : start + rows].to(model.device), use_cache=False)

@@ -96,6 +96,7 @@ def derive(
     Costs one copy of the parameters that stay, and never holds two of those that are replaced.
     """
     shared: dict[str, nn.Parameter] = dict(model.hf.named_parameters())
+    names = parameter_names(model)
     # Handing deepcopy the parameters as already copied makes it copy the modules around them only.
     hf = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in shared.values()})
     for key, value in (config or {}).items():
@@ -117,8 +118,8 @@ def derive(
         value = old.detach().clone() if new is None else new.detach().to(old.device, old.dtype, copy=True)
         _set_parameter(hf, name, value.contiguous(), old)
     if untie and tied:
-        embeddings = derived.embeddings.weight
-        _set_parameter(hf, head, weights[head].to(embeddings.device, embeddings.dtype, copy=True), embeddings)
+        old = shared[names[model.embeddings.weight]]
+        _set_parameter(hf, head, weights[head].to(old.device, old.dtype, copy=True), old)
         setattr(hf.config, model.entry.tied, False)
     elif tied:
         derived.head.weight = derived.embeddings.weight

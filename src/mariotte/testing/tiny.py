@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mariotte import architectures
 from mariotte.models.model import Model
@@ -60,7 +60,8 @@ def tiny(
     config = AutoConfig.for_model(
         model_type, **sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None, **settings
     )
-    hf = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # pyright: ignore[reportUnknownVariableType]
+    hf = cast(PreTrainedModel, made).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in hf.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -68,7 +69,7 @@ def tiny(
             parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise)
         else:
             parameter.copy_(noise * (1.0 if parameter.shape[0] == vocab else 1.5 / parameter.shape[1] ** 0.5))
-    hf = hf.to(dtype)
+    hf.to(dtype)  # pyright: ignore[reportArgumentType]
     hf.config.dtype = dtype
     model = Model(hf, None, name=f"tiny-{model_type}", fingerprint="", stored_dtype=dtype)
     model.fingerprint = weights_hash(model)

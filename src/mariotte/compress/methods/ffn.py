@@ -5,9 +5,9 @@ Shapes: D model width, F neurons of a block (the down projection's inputs), K ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
     Notes
     -----
     Removing column j and letting the others make up for it by least squares raises the squared output error by
-    |w_j|² / (G⁻¹)_jj. The smallest goes, W and G⁻¹ are updated as if it had never been, and again: one greedy nested order,
-    so all amounts come from one pass. Of equal ones the first goes first.
+    |w_j|² / (G⁻¹)_jj. The smallest goes, W and G⁻¹ are updated as if it had never been, and again: one greedy nested
+    order, so all amounts come from one pass. Of equal ones the first goes first.
 
     Cost: F steps of one rank-one update each of G⁻¹ and W, so F³ + D F² operations and 2 F² float64.
 
@@ -59,7 +59,7 @@ def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
     ----------
     [hassibi1993optimal]_ equation 5, for columns instead of single weights.
     """
-    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(moment_FF))
+    inverse_KK = torch.cholesky_inverse(cast(Tensor, torch.linalg.cholesky(moment_FF)))
     weight_DK = down_DF.clone()
     left_K = torch.arange(down_DF.shape[1], device=down_DF.device)
     order: list[int] = []
@@ -96,7 +96,7 @@ def least_squares_factors(down_DF: Tensor, moment_FF: Tensor, order_F: Tensor) -
     L : (F, F) lower Cholesky factor of the moment in that order
     M : (D, F) the projection in that order, times L
     """
-    factor_FF = torch.linalg.cholesky(moment_FF[order_F][:, order_F])
+    factor_FF = cast(Tensor, torch.linalg.cholesky(moment_FF[order_F][:, order_F]))
     return factor_FF, down_DF[:, order_F] @ factor_FF
 
 
@@ -109,10 +109,11 @@ def compensated(factor_FF: Tensor, product_DF: Tensor, kept: int) -> Tensor:
 
     Notes
     -----
-    The least-squares solution is W G[:, k] (G[k, k])⁻¹. In the order in which columns go last, with G = L Lᵀ, the kept ones
-    come first, G[:, k] = L[:, k] L[k, k]ᵀ, and it is (W L)[:, k] L[k, k]⁻¹: one triangular solve for each amount.
+    The least-squares solution is W G[:, k] (G[k, k])⁻¹ for the kept columns k. With the most important first and
+    G = L Lᵀ, G[:, k] = L[:, k] L[k, k]ᵀ, and it is (W L)[:, k] L[k, k]⁻¹: one triangular solve for each amount.
     """
-    return torch.linalg.solve_triangular(factor_FF[:kept, :kept], product_DF[:, :kept], upper=False, left=False)
+    solve = cast("Callable[..., Tensor]", torch.linalg.solve_triangular)
+    return solve(factor_FF[:kept, :kept], product_DF[:, :kept], upper=False, left=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,13 @@ class FFN(Step):
     Parameters
     ----------
     criterion : which neurons matter. obs: the greedy optimal-brain-surgeon order; activation: root mean square of the
-        neuron's output on calibration text, times the norm of its column of the down projection; norm: the product of the
-        norms of its rows and its column, without calibration
+        neuron's output on calibration text, times the norm of its column of the down projection; norm: the product of
+        the norms of its rows and its column, without calibration
     compensate : fold what the removed neurons did into the kept ones, by least squares on calibration activations
-    ridge : added to the diagonal of the activations' second moment, as a share of its mean; pulls the compensated columns
-        towards the uncompensated ones
+    ridge : added to the diagonal of the activations' second moment, as a share of its mean; pulls the compensated
+        columns towards the uncompensated ones. 0.01 is the usual damping of optimal-brain-surgeon methods
+        ([frantar2023sparsegpt]_); on stories260K it lost least with little calibration text and no more than 0.02
+        nats with plenty
     round_to : multiple to which the width is rounded; None takes 128 in models at least 1024 wide, 8 in smaller ones
 
     Raises
@@ -136,7 +139,7 @@ class FFN(Step):
 
     Notes
     -----
-    Compensation minimises the squared error of the block's output on calibration text over all down projections that use
+    Compensation minimises the squared error of the MLP's output on calibration text over all down projections that use
     the kept neurons; it is never above that of plain removal. Orders are nested, so that one preparation serves all
     amounts. All moments are of the uncut model.
 
@@ -145,7 +148,7 @@ class FFN(Step):
 
     References
     ----------
-    [hassibi1993optimal]_ for the order; least-squares compensation as in [he2017channel]_ section 3.1.
+    [hassibi1993optimal]_ for the order; least-squares compensation as in [he2017channel]_.
     """
 
     unit: ClassVar[str] = "neurons"
@@ -154,7 +157,7 @@ class FFN(Step):
 
     criterion: str = "obs"
     compensate: bool = True
-    ridge: float = 1e-4
+    ridge: float = 1e-2
     round_to: int | None = None
 
     @override
@@ -163,7 +166,7 @@ class FFN(Step):
         if self.criterion not in CRITERIA:
             raise ChainError(f"ffn: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         if not self.ridge > 0:
-            raise ChainError(f"ffn: ridge must be positive, such as 1e-4, got {self.ridge}")
+            raise ChainError(f"ffn: ridge must be positive, such as 0.01, got {self.ridge}")
         if self.round_to is not None and self.round_to < 1:
             raise ChainError(f"ffn: round_to must be a positive number of neurons, got {self.round_to}")
 
@@ -194,13 +197,13 @@ class FFN(Step):
         if self.criterion == "obs":
             assert moment_FF is not None
             return obs_order(down_DF, moment_FF).flip(0).to(down_DF.device)
-        score_F = down_DF.norm(dim=0)
+        score_F = down_DF.square().sum(0).sqrt()
         if self.criterion == "activation":
             assert moment_FF is not None
             score_F = score_F * moment_FF.diagonal().sqrt()
         else:
             for linear in block.ffn[:-1]:
-                score_F = score_F * linear.weight.double().norm(dim=1)
+                score_F = score_F * linear.weight.double().square().sum(1).sqrt()
         return score_F.argsort(descending=True, stable=True)
 
     @override
@@ -228,9 +231,7 @@ class FFN(Step):
             # In their old order: a kept neuron is then found at the same place whatever ranked it.
             kept_K, position_K = tensors["order"][:width].sort()
             for linear in block.ffn[:-1]:
-                weights[names[linear.weight]] = linear.weight[kept_K]
-                if linear.bias is not None:
-                    weights[names[linear.bias]] = linear.bias[kept_K]
+                weights |= {names[parameter]: parameter[kept_K] for parameter in linear.parameters()}
             down_DK = block.down.weight[:, kept_K]
             if self.compensate:
                 down_DK = compensated(tensors["factor"], tensors["product"], width)[:, position_K]

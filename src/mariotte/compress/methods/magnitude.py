@@ -35,14 +35,14 @@ def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
 
     Returns
     -------
-    bool tensors of the same shapes, True where an entry is among the smallest; exactly `count` are. Of equal ones, those
-    that come first along `weights` are taken, so that a smaller count is always a subset of a larger one.
+    bool tensors of the same shapes, True where an entry is among the smallest; exactly `count` are. Of equal ones,
+    those that come first along `weights` are taken, so that a smaller count is always a subset of a larger one.
 
     Notes
     -----
-    The magnitude of the last one taken is found by its bits: those of a non-negative float, read as an integer, sort like
-    the float. Sixteen bits are settled with each pass over the weights, by counting; a sort of all weights would hold
-    several copies of a model at once.
+    The magnitude of the last one taken is found by its bits: those of a non-negative float, read as an integer, sort
+    like the float. Sixteen bits are settled with each pass over the weights, by counting; a sort of all weights would
+    hold several copies of a model at once.
     """
     wide = any(weight.dtype == torch.float64 for weight in weights)
     floating, integer, bits = (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
@@ -88,8 +88,8 @@ class Magnitude(Step):
 
     Notes
     -----
-    Exactly round(amount x weights in scope) weights are zero afterwards (of each matrix, per layer), counting those that
-    were before. Cost: three passes over the weights in scope for every amount; nothing is prepared.
+    Exactly round(amount x weights in scope) weights are set to zero (of each matrix, per layer), those that were zero
+    before among them. Cost: three passes over the weights in scope for every amount; nothing is prepared.
 
     References
     ----------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,13 @@ def principal_directions(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
 
     Notes
     -----
-    float64: in float32 the directions lose orthogonality beyond 1e-4 at D = 4096, and the rotated model drifts. A direction
-    has no sign of its own; ours makes its largest entry positive, so that equal moments give equal models.
+    float64: in float32 the directions of a wide covariance lose orthogonality, and the rotated model drifts. A
+    direction has no sign of its own; ours makes its largest entry positive, so that equal moments give equal models.
     """
-    energy_D, directions_DD = torch.linalg.eigh(moment_DD)
+    energy_D, directions_DD = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(moment_DD))
     energy_D, directions_DD = energy_D.flip(0), directions_DD.flip(1)
-    largest_D = directions_DD.gather(0, directions_DD.abs().argmax(0, keepdim=True))
-    return directions_DD * torch.where(largest_D < 0, -1.0, 1.0), energy_D
+    largest_1D = torch.gather(directions_DD, 0, directions_DD.abs().argmax(0, keepdim=True))
+    return directions_DD * (1 - 2 * (largest_1D < 0).double()), energy_D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ class Slice(Step):
     Notes
     -----
     With h the residual stream, Q orthogonal and g the weights of a norm, RMSNorm(h) = g * h / rms(h). Because
-    rms(Qᵀh) = rms(h), folding g into the matrices that the norm feeds and Q into every matrix leaves each logit as it is.
-    Q holds the principal directions of h / rms(h), pooled over all norms and calibration tokens; as in SliceGPT, but one
-    rotation for the whole stream, so that no shortcut matrices are needed and one pass serves all amounts.
+    rms(Qᵀh) = rms(h), folding g into the matrices that the norm feeds and Q into every matrix leaves each logit as it
+    is. Q holds the principal directions of h / rms(h), pooled over all norms and calibration tokens: SliceGPT's idea
+    with one rotation for the whole stream, so that no shortcut matrices are needed and one pass serves all amounts.
 
     Cut to d of D dimensions, a norm takes its mean over d. Where the rest of the stream is zero,
-    h / sqrt(|h|²/D + eps) = sqrt(D/d) h / sqrt(|h|²/d + eps D/d): hence the factor sqrt(D/d), folded into the matrices too
-    (a norm weight would be rounded the same way for all of them in bfloat16), and eps scaled by D/d.
+    h / sqrt(|h|²/D + eps) = sqrt(D/d) h / sqrt(|h|²/d + eps D/d): hence the factor sqrt(D/d), folded into the matrices
+    too (in bfloat16 a norm weight would carry the same rounding error in each dimension), and eps scaled by D/d.
 
-    A tied head is untied, since the final norm's weights cannot be folded into both ends: the second vocabulary matrix is
-    counted, and can make a small cut of a small model negative.
+    A tied head is untied, since the final norm's weights cannot be folded into both ends: the second vocabulary matrix
+    is counted, and can make the ratio of a small cut negative. A cut of nothing returns the model as it is.
 
     Cost: a forward pass over the calibration tokens with D² more multiplications a token and norm, one D³ eigenproblem,
     and D more multiplications a weight for the rotation, stored once in float32; an amount then only reads and cuts.
@@ -137,9 +137,8 @@ class Slice(Step):
                 for linear in readers:
                     tensors[names[linear.weight]] = reading(linear.weight, norm)
             for linear in (block.output, block.down):
-                tensors[names[linear.weight]] = writing(linear.weight)
-                if linear.bias is not None:
-                    tensors[names[linear.bias]] = writing(linear.bias)
+                # A bias is written into the stream like a column of the weight.
+                tensors |= {names[parameter]: writing(parameter) for parameter in linear.parameters()}
             prepared.put(f"block-{index}", tensors)
             context.progress("rotation", (index + 1) / len(model.blocks))
         embeddings_VD = (model.embeddings.weight.double() @ rotation_DD).to(kept)
@@ -194,8 +193,7 @@ def _cut(model: Model, prepared: Prepared, width: int) -> Model:
         for linear in (*block.attention[:-1], *block.ffn[:-1]):
             weights[names[linear.weight]] = rotated[names[linear.weight]][:, :width] * factor
         for linear in (block.output, block.down):
-            written = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
-            weights |= {names[parameter]: rotated[names[parameter]][:width] for parameter in written}
+            weights |= {names[parameter]: rotated[names[parameter]][:width] for parameter in linear.parameters()}
     sizes = {entry.hidden: width, entry.head_dim: shape.head_dim, EPS: eps}
     cut = derive(model, weights, sizes, untie=shape.tied)
     set_norm_eps_(cut, eps)
