@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 PLAIN_LINE_EVERY_S = 10.0
 """Shortest time between two progress lines where there is no terminal: a log of a night stays readable."""
 
+_PLAIN_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
+"""A rule under the headings and nothing else, as `rich.box.Box` wants it: chains have vertical bars of their own."""
+
 
 def say(text: str) -> None:
     """Print text on stdout as it is: no markup, no colour, no wrapping."""
@@ -34,13 +37,13 @@ def warn(text: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str | None = None) -> None:
-    """Print a table on stdout: ruled on a terminal, Markdown without wrapping elsewhere.
+    """Print a table on stdout: fitted to a terminal, without wrapping or colour elsewhere.
 
     Parameters
     ----------
     title : printed above; empty for none
     columns : their headings
-    rows : one cell a column; floats are printed with four digits, None as ``-``, anything else as `str` says
+    rows : one cell a column, printed by `format_cell`; columns of numbers are aligned to the right
     note : a line below
     """
     from rich import box
@@ -50,15 +53,25 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     out = _out()
     terminal = out.isatty()
     cells = [list(row) for row in rows]
-    table = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, title_justify="left")
-    for index, name in enumerate(columns):
-        numeric = any(_is_number(row[index]) for row in cells) and all(
-            row[index] is None or _is_number(row[index]) for row in cells
+    texts = [[format_cell(cell) for cell in row] for row in cells]
+    widths = [max(len(name), *(len(row[i]) for row in texts), 0) for i, name in enumerate(columns)]
+    # On a terminal the widest columns are wrapped and the others are not: rich would break ids and names to keep prose.
+    room = 2 * _rich(out).width // 3 if terminal else 0
+    whole: set[int] = set()
+    for i in sorted(range(len(columns)), key=lambda i: widths[i]):
+        room -= widths[i] + 2
+        if room >= 0:
+            whole.add(i)
+    table = Table(box=box.SIMPLE_HEAD if terminal else box.Box(_PLAIN_BOX, ascii=True))
+    for i, name in enumerate(columns):
+        kinds = [row[i] for row in cells if row[i] is not None]
+        numeric = bool(kinds) and all(_is_number(cell) for cell in kinds)
+        table.add_column(
+            Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=True if i in whole else None
         )
-        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
+    for row in texts:
         assert len(row) == len(columns), f"a row must have {len(columns)} cells, got {len(row)}: {row}"
-        table.add_row(*(Text(format_cell(cell)) for cell in row))
+        table.add_row(*map(Text, row))
     if title:
         say(title)
     if terminal:

@@ -92,7 +92,7 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """What the help page shows of a command: its name and its help line."""
         file = command_files().get(cmd_name)
-        return None if file is None else TyperCommand(cmd_name, help=help_line(file), rich_markup_mode=None)
+        return None if file is None else TyperCommand(cmd_name, short_help=help_line(file), rich_markup_mode=None)
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -197,10 +197,16 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a model's name never breaks a table in an ASCII terminal
     try:
-        app(prog_name="mariotte")
-    finally:
         try:
+            app(prog_name="mariotte")
+        finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # of --help and --version, which end before a command is invoked
-        except BrokenPipeError:
-            _forget_stdout()
+                sys.stdout.flush()
+    except OSError as error:  # of --help and --version, which end before a command is invoked
+        if "--debug" in sys.argv:
+            raise
+        _forget_stdout()
+        if isinstance(error, BrokenPipeError):
+            sys.exit(CLOSED_PIPE)
+        _complain(os_sentence(error))
+        sys.exit(USER_ERROR)
