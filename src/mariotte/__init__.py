@@ -16,14 +16,36 @@ if TYPE_CHECKING:
     from mariotte.accounting import count as count
     from mariotte.chain import Chain as Chain
     from mariotte.chain import Link as Link
+    from mariotte.chain import parse as parse_chain
     from mariotte.errors import MariotteError as MariotteError
+    from mariotte.experiments.pipeline import compress_model as compress_model
+    from mariotte.experiments.pipeline import measure as measure
+    from mariotte.experiments.run import run_study as run_study
+    from mariotte.laws import fit as fit
+    from mariotte.models.checkpoint import save as save
+    from mariotte.models.load import load as load
+    from mariotte.models.model import Model as Model
+    from mariotte.report import write as write_report
+    from mariotte.store import Record as Record
+    from mariotte.store import open_store as open_store
 
 _HOME = {
-    "Chain": "mariotte.chain",
-    "Counts": "mariotte.accounting",
-    "Link": "mariotte.chain",
-    "MariotteError": "mariotte.errors",
-    "count": "mariotte.accounting",
+    "Chain": "mariotte.chain:Chain",
+    "Counts": "mariotte.accounting:Counts",
+    "Link": "mariotte.chain:Link",
+    "MariotteError": "mariotte.errors:MariotteError",
+    "Model": "mariotte.models.model:Model",
+    "Record": "mariotte.store:Record",
+    "compress_model": "mariotte.experiments.pipeline:compress_model",
+    "count": "mariotte.accounting:count",
+    "fit": "mariotte.laws:fit",
+    "load": "mariotte.models.load:load",
+    "measure": "mariotte.experiments.pipeline:measure",
+    "open_store": "mariotte.store:open_store",
+    "parse_chain": "mariotte.chain:parse",
+    "run_study": "mariotte.experiments.run:run_study",
+    "save": "mariotte.models.checkpoint:save",
+    "write_report": "mariotte.report:write",
 }
 
 __all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
@@ -31,7 +53,8 @@ __all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDu
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        module, _, attribute = _HOME[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'mariotte' has no attribute {name!r}")
 
 

@@ -7,6 +7,8 @@
     amount := 0.3 | 4 | 1M | auto
     scope  := all | attention | ffn | embeddings | head | layers=3-8 | a corpus, where the link is a measure
 
+A scope or a value that is not one word is a JSON string: ``loss:"file:my text.txt"``.
+
 This module knows only the syntax. Which names exist, which fields they have and what an amount may be is settled where
 the classes are at hand (``mariotte.experiments.identity``).
 """
@@ -88,8 +90,8 @@ class Link:
             raise ChainError(
                 f"a name is lower-case words joined by '-', such as 'slice' or 'prunenet-random', got {self.name!r}"
             )
-        if self.scope is not None and not _SCOPE.fullmatch(self.scope):
-            raise ChainError(f"a scope is a word such as all, attention or layers=3-8, got {self.scope!r}")
+        if self.scope is not None and not self.scope.strip():
+            raise ChainError("a scope is a word such as all, attention or layers=3-8, got nothing")
         if isinstance(self.amount, str) and self.amount != AUTO:
             raise ChainError(f"an amount must be a number such as 0.3, 4 or 1M, got {self.amount!r}")
         if isinstance(self.amount, float) and self.amount.is_integer():
@@ -111,7 +113,7 @@ class Link:
             if self.amount is None
             else f"@{self.amount if isinstance(self.amount, str) else print_number(self.amount)}"
         )
-        scope = "" if self.scope is None else f":{self.scope}"
+        scope = "" if self.scope is None else f":{_quoted_unless(_SCOPE, self.scope)}"
         inside = ", ".join(f"{name}={_print_value(value)}" for name, value in self.fields.items())
         return f"{self.name}{amount}{scope}{f'({inside})' if inside else ''}"
 
@@ -164,7 +166,12 @@ def _print_value(value: Value) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return print_number(value)
-    return value if _WORD.fullmatch(value) and _read_word(value) == value else json.dumps(value, ensure_ascii=True)
+    # A word that reads as a number or a truth value is quoted, or it would come back as one.
+    return json.dumps(value, ensure_ascii=True) if _read_word(value) != value else _quoted_unless(_WORD, value)
+
+
+def _quoted_unless(plain: re.Pattern[str], text: str) -> str:
+    return text if plain.fullmatch(text) else json.dumps(text, ensure_ascii=True)
 
 
 def _read_word(word: str) -> Value:
@@ -224,7 +231,7 @@ class _Reader:
             except ChainError as error:
                 raise ChainError(f"chain {self.text!r}: {error}") from None
         if self.accept(":"):
-            scope = self.match(_SCOPE, "a scope such as all, attention or ffn")
+            scope = self.string("the scope") or self.match(_SCOPE, "a scope such as all, attention or ffn")
         fields: dict[str, Value] = {}
         if self.accept("("):
             while True:
@@ -240,13 +247,20 @@ class _Reader:
                 self.expect(",", "',' or ')'")
         return Link(name, amount, scope, fields)
 
+    def string(self, what: str) -> str | None:
+        """A quoted string, if one begins here."""
+        if not self.text.startswith('"', self.position):
+            return None
+        text = self.match(_STRING, f"a closing quote after {what}")
+        try:
+            return str(json.loads(text))
+        except json.JSONDecodeError:
+            raise ChainError(f"chain {self.text!r}: {what} must be a JSON string, got {text}") from None
+
     def value(self, key: str) -> Value:
-        if self.text.startswith('"', self.position):
-            text = self.match(_STRING, f"a closing quote after the value of {key!r}")
-            try:
-                return str(json.loads(text))
-            except json.JSONDecodeError:
-                raise ChainError(
-                    f"chain {self.text!r}: the value of {key!r} must be a JSON string, got {text}"
-                ) from None
-        return _read_word(self.match(_WORD, f"a value for {key!r}, quoted if it is not one word"))
+        text = self.string(f"the value of {key!r}")
+        return (
+            _read_word(self.match(_WORD, f"a value for {key!r}, quoted if it is not one word"))
+            if text is None
+            else text
+        )

@@ -390,3 +390,20 @@ def compress_model(
                 raise reached.error
             return reached.model
     raise AssertionError(f"the chain {chain} led nowhere")
+
+
+def measure(model: Model, what: str, dense: Measurement | None = None) -> Measurement:
+    """Measure a model.
+
+    Parameters
+    ----------
+    model : what to measure
+    what : such as ``loss:wikitext2(block=512)`` or ``knowledge:testbed``
+    dense : the same measure of the dense model, for what was lost and gained; None for none
+
+    Raises
+    ------
+    MariotteError
+        When there is no such measure, or what it is measured on cannot be had.
+    """
+    return identity.resolve_measure(what).measure(model, dense)

@@ -17,10 +17,11 @@ from mariotte.experiments import identity
 from mariotte.experiments.environment import environment
 from mariotte.experiments.pipeline import Outcome, Task, now
 from mariotte.experiments.runners.inline import inline
-from mariotte.experiments.study import Study
+from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
 from mariotte.models.load import locate, read_config, weight_files
 from mariotte.models.step import Counters
+from mariotte.store import open_store
 from mariotte.store.base import Store
 from mariotte.store.record import Failure
 
@@ -183,3 +184,21 @@ def run(
     if not summary.failures:
         shutil.rmtree(folder, ignore_errors=True)
     return summary
+
+
+def run_study(path: str | Path, store: str | Path | None = None) -> Summary:
+    """Run what is missing of a study file into a store.
+
+    Parameters
+    ----------
+    path : the study file
+    store : a path or URL; None takes ``mariotte.db`` here, or what ``MARIOTTE_STORE`` names
+
+    Raises
+    ------
+    MariotteError
+        When the study cannot be read or run, or the store not be opened.
+    """
+    study = read(path)
+    with open_store(store, create=True) as opened:
+        return run(study, opened, toml=Path(path).read_text(encoding="utf-8"))

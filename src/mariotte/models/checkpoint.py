@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
@@ -28,7 +28,21 @@ def _probe(model: Model) -> Tensor:
     return torch.randint(0, model.shape.vocab, _PROBE, generator=generator)
 
 
-def card(model: Model, dense_params: int) -> str:
+def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """The transformers class that reads a saved tokenizer as it is.
+
+    ``AutoTokenizer`` for almost all; for some model types it puts the family's own rules in place of the file's, and then
+    a tokenizer of another kind must be loaded by its general class.
+    """
+    vocabulary = cast("list[str]", tokenizer.convert_ids_to_tokens(list(range(min(512, len(tokenizer))))))
+    probe = f"{' '.join(vocabulary)} {tokenizer.decode(list(range(len(vocabulary))))}"
+    with quiet_transformers():
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    same = found(probe)["input_ids"] == tokenizer(probe)["input_ids"]
+    return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
+
+
+def card(model: Model, dense_params: int, tokenizer: str = "AutoTokenizer") -> str:
     """The model card: what was done, what is left, how to load it."""
     counts = model.counts
     removed = 1 - counts.n_params / dense_params
@@ -63,9 +77,9 @@ Compressed with Mariotte {__version__}. The licence and the terms of use of the 
 An ordinary `transformers` checkpoint:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {tokenizer}
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")
 ```
 
 When it was saved it was loaded back and its logits compared with those of the model in memory. How much quality was lost has to be
@@ -132,13 +146,13 @@ def save(
 
 def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -> None:
     # A copy: casting in place would round the weights of the model that the caller goes on measuring.
-    rounded = model.copy()
-    rounded.hf.to(stored)  # pyright: ignore[reportArgumentType]
+    rounded = _cast(model.copy(), stored)
     with quiet_transformers():
         rounded.hf.save_pretrained(folder, safe_serialization=True)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card(model, dense_params), encoding="utf-8")
+    loaded_by = "AutoTokenizer" if model.tokenizer is None else tokenizer_class(model.tokenizer, folder)
+    (folder / "README.md").write_text(card(model, dense_params, loaded_by), encoding="utf-8")
     sidecar = {
         "mariotte": __version__,
         "base_model": model.name,
@@ -148,6 +162,13 @@ def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -
     }
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
     compare(rounded, folder)
+
+
+def _cast(model: Model, dtype: torch.dtype) -> Model:
+    """The model with its parameters in `dtype`; not its buffers: rounded rotary frequencies would be another model's."""
+    for parameter in model.hf.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @torch.no_grad()
@@ -174,8 +195,8 @@ def compare(model: Model, folder: Path) -> None:
             f"the checkpoint does not load back, so it was not kept: {strange[0]} is missing or out of place"
         )
     tokens_BT = _probe(model)
-    reference = model.copy()
-    reference.hf.to(torch.float32).cpu()  # pyright: ignore[reportArgumentType]
+    reference = _cast(model.copy(), torch.float32)
+    reference.hf.cpu()  # pyright: ignore[reportArgumentType]
     expected = reference.logits(tokens_BT)
     found = cast(PreTrainedModel, loaded).eval()(input_ids=tokens_BT, use_cache=False).logits
     # Same weights and same code: what remains is the order of float32 sums.

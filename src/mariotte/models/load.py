@@ -15,7 +15,13 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from mariotte import architectures
 from mariotte.errors import ModelError, UnknownNameError, unknown
@@ -124,11 +130,19 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model folder; None when it holds none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
+    """The tokenizer of a model folder; None when it holds none.
+
+    Notes
+    -----
+    Where there is a ``tokenizer.json``, it is the tokenizer. ``AutoTokenizer`` would take a family's own class for some
+    model types, Qwen2 among them, whatever the folder says, and put that class' rules in place of the file's.
+    """
     with quiet_transformers():
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model")):
+            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return None
 
 
 def load(

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mariotte.compress import METHODS
+from mariotte.errors import ChainError, DataError
+from mariotte.models.step import Context, Prepared, prepare_once
+from mariotte.recover import RECOVERIES
+from mariotte.testing.tiny import random_tokens, tiny
+
+
+def test_a_folder_without_a_manifest_is_no_result(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path / "p")
+    prepared.put("block-0", {"x": torch.ones(2)})
+    assert Prepared.open(tmp_path / "p") is None
+    prepared.finish(rows=3)
+    found = Prepared.open(tmp_path / "p")
+    assert found is not None
+    assert found.facts == {"rows": 3}
+    assert torch.equal(found.get("block-0")["x"], torch.ones(2))
+    assert "block-0" in found
+    assert "block-1" not in found
+
+
+def test_prepared_once(tmp_path: Path) -> None:
+    model = tiny("llama")
+    step = METHODS.find("ffn")()
+    context = Context(dense=model, scratch=tmp_path / "p", calibration=random_tokens())
+    prepare_once(step, model, context, [0.1])
+    prepare_once(step, model, context, [0.1, 0.9])
+    assert context.counters.preparations == 1
+
+
+def test_generators_are_independent_and_repeatable(tmp_path: Path) -> None:
+    context = Context(dense=tiny("llama"), scratch=tmp_path, seed=3)
+
+    def draw(*labels: object) -> list[float]:
+        return torch.rand(3, generator=context.generator(*labels)).tolist()
+
+    assert draw("a", 1) == draw("a", 1)
+    assert draw("a", 1) != draw("a", 2)
+
+
+def test_a_step_that_needs_text_says_so(tmp_path: Path) -> None:
+    context = Context(dense=tiny("llama"), scratch=tmp_path)
+    with pytest.raises(DataError, match="slice needs calibration text, got none"):
+        context.calibration_for("slice")
+
+
+@pytest.mark.parametrize("amount", [1.5, 1, -0.1, None, "auto"])
+def test_shares_are_in_zero_to_one(amount: object) -> None:
+    with pytest.raises(
+        ChainError, match=r"slice(: the share of hidden to remove must be in \[0, 1\)| needs an amount)"
+    ):
+        METHODS.find("slice").check_amount("slice", amount)
+
+
+@pytest.mark.parametrize("amount", [0, 0.5, -3])
+def test_tokens_are_whole(amount: float) -> None:
+    with pytest.raises(ChainError, match="tokens must be a whole number of at least 1"):
+        RECOVERIES.find("lora").check_amount("lora", amount)
