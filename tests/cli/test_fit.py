@@ -42,8 +42,8 @@ def test_hold_out_coefficients_and_critical_ratio_are_printed(table: Path):
     for expected in (
         "left out: 1 quantised",
         "Hold-out error of ln wiki_ppl (nats",
-        "| pruning-law",
-        "| persist",
+        "pruning-law",
+        "persist",
         "chosen: the simplest",
     ):
         assert expected in result.output

@@ -344,5 +344,15 @@ def test_groups_are_fitted_apart_and_failures_told():
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_series_can_be_fitted_apart():
+    points = [*power_series(-0.6), *power_series(-0.5, recovery="lora@1M", tokens=1e6)]
+    assert list(analyse(points, law="line", by="series").fits) == ["m × cut", "m × cut | lora@1M"]
+
+
+def test_points_beyond_collapse_are_counted():
+    fitted = fit("pruning-law", [point(r, 2.0 * (1 - r) ** -0.9) for r in (0.1, 0.3, 0.5, 0.7)])
+    assert "1 of 4 points lie beyond collapse and pull the curve all the same" in fitted.report().remarks
+
+
 def test_typical_points_are_losses():
     assert all(p.kind == "loss" for p in synthetic(find("line")))

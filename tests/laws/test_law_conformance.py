@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib.resources
+from pathlib import Path
+
 import pytest
 
 from mariotte.laws.base import Law
@@ -20,6 +23,20 @@ def test_a_law_says_what_it_is(name: str):
     assert law.name == name
     assert law.defects
     assert law.ratio_param is None or law.ratio_param in [p.name for p in law.params]
+
+
+def test_every_reference_is_in_the_bibliography():
+    text = (importlib.resources.files("mariotte") / "references.bib").read_text(encoding="utf-8")
+    for reference in {find(name).reference for name in LAWS.names()} - {""}:
+        assert f"{{{reference}," in text
+
+
+def test_the_documentation_describes_every_law_and_defect():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
+    for name in LAWS.names():
+        assert f"`{name}`" in text
+        assert find(name).formula in text
+        assert all(defect in " ".join(text.split()) for defect in find(name).defects), name
 
 
 def test_all_laws_of_a_kind_are_found():

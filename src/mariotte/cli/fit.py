@@ -26,7 +26,8 @@ def fit(
     by: Annotated[
         str | None,
         typer.Option(
-            help="One fit for each model, method, family, source, protocol, recovery or cluster.", show_default=False
+            help="One fit for each model, method, family, source, protocol, recovery, cluster or series.",
+            show_default=False,
         ),
     ] = None,
     covariate: Annotated[

@@ -57,6 +57,8 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     for c in coefficients:
         if c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
             remarks.append(f"the interval of {c.name} is wider than twice its estimate")
+    if n_collapsed := sum(not p.before_collapse for p in ordered):
+        remarks.append(f"{n_collapsed} of {len(ordered)} points lie beyond collapse and pull the curve all the same")
     n_clusters = len({p.group for p in ordered})
     if estimate.covariance is not None and 1 < n_clusters < len(ordered):
         remarks.append(

@@ -16,7 +16,7 @@ from mariotte.errors import FitError
 from mariotte.laws.base import LIMITS, Inputs, Kind, Law, Point, Series, values
 from mariotte.laws.catalogue import applicable, find
 
-BY = ("model", "method", "family", "source", "metric", "protocol", "recovery", "cluster")
+BY = ("model", "method", "family", "source", "metric", "protocol", "recovery", "cluster", "series")
 """Fields of a point by which folds and fits can be grouped."""
 
 
@@ -189,7 +189,7 @@ def field_of(point: Point, by: str | None) -> str:
     """The value of the field to group by, as text; the empty text for None."""
     if by is None:
         return ""
-    value = point.group if by == "cluster" else getattr(point, by)
+    value = point.group if by == "cluster" else getattr(point, by)  # a series reads as model × method | recovery
     return "" if value is None else str(value)
 
 
