@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mariotte.cli.main import app
+from mariotte.store.record import Record
+from mariotte.store.sql import open_store
 
 HEADER = "source,model,method,family,ratio,ratio_kind,recovery_tokens,metric,base_value,value,stderr,bits,protocol"
 
@@ -121,3 +123,26 @@ def test_ratio_out_of_range(table: Path, tmp_path: Path):
     result = run("predict", out, "--ratio", "40")
     assert result.exit_code == 2
     assert "a ratio must lie in (-1, 1), got 40" in result.stderr
+
+
+def test_a_store_is_read_like_a_table(tmp_path: Path):
+    records = [
+        Record(
+            id=f"{model}{amount}", experiment=f"{model}{amount}", study="s", model=model, model_type="qwen2",
+            model_hash="h", chain=f"slice@{amount}", seed=0, method="slice", family="slice", unit="hidden",
+            amount=amount, obtained=amount, ratio=0.9 * amount, measure="loss:testbed/all", protocol={"block": 64},
+            metrics={"loss": 1.3 * (1 - 0.9 * amount) ** exponent, "loss_se": 0.01}, base={"loss": 1.3},
+            n_params=1, n_params_non_embedding=1, base_params=2, n_bytes=1, flops_per_token=1.0,
+        )
+        for model, exponent in (("testbed/a", -0.5), ("testbed/b", -0.7))
+        for amount in (0.1, 0.2, 0.3, 0.4)
+    ]  # fmt: skip
+    path = tmp_path / "store.db"
+    with open_store(path, create=True) as store:
+        store.add(records)
+    values = json.loads(run("fit", path, "--by", "series", "--law", "pruning-law", "--json").output)
+    assert [f["group"] for f in values["fits"]] == ["testbed/a × slice", "testbed/b × slice"]
+    assert values["fits"][0]["coefficients"][1]["estimate"] == pytest.approx(-0.5)
+    assert values["fits"][0]["box"]["ratio"] == pytest.approx([0.09, 0.36])
+    by_amount = json.loads(run("fit", path, "--covariate", "amount", "--json").output)
+    assert by_amount["fits"][0]["ratio_kind"] == "amount asked, in hidden"
