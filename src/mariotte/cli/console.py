@@ -62,13 +62,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         room -= widths[i] + 2
         if room >= 0:
             whole.add(i)
-    table = Table(box=box.SIMPLE_HEAD if terminal else box.Box(_PLAIN_BOX, ascii=True))
+    table = Table(
+        box=box.SIMPLE_HEAD if terminal else box.Box(_PLAIN_BOX, ascii=True), padding=(0, 1, 0, 0), pad_edge=False
+    )
     for i, name in enumerate(columns):
         kinds = [row[i] for row in cells if row[i] is not None]
         numeric = bool(kinds) and all(_is_number(cell) for cell in kinds)
-        table.add_column(
-            Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=True if i in whole else None
-        )
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", no_wrap=i in whole)
     for row in texts:
         assert len(row) == len(columns), f"a row must have {len(columns)} cells, got {len(row)}: {row}"
         table.add_row(*map(Text, row))

@@ -71,6 +71,9 @@ _runs = sa.Table(
     sa.Column("body", sa.Text, nullable=False),
 )
 
+_CREATING = 0x4D6172696F747465
+"""PostgreSQL's number of the lock under which tables are made: "Mariotte" in ASCII. SQLite's write lock does for it."""
+
 _LOCKED = "is locked: another process has been writing for over {timeout:g} s; wait for it or end it, then run again"
 _ADVICE = {
     "SQLITE_BUSY": _LOCKED,
@@ -144,7 +147,9 @@ class SqlStore(Store):
             if tables and self._engine.dialect.name == "sqlite":
                 raise StoreError(f"{self.name} is another program's database: name a new file for the store")
             with self._writing() as connection:
-                # Two processes may come here together: the lock is held, tables are made unless there, and so are rows.
+                # Two processes may come here together, so under a lock: tables are made unless there, and so are rows.
+                if self._engine.dialect.name == "postgresql":
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CREATING)))
                 _metadata.create_all(connection, checkfirst=True)
                 rows = [{"key": "format", "value": str(FORMAT)}, {"key": "version", "value": mariotte.__version__}]
                 connection.execute(self._insert(_meta).on_conflict_do_nothing(), rows)
@@ -182,7 +187,8 @@ class SqlStore(Store):
                 row = {name: getattr(record, name) for name in _COPIED}
                 row |= {"result_hash": record.result_hash(), "hash": _sha256(body), "body": body}
                 statement = self._insert(_records).values(row).on_conflict_do_nothing(index_elements=["id"])
-                if connection.execute(statement).rowcount == 1:
+                # Without the option SQLAlchemy forgets the count of an INSERT, for all drivers but SQLite's.
+                if connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1:
                     new += 1
                     continue
                 found = connection.scalar(sa.select(_records.c.result_hash).where(_records.c.id == record.id))
