@@ -30,7 +30,7 @@ from mariotte.testing.recoveries import (
 )
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
-STEP = LoRA(batch=4, lr=1e-2, warmup=2, rank=4)
+STEP = LoRA(batch=4, lr=1e-2, warmup=3, rank=4)
 
 
 class TestConformance(RecoveryConformance):
@@ -210,7 +210,7 @@ def test_what_was_seen_is_said(model: Model, tmp_path: Path, corpus: str) -> Non
     assert [results[amount].done[-1].facts["epochs"] for amount in (16, 1_000, 5_000)] == [1, 1, 2]
     facts = results[5_000].done[-1].facts
     assert facts["loss_end"] < facts["loss_begin"] - 0.5
-    assert results[1_000].done[-1].step == "lora@1k(batch=4, lr=0.01, rank=4, warmup=2)"
+    assert results[1_000].done[-1].step == "lora@1k(batch=4, lr=0.01, rank=4, warmup=3)"
 
 
 def test_only_the_matrices_of_the_blocks_change(tmp_path: Path, corpus: str) -> None:
