@@ -18,7 +18,7 @@ from mariotte.errors import ModelError
 from mariotte.models.model import Model
 from mariotte.models.step import Context
 
-_BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096
 """Tokens run at once, unless one row holds more: enough to keep the processor busy, little enough for its memory."""
 
 
@@ -95,7 +95,7 @@ def _observe(
 ) -> None:
     """Run the calibration tokens and hand every group the inputs of its modules, (M, I)."""
     tokens_NT = context.calibration_for(step)
-    rows = batch or max(1, _BATCH_TOKENS // tokens_NT.shape[1])
+    rows = batch or max(1, BATCH_TOKENS // tokens_NT.shape[1])
 
     def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, arguments: gather(group, cast(Tensor, arguments[0]).flatten(0, -2))

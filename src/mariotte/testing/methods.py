@@ -1,0 +1,257 @@
+"""What every compression method must do on every family it claims, as a test class.
+
+Subclass it, say which steps on which families, and run pytest::
+
+    @pytest.mark.parametrize(("step", "family"), cases([MyMethod(), MyMethod(ridge=0.1)]))
+    class TestMyMethod(MethodConformance): ...
+"""
+
+# ruff: noqa: D102  (the name of a test is its docstring)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mariotte import architectures
+from mariotte.compress import METHODS
+from mariotte.errors import ChainError, DataError
+from mariotte.models import checkpoint
+from mariotte.models.load import load, quiet_transformers
+from mariotte.models.model import Done, Model
+from mariotte.models.step import Context, Prepared, Step, prepare_once
+from mariotte.testing.tiny import random_tokens, tiny, weights_hash
+
+SHARES = (0.125, 0.25, 0.5, 0.75, 0.9)
+BITS = (8, 4)
+
+
+def all_steps() -> list[Step]:
+    """Every method of the catalogue with its default fields, and in every scope it has."""
+    found = [cast("type[Step]", METHODS.find(name)) for name in METHODS.names()]
+    return [step(scope=scope) for step in found for scope in step.scopes]
+
+
+def cases(steps: Iterable[Step], families: Iterable[str] = architectures.FAMILIES) -> list[tuple[Step, str]]:
+    """Each step with each family that it does not refuse."""
+    return [(step, family) for step in steps for family in families if step.refuse(tiny(family)) is None]
+
+
+def amounts(step: Step) -> tuple[int | float, ...]:
+    """Amounts on which a step is tried, the mildest first."""
+    return BITS if step.unit == "bits" else SHARES
+
+
+def middle(step: Step) -> int | float:
+    """An amount that certainly changes a tiny model."""
+    return BITS[-1] if step.unit == "bits" else 0.5
+
+
+def context_of(model: Model, scratch: Path, calibration: Tensor | None = None) -> Context:
+    """A context with random calibration tokens unless others are given."""
+    tokens = random_tokens(vocab=model.shape.vocab) if calibration is None else calibration
+    return Context(dense=model, scratch=scratch, calibration=tokens)
+
+
+def run(step: Step, model: Model, amount: int | float, scratch: Path, calibration: Tensor | None = None) -> Model:
+    """Prepare and apply once."""
+    context = context_of(model, scratch, calibration)
+    return step.apply(model, prepare_once(step, model, context, [amount]), amount, context)
+
+
+@torch.no_grad()
+def logits(model: Model) -> Tensor:
+    """Logits on fixed tokens, float32."""
+    return model.logits(random_tokens(4, 16, vocab=model.shape.vocab, seed=1)).float()
+
+
+def rounding_allowed(done: Done, model: Model) -> float:
+    """How far the obtained amount may be from the asked one."""
+    shape = model.shape
+    if done.unit == "weights":
+        return len(model.blocks) * 7 / max(done.in_scope, 1)  # at most one weight a matrix
+    sizes = {"hidden": shape.hidden, "neurons": shape.ffn, "heads": shape.heads, "blocks": shape.layers}
+    return done.facts.get("rounding", 1) / sizes[done.unit]
+
+
+@torch.no_grad()
+def with_dead_parts(model: Model) -> Model:
+    """The model with a dimension of the stream that is always zero and a neuron that never fires, in each block."""
+    model.embeddings.weight[:, 3] = 0
+    for block in model.blocks:
+        for linear in (block.output, block.down):
+            for parameter in linear.parameters():
+                parameter[3] = 0
+        for parameter in block.up.parameters():
+            parameter[5] = 0
+    return model
+
+
+class MethodConformance:
+    """What every method promises; parametrise a subclass by ``step`` and ``family``."""
+
+    def test_amount_zero_keeps_the_logits(self, step: Step, family: str, tmp_path: Path) -> None:
+        if step.unit == "bits":
+            pytest.skip("an amount of bits has no zero")
+        model = tiny(family, tied=True)
+        unchanged = run(step, model, 0.0, tmp_path)
+        assert torch.equal(logits(unchanged), logits(model))
+        assert unchanged.counts == model.counts
+        assert unchanged.done[-1].obtained == 0
+
+    def test_the_history_says_what_was_done(self, step: Step, family: str, tmp_path: Path) -> None:
+        model = tiny(family)
+        context = context_of(model, tmp_path)
+        prepared = prepare_once(step, model, context, amounts(step))
+        for amount in amounts(step):
+            (done,) = step.apply(model, prepared, amount, context).done
+            assert done.step == str(step.link(amount))
+            assert (done.name, done.unit, done.family, done.amount) == (step.name(), step.unit, step.family, amount)
+            assert done.obtained is not None
+            if step.unit != "bits":
+                assert abs(done.obtained - amount) <= rounding_allowed(done, model) + 1e-9
+            assert (done.in_scope > 0) == (step.family == "unstructured")
+            assert done.zeros <= done.in_scope
+
+    def test_measured_size_equals_accounting_and_never_grows(self, step: Step, family: str, tmp_path: Path) -> None:
+        for tied in (False, True):
+            model = tiny(family, tied=tied)
+            context = context_of(model, tmp_path / str(tied))
+            prepared = prepare_once(step, model, context, amounts(step))
+            # A head that has to be untied costs a vocabulary matrix at the first cut, whatever the amount.
+            sizes: list[float] = [math.inf if tied else model.measured_params()]
+            for amount in amounts(step):
+                cut = step.apply(model, prepared, amount, context)
+                assert cut.measured_params() == cut.counts.n_params
+                sizes.append(cut.measured_params())
+            assert sizes == sorted(sizes, reverse=True)
+            if step.unit not in ("weights", "bits"):
+                assert sizes[-1] < sizes[1], "a cut of most of a width removes nothing"
+
+    def test_every_amount_comes_from_one_finished_preparation(self, step: Step, family: str, tmp_path: Path) -> None:
+        model = tiny(family)
+        context = context_of(model, tmp_path)
+        prepare_once(step, model, context, amounts(step))
+        assert Prepared.open(tmp_path) is not None
+        again = prepare_once(step, model, context, amounts(step))
+        assert context.counters.preparations == 1
+        cut = step.apply(model, again, middle(step), context)
+        assert weights_hash(cut) == weights_hash(run(step, model, middle(step), tmp_path / "alone"))
+
+    def test_same_seed_same_bits(self, step: Step, family: str, tmp_path: Path) -> None:
+        first, second = (run(step, tiny(family), middle(step), tmp_path / part) for part in ("a", "b"))
+        assert weights_hash(first) == weights_hash(second)
+        assert first.done == second.done
+
+    def test_order_and_batching_of_calibration_do_not_matter(
+        self, step: Step, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, tokens = tiny(family), random_tokens()
+        expected = logits(run(step, model, middle(step), tmp_path / "a", tokens))
+        monkeypatch.setattr("mariotte.compress.calibration.BATCH_TOKENS", 3 * tokens.shape[1])
+        found = logits(run(step, model, middle(step), tmp_path / "b", tokens.flip(0)))
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+    def test_the_model_that_enters_stays_as_it_is(self, step: Step, family: str, tmp_path: Path) -> None:
+        model = tiny(family, tied=True)
+        before = weights_hash(model)
+        cut = run(step, model, middle(step), tmp_path)
+        with torch.no_grad():
+            for parameter in cut.hf.parameters():
+                parameter.add_(1.0)
+        assert weights_hash(model) == before
+        assert model.done == ()
+
+    def test_saved_and_loaded_it_gives_the_same_logits(self, step: Step, family: str, tmp_path: Path) -> None:
+        for tied in (False, True):
+            cut = run(step, tiny(family, tied=tied), middle(step), tmp_path / f"prepared-{tied}")
+            folder = checkpoint.save(cut, tmp_path / f"saved-{tied}")
+            loaded = load(folder)
+            assert torch.allclose(logits(loaded), logits(cut), atol=1e-4 * float(logits(cut).abs().max()))
+            assert loaded.shape == cut.shape
+            assert loaded.counts == cut.counts
+
+    def test_stock_transformers_loads_it_and_generates(self, step: Step, family: str, tmp_path: Path) -> None:
+        folder = checkpoint.save(run(step, tiny(family), middle(step), tmp_path / "prepared"), tmp_path / "saved")
+        with quiet_transformers():
+            hf = cast(Any, AutoModelForCausalLM.from_pretrained(folder))
+            prompt = random_tokens(2, 5)
+            made = hf.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0
+            )
+        assert cast(Tensor, made).shape[1] > 5
+
+    def test_gradients_flow_after_cutting(self, step: Step, family: str, tmp_path: Path) -> None:
+        cut = run(step, tiny(family), middle(step), tmp_path)
+        cut.hf.train()
+        cut.logits(random_tokens(2, 8)).logsumexp(-1).sum().backward()
+        for name, parameter in cut.hf.named_parameters():
+            assert parameter.grad is not None, name
+            assert bool(parameter.grad.isfinite().all()), name
+        assert all(bool(linear.weight.grad.any()) for block in cut.blocks for linear in (block.query, block.down))  # pyright: ignore[reportOptionalMemberAccess]
+
+    def test_modules_and_config_say_what_the_weights_are(self, step: Step, family: str, tmp_path: Path) -> None:
+        cut = run(step, tiny(family), middle(step), tmp_path)
+        for module in cut.hf.modules():
+            if isinstance(module, nn.Linear):
+                assert module.weight.shape == (module.out_features, module.in_features)
+        shape = cut.shape
+        assert cut.embeddings.weight.shape == (shape.vocab, shape.hidden)
+        for block in cut.blocks:
+            assert block.query.weight.shape == (shape.heads * shape.head_dim, shape.hidden)
+            assert block.down.weight.shape == (shape.hidden, shape.ffn)
+        assert cut.hf.config.to_dict() == type(cut.hf.config).from_dict(cut.hf.config.to_dict()).to_dict()
+
+    @pytest.mark.parametrize("odd", ["dead parts", "tied", "odd widths", "one layer", "bfloat16", "few tokens"])
+    def test_unusual_models_give_finite_logits(self, step: Step, family: str, tmp_path: Path, odd: str) -> None:
+        model = {
+            "dead parts": lambda: with_dead_parts(tiny(family)),
+            "tied": lambda: tiny(family, tied=True),
+            "odd widths": lambda: tiny(family, hidden=33, heads=3, kv_heads=1, head_dim=6, ffn=45),
+            "one layer": lambda: tiny(family, layers=1),
+            "bfloat16": lambda: tiny(family, dtype=torch.bfloat16),
+            "few tokens": lambda: tiny(family),
+        }[odd]()
+        context = context_of(model, tmp_path, random_tokens(1, 4) if odd == "few tokens" else None)
+        prepared = prepare_once(step, model, context, amounts(step))
+        for amount in amounts(step):
+            cut = step.apply(model, prepared, amount, context)
+            assert bool(logits(cut).isfinite().all()), f"{step.link(amount)} on a model with {odd}"
+            assert cut.measured_params() == cut.counts.n_params
+            assert {p.dtype for p in cut.hf.parameters()} == {p.dtype for p in model.hf.parameters()}
+
+    def test_it_works_after_itself(self, step: Step, family: str, tmp_path: Path) -> None:
+        once = run(step, tiny(family, tied=True), middle(step), tmp_path / "a")
+        twice = run(step, once, middle(step), tmp_path / "b")
+        assert len(twice.done) == 2
+        assert twice.measured_params() == twice.counts.n_params <= once.counts.n_params
+        assert bool(logits(twice).isfinite().all())
+
+    def test_impossible_requests_are_refused(self, step: Step, family: str, tmp_path: Path) -> None:
+        for amount in (None, "auto", 1.0, -0.1, 17):
+            with pytest.raises(ChainError, match=step.name()):
+                step.check_amount(step.name(), amount)
+        with pytest.raises(ChainError, match=f"{step.name()} has no scope 'nowhere'"):
+            replace(step, scope="nowhere")
+        model = tiny(family)
+        context = replace(context_of(model, tmp_path), calibration=None)
+        try:
+            step.prepare(model, context, amounts(step))
+            complaint = step.name()  # it needs no calibration text
+        except DataError as error:
+            complaint = str(error)
+        assert step.name() in complaint
+        assert "\n" not in complaint
+
+    def test_its_name_finds_it_and_its_link_is_canonical(self, step: Step, family: str) -> None:
+        assert METHODS.find(step.name()) is type(step)
+        assert type(step).reference
+        assert (step.scope == step.scopes[0]) == (":" not in str(step.link(0.5)))
