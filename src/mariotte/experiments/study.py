@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -86,13 +87,13 @@ class Chains(BaseModel):
         names = list(dict.fromkeys(_PLACEHOLDER.findall(self.chain)))
         lists = [cast("list[object]", (self.model_extra or {})[name]) for name in names]
         return [
-            chains.parse(
-                _PLACEHOLDER.sub(
-                    lambda found, v=dict(zip(names, values, strict=True)): str(v[found.group(1)]), self.chain
-                )
-            )
+            chains.parse(_filled(self.chain, dict(zip(names, values, strict=True))))
             for values in itertools.product(*lists)
         ]
+
+
+def _filled(pattern: str, values: Mapping[str, object]) -> str:
+    return _PLACEHOLDER.sub(lambda found: str(values[found.group(1)]), pattern)
 
 
 class Study(_Part):
@@ -132,7 +133,8 @@ class Study(_Part):
 
 def _sentence(error: ValidationError, where: str) -> StudyError:
     """The first thing wrong with a study, in one sentence."""
-    problem = error.errors()[0]
+    # A misspelt key is both unknown and missing: what was written says more than what was not.
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
     place = ".".join(path) or "the file"
     if problem["type"] == "extra_forbidden":
