@@ -123,7 +123,7 @@ class LazyGroup(TyperGroup):
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 raise
-            _complain("interrupted; what was stored is kept, and the same command goes on from there")
+            _complain("interrupted; what was stored is kept")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             _forget_stdout()

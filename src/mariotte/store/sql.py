@@ -81,7 +81,7 @@ _ADVICE = {
     "SQLITE_FULL": "cannot be written: the disk is full; free space and run again, nothing stored is lost",
     "SQLITE_READONLY": "cannot be written: the file or its folder is read-only; "
     "change the permissions or name another with --store",
-    "SQLITE_CANTOPEN": "cannot be opened: check that its folder exists and that you may write there",
+    "SQLITE_CANTOPEN": "cannot be opened: check that its folder exists and that you may read and write there",
     "SQLITE_PERM": "cannot be opened: check that you may read and write it",
     "SQLITE_NOTADB": "is not a SQLite database: name a store that Mariotte made, or a new file",
     "SQLITE_CORRUPT": "is damaged ({error}): restore the file from a copy, or run the study again into a new store",
