@@ -16,15 +16,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from mariotte.errors import DataError, unknown
+
+if TYPE_CHECKING:
+    from mariotte.testbed.world import World
 
 Split = Literal["train", "calibration", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 TESTBED_ROWS: Mapping[Split, int] = {"train": 50_000, "calibration": 1_024, "valid": 400, "test": 400}
 """Rows of 64 tokens in a split of a testbed corpus; each split is an independent draw from the same world."""
+
+
+_ROWS_AT_ONCE = 128
 
 
 def _bucket(document: str, salt: str, n: int) -> int:
@@ -202,14 +208,17 @@ class Testbed(Corpus):
     block: ClassVar[int] = 64
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
-        return iter(_testbed_rows(self.register, split))
+        # Row by row: a reader that stops after a few hundred never waits for fifty thousand.
+        for start in range(0, TESTBED_ROWS[split], _ROWS_AT_ONCE):
+            count = min(_ROWS_AT_ONCE, TESTBED_ROWS[split] - start)
+            yield from (row.text for row in _world().rows(self.register, split, count, start))
 
 
-@functools.lru_cache(maxsize=16)
-def _testbed_rows(register: str, split: Split) -> list[str]:
+@functools.lru_cache(maxsize=1)
+def _world() -> World:
     from mariotte.testbed.world import World  # building the world takes a moment; other corpora do without
 
-    return [row.text for row in World().rows(register, split, TESTBED_ROWS[split])]
+    return World()
 
 
 REGISTERS = ("all", "encyclopedia", "news", "instructions")
