@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.experiments.pipeline import compress_model
+from mariotte.models.load import load
 from mariotte.models.model import Done, Model
+from mariotte.models.nll import token_nll
 from mariotte.models.step import Prepared, prepare_once
 from mariotte.recover import RECOVERIES
 from mariotte.recover.methods import lora
@@ -30,7 +34,7 @@ from mariotte.testing.recoveries import (
 )
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
-STEP = LoRA(batch=4, lr=1e-2, warmup=3, rank=4)
+STEP = LoRA(batch=5, lr=1e-2, warmup=3, rank=4)
 
 
 class TestConformance(RecoveryConformance):
@@ -210,7 +214,7 @@ def test_what_was_seen_is_said(model: Model, tmp_path: Path, corpus: str) -> Non
     assert [results[amount].done[-1].facts["epochs"] for amount in (16, 1_000, 5_000)] == [1, 1, 2]
     facts = results[5_000].done[-1].facts
     assert facts["loss_end"] < facts["loss_begin"] - 0.5
-    assert results[1_000].done[-1].step == "lora@1k(batch=4, lr=0.01, rank=4, warmup=3)"
+    assert results[1_000].done[-1].step == "lora@1k(batch=5, lr=0.01, rank=4, warmup=3)"
 
 
 def test_only_the_matrices_of_the_blocks_change(tmp_path: Path, corpus: str) -> None:
@@ -266,6 +270,21 @@ def test_a_named_corpus_comes_before_the_run_s(model: Model, tmp_path: Path, cor
     step = replace(STEP, corpus=corpus)
     result = recovered(step, model, context_of(model, tmp_path / "scratch", "file:/nowhere"), [600])[600]
     assert result.done[-1].facts["corpus"] == corpus
+
+
+@pytest.mark.slow
+def test_it_wins_back_most_of_what_a_cut_cost_on_the_testbed(tmp_path: Path) -> None:
+    dense = load("testbed/qwen2-113k")
+    rows = tokens.blocks(corpora.find("testbed/all"), "test", dense.tokenizer, 64, 200)
+    cut = "ffn@0.3(criterion=norm, compensate=false)"
+    losses = [
+        token_nll(compress_model(dense, chain, calibration="testbed/all", work=tmp_path), rows).mean().item()
+        for chain in (cut, f"{cut} | lora@4k", f"{cut} | lora@16k")
+    ]
+    base = token_nll(dense, rows).mean().item()
+    shares_left = [(loss - base) / (losses[0] - base) for loss in losses]
+    assert shares_left[1] < 0.5
+    assert shares_left[2] < 0.25
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
