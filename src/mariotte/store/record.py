@@ -115,7 +115,9 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values; `from_dict` reads it back equal."""
-        return cast("dict[str, Any]", json.loads(canonical_json(dataclasses.asdict(self))))
+        # Not `dataclasses.asdict`, which copies every leaf of the details: ten times slower for thousands of facts.
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return cast("dict[str, Any]", json.loads(canonical_json(fields)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
