@@ -46,6 +46,7 @@ def main() -> None:
     dense = model.counts.n_params
     plan: list[tuple[Step, tuple[float, ...]]] = [
         (Slice(), (0.125, 0.25, 0.375, 0.5)),
+        (Slice(compensate=False), (0.125, 0.25, 0.375, 0.5)),
         (FFN(), (QUARTER,)),
         (FFN(criterion="activation"), (QUARTER,)),
         (FFN(criterion="norm"), (QUARTER,)),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mariotte.compress.methods.ffn import FFN, compensated, least_squares_factors, obs_order, with_ridge
+from mariotte.compress.methods.ffn import FFN, obs_order
 from mariotte.errors import ChainError, DataError
 from mariotte.models.step import prepare_once
 from mariotte.testing.methods import context_of, logits
@@ -63,26 +63,6 @@ def test_obs_order_of_many_columns_survives_compaction():
 
 def test_of_equal_columns_the_first_goes_first():
     assert obs_order(torch.ones(2, 5).double(), torch.eye(5).double()).tolist() == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("kept", [1, 3, 7])
-def test_compensation_equals_lstsq(kept):
-    down, inputs = layer(8)
-    order = torch.tensor([5, 0, 7, 2, 1, 6, 4, 3])
-    factor, product = least_squares_factors(down, inputs.T @ inputs / len(inputs), order)
-    expected, *_ = np.linalg.lstsq(inputs[:, order[:kept]].numpy(), (inputs @ down.T).numpy(), rcond=None)
-    np.testing.assert_allclose(compensated(factor, product, kept).numpy(), expected.T, atol=1e-9)
-
-
-def test_compensation_never_raises_the_squared_error_and_needs_no_second_look():
-    down, inputs = layer(12, tokens=30, seed=2)
-    moment = with_ridge(inputs.T @ inputs / len(inputs), 0.1)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    factor, product = least_squares_factors(down, moment, order)
-    for kept in range(1, 13):
-        plain = squared_error(down, inputs, order[:kept], down[:, order[:kept]])
-        assert squared_error(down, inputs, order[:kept], compensated(factor, product, kept)) <= plain + 1e-9
-    torch.testing.assert_close(compensated(factor, product, 12), down[:, order])
 
 
 @torch.no_grad()

@@ -38,11 +38,12 @@ def logits(model: Model) -> Tensor:
     return exact_norms_(model).logits(random_tokens(4, 16, seed=1))
 
 
+@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_rotation_leaves_logits_unchanged(family, tied, tmp_path):
+def test_rotation_leaves_logits_unchanged(family, tied, compensate, tmp_path):
     model = tiny(family, tied=tied, dtype=torch.float64, **FULL_BIASES[family])
-    step = Slice()
+    step = Slice(compensate=compensate)
     prepared = prepare_once(step, model, context_of(model, tmp_path), [0.5])
     rotated = slicing._cut(model, prepared, 32)
     assert (logits(rotated) - logits(model)).abs().max() < 1e-8
@@ -65,12 +66,13 @@ def in_a_subspace_(model: Model, width: int) -> Model:
     return model
 
 
+@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_stream_that_lives_in_fewer_dimensions_is_cut_to_them_without_loss(family, tmp_path):
+def test_a_stream_that_lives_in_fewer_dimensions_is_cut_to_them_without_loss(family, compensate, tmp_path):
     # A large epsilon, so that a wrong scaling of it shows.
     model = tiny(family, dtype=torch.float64, rms_norm_eps=0.05, **FULL_BIASES[family])
     model = in_a_subspace_(model, 16)
-    step = Slice()
+    step = Slice(compensate=compensate)
     context = context_of(model, tmp_path)
     cut = step.apply(model, prepare_once(step, model, context, [0.5]), 0.5, context)
     assert cut.shape.hidden == 16
@@ -110,6 +112,40 @@ def test_llama_widths_are_multiples_of_its_heads(heads, hidden, multiple, tmp_pa
         assert cut.done[-1].facts["rounding"] == multiple
 
 
+@torch.no_grad()
+def test_kept_directions_are_read_at_the_size_they_had(tmp_path):
+    """What a matrix reads of the kept directions has the mean square that it had behind the uncut norm."""
+    model = tiny("qwen2", layers=1)
+    step = Slice(compensate=False)
+    context = context_of(model, tmp_path)
+    prepared = prepare_once(step, model, context, [0.5])
+    cut = step.apply(model, prepared, 0.5, context)
+    directions_Dd = prepared.get("rotation")["directions"][:, :16]
+    tokens = random_tokens(64, 24, seed=2).flatten()
+    x_MD = model.embeddings.weight[tokens].double()
+    behind_norm_Md = x_MD / x_MD.square().mean(-1, keepdim=True).sqrt() @ directions_Dd
+    y_Md = cut.blocks[0].attention_norm(cut.embeddings.weight[tokens]).double()
+    energy = prepared.get("rotation")["energy"]
+    read_Md = y_Md * (energy[:16].sum() / energy.sum() * 2) ** 0.5
+    assert read_Md.square().mean() == pytest.approx(float(behind_norm_Md.square().mean()), rel=0.15)
+
+
+def test_compensation_lowers_what_each_matrix_misses(tmp_path):
+    model = tiny("llama", layers=1)
+    context = context_of(model, tmp_path / "a")
+    tokens = random_tokens(16, 24)
+    x_MD = model.embeddings.weight.detach()[tokens.flatten()]
+    wanted_MO = model.blocks[0].query(model.blocks[0].attention_norm(x_MD)).detach()
+    missed = {}
+    for compensate in (True, False):
+        step = Slice(compensate=compensate)
+        context = context_of(model, tmp_path / str(compensate), tokens)
+        cut = step.apply(model, prepare_once(step, model, context, [0.5]), 0.5, context)
+        found_MO = cut.blocks[0].query(cut.blocks[0].attention_norm(cut.embeddings.weight[tokens.flatten()])).detach()
+        missed[compensate] = float((found_MO - wanted_MO).square().mean())
+    assert missed[True] < missed[False]
+
+
 def test_a_tied_head_is_untied_and_counted(tmp_path):
     model = tiny("qwen2", tied=True, vocab=512)
     step = Slice()
@@ -144,6 +180,8 @@ def test_round_to_overrides_the_rounding(tmp_path):
     assert str(step.link(0.3)) == "slice@0.3(round_to=1)" == cut.done[-1].step
     with pytest.raises(ChainError, match="round_to must be a positive"):
         Slice(round_to=0)
+    with pytest.raises(ChainError, match="ridge must be positive"):
+        Slice(ridge=-1.0)
 
 
 def test_norms_of_a_cut_model_are_ones(tmp_path):

@@ -5,7 +5,7 @@ Shapes: D model width, F neurons of a block (the down projection's inputs), K ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte.compress.calibration import second_moments
+from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import cut_width, derive, parameter_names, rounding
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Done, Model
@@ -22,17 +23,6 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["FFN"]
 
 CRITERIA = ("obs", "activation", "norm")
-
-
-def with_ridge(moment_FF: Tensor, ridge: float) -> Tensor:
-    """The second moment with `ridge` times its mean diagonal added to the diagonal, so that it can be inverted.
-
-    A block whose neurons are all dead has a mean of zero: it gets ones, and any choice of neurons is as good.
-    """
-    mean = float(moment_FF.diagonal().mean())
-    return moment_FF + (ridge * mean if mean > 0 else 1.0) * torch.eye(
-        len(moment_FF), dtype=moment_FF.dtype, device=moment_FF.device
-    )
 
 
 def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
@@ -80,40 +70,6 @@ def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
         kept = (~gone_K).nonzero().flatten()
         left_K, weight_DK, inverse_KK = left_K[kept], weight_DK[:, kept], inverse_KK[kept][:, kept]
     return torch.tensor(order)
-
-
-def least_squares_factors(down_DF: Tensor, moment_FF: Tensor, order_F: Tensor) -> tuple[Tensor, Tensor]:
-    """What `compensated` needs for any number of kept columns.
-
-    Parameters
-    ----------
-    down_DF : (D, F) float64
-    moment_FF : (F, F) float64, positive definite
-    order_F : (F,) columns, the most important first
-
-    Returns
-    -------
-    L : (F, F) lower Cholesky factor of the moment in that order
-    M : (D, F) the projection in that order, times L
-    """
-    factor_FF = cast(Tensor, torch.linalg.cholesky(moment_FF[order_F][:, order_F]))
-    return factor_FF, down_DF[:, order_F] @ factor_FF
-
-
-def compensated(factor_FF: Tensor, product_DF: Tensor, kept: int) -> Tensor:
-    r"""The first `kept` columns that best stand for all of them.
-
-    Returns
-    -------
-    (D, kept) in the order of `least_squares_factors`
-
-    Notes
-    -----
-    The least-squares solution is W G[:, k] (G[k, k])⁻¹ for the kept columns k. With the most important first and
-    G = L Lᵀ, G[:, k] = L[:, k] L[k, k]ᵀ, and it is (W L)[:, k] L[k, k]⁻¹: one triangular solve for each amount.
-    """
-    solve = cast("Callable[..., Tensor]", torch.linalg.solve_triangular)
-    return solve(factor_FF[:kept, :kept], product_DF[:, :kept], upper=False, left=False)
 
 
 @dataclass(frozen=True, kw_only=True)
