@@ -90,21 +90,17 @@ def test_a_course_rounds_down_to_rows_and_leaves_the_trunk_within_nine_tenths() 
         course(63, 64, 16)
 
 
-def test_the_stream_repeats_in_another_order_and_does_not_depend_on_how_much_was_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(lora, "_WINDOW", 8)
-
+def test_the_stream_repeats_in_another_order_and_does_not_depend_on_how_much_was_read() -> None:
     def permutation(epoch: int, window: int, size: int) -> Tensor:
         return torch.randperm(size, generator=torch.Generator().manual_seed(100 * epoch + window))
 
     everything = torch.arange(20)[:, None]
-    whole = Stream(everything, permutation)
+    whole = Stream(everything, 8, permutation)
     rows = whole.rows(0, 60).flatten()
     for epoch in rows.split(20):
         assert sorted(epoch.tolist()) == list(range(20))
     assert not torch.equal(rows[:20], rows[20:40])
-    assert torch.equal(Stream(everything[:16], permutation).rows(0, 16).flatten(), rows[:16])
+    assert torch.equal(Stream(everything[:16], 8, permutation).rows(0, 16).flatten(), rows[:16])
     assert torch.equal(torch.cat([whole.rows(i, i + 3) for i in range(0, 60, 3)]).flatten(), rows)
 
 

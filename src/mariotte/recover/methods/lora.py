@@ -41,8 +41,8 @@ _RUN = "trunk.json"
 _SAVE_SECONDS = 30.0
 """A killed trunk loses at most this much; chosen by us: a save of the 8B models' adapters takes about a second."""
 
-_WINDOW = 16_384
-"""Rows shuffled at once: a corpus larger than memory is read only as far as its tokens are needed."""
+_WINDOW_TOKENS = 1 << 20
+"""Text shuffled at once: a corpus larger than memory is read only as far as its tokens are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,12 @@ class Stream:
     Parameters
     ----------
     tokens_NT : (N, T) rows of the training split from its beginning
+    window : rows that are shuffled among themselves
     permutation : of (epoch, window, rows in the window)
     """
 
     tokens_NT: Tensor
+    window: int
     permutation: Callable[[int, int, int], Tensor]
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -108,11 +110,11 @@ class Stream:
         found: list[Tensor] = []
         while start < stop:
             epoch, index = divmod(start, n)
-            window, offset = divmod(index, _WINDOW)
-            size = min(_WINDOW, n - window * _WINDOW)
+            window, offset = divmod(index, self.window)
+            size = min(self.window, n - window * self.window)
             taken = min(stop - start, size - offset)
             order = self.permutation(epoch, window, size)[offset : offset + taken]
-            found.append(self.tokens_NT[window * _WINDOW + order])
+            found.append(self.tokens_NT[window * self.window + order])
             start += taken
         return torch.cat(found)
 
@@ -128,15 +130,15 @@ class _Source:
 
 
 @functools.lru_cache(maxsize=2)
-def _read(source: _Source, block: int, windows: int) -> Tensor:
-    """Whole windows of training rows, or the whole split where it holds fewer, (N, T).
+def _read(source: _Source, block: int, rows: int) -> Tensor:
+    """The first training rows, or the whole split where it holds fewer, (N, T).
 
     Kept: every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
     """
     try:
-        return tokens.blocks(source.corpus, "train", source.tokenizer, block, windows * _WINDOW)
+        return tokens.blocks(source.corpus, "train", source.tokenizer, block, rows)
     except DataError:
-        # Too few rows for whole windows: take them all. Anything else that is wrong with the corpus is raised again.
+        # Too few rows: take them all. Anything else that is wrong with the corpus is raised again.
         return tokens.blocks(source.corpus, "train", source.tokenizer, block)
 
 
@@ -211,7 +213,8 @@ class LoRA(Step):
     at 4k and 16k tokens, as much at 64k. Beyond width 128 the rate falls with the width, to 1.2e-4 at 4096, where
     1e-4 to 3e-4 is usual.
 
-    Weights that an earlier step set to zero stay zero: the change is masked in training and in merging alike.
+    Where an earlier step of the chain set weights to zero, all zeros stay: the change is masked in training and in
+    merging alike. The facts count them (``mask_reapplied``).
 
     Costs, with D tokens in all: memory, one copy of the model when merging, none while training; disk, three float32
     copies of the adapter a D.
@@ -399,13 +402,15 @@ class LoRA(Step):
             corpus=corpus,
             tokenizer=model.tokenizer,
         )
-        tokens_NT = _read(source, self.block or context.block, -(-rows // _WINDOW))
+        block = self.block or context.block
+        window = max(1, _WINDOW_TOKENS // block)
+        tokens_NT = _read(source, block, -(-rows // window) * window)
 
         @functools.lru_cache(maxsize=2)
         def permutation(epoch: int, window: int, size: int) -> Tensor:
             return torch.randperm(size, generator=context.generator("lora", "rows", epoch, window))
 
-        return Stream(tokens_NT, permutation)
+        return Stream(tokens_NT, window, permutation)
 
     def _batches(self, stream: Stream, rows: int) -> Callable[[int], Tensor]:
         return lambda step: stream.rows(step * self.batch, min((step + 1) * self.batch, rows))
@@ -434,16 +439,14 @@ class LoRA(Step):
             a_RI, b_OR = _factors(layer)
             generator = context.generator("lora", "start", path)
             # As peft and the paper's code: uniform within 1 / sqrt(I); B is zero. Float32 beside weights of any dtype.
-            a_RI.data = ((2 * torch.rand(a_RI.shape, generator=generator) - 1) / math.sqrt(a_RI.shape[1])).to(
-                a_RI.device
-            )
+            start_RI = (2 * torch.rand(a_RI.shape, generator=generator) - 1) / math.sqrt(a_RI.shape[1])
+            a_RI.data = start_RI.to(a_RI.device)
             b_OR.data = torch.zeros(b_OR.shape, device=b_OR.device)
             if masked:
                 layer.lora_variant[_ADAPTER] = _Masked((matrix.weight != 0).detach())
         trained = [p for p in module.parameters() if p.requires_grad]
-        return TrainState(
-            module, [torch.optim.AdamW(trained, lr=self._rate(model), weight_decay=0.0, fused=True)], context.seed
-        )
+        optimizer = torch.optim.AdamW(trained, lr=self._rate(model), weight_decay=0.0, fused=True)
+        return TrainState(module, [optimizer], context.seed)
 
     def _trunk(self, model: Model, context: Context, stream: Stream, leave: int, *, last: int) -> None:
         """Train from the furthest state not beyond `leave` up to it, and keep the state there."""
