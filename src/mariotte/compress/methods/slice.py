@@ -81,8 +81,8 @@ class Slice(Step):
 
     Where the rest is not zero, the norm misses its energy and makes the kept signal too large. With s the share of the
     energy that the kept directions hold on calibration text, the factor is sqrt(s D/d), which is sqrt(D/d) when nothing
-    is lost. On stories260K, at half the width, this alone took the loss from 4.78 to about 4.3, compensation a little
-    further; it was also lower at each smaller cut.
+    is lost. On stories260K at half the width, sqrt(D/d) gives a loss of 4.779, sqrt(s D/d) 4.375, and compensation
+    4.291; smaller cuts gain too (``benchmarks/stories260k.py``).
 
     A tied head is untied, since the final norm's weights cannot be folded into both ends: the second vocabulary matrix
     is counted, and can make the ratio of a small cut negative. A cut of nothing returns the model as it is.
