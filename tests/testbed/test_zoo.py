@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from mariotte.errors import ModelError, UnknownNameError
 from mariotte.testbed import zoo
@@ -58,17 +58,25 @@ def test_the_shapes_are_those_of_the_specification(shipped: tuple[str, PreTraine
     assert model.get_input_embeddings().weight.shape == (656, shape.hidden)
 
 
-def test_the_tokenizer_gives_one_token_a_word_and_bos_first(world: World) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(zoo.path("qwen2-113k"))
+@pytest.mark.parametrize("name", LADDER)
+@pytest.mark.parametrize("reader", [AutoTokenizer, PreTrainedTokenizerFast])
+def test_text_is_encoded_one_token_a_word_with_bos_first(world: World, name: str, reader: type[AutoTokenizer]) -> None:
+    tokenizer = reader.from_pretrained(zoo.path(name))
     for row in world.rows("all", "valid", 20):
         assert tuple(tokenizer(row.text)["input_ids"]) == row.ids
+    assert all(tokenizer(word)["input_ids"] == [0, i] for i, word in enumerate(world.vocabulary) if i > 2)
+    assert len(tokenizer) == 656
+    assert (tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token) == ("<bos>", "<unk>", "<pad>")
+    padded = tokenizer(["ada", "ada abel"], padding=True, padding_side="right")
+    assert padded["attention_mask"] == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_tokens_are_decoded_into_words_with_spaces_between(world: World) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(zoo.path("qwen2-1m"))
+    for row in world.rows("all", "valid", 20):
         assert tokenizer.decode(row.ids) == " ".join(row.words)
         assert tokenizer.decode(row.ids, skip_special_tokens=True) == row.text
-    assert (tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token) == ("<bos>", "<unk>", "<pad>")
-    assert tokenizer("ada flies")["input_ids"][2] == tokenizer.unk_token_id
-    padded = tokenizer(["ada", "ada abel"], padding=True)
-    assert padded["attention_mask"] == [[1, 1, 0], [1, 1, 1]]
-    assert all(len(tokenizer(word)["input_ids"]) == 2 for word in world.vocabulary[3:])
+    assert tokenizer("ada flies")["input_ids"] == [0, world.vocabulary.index("ada"), tokenizer.unk_token_id]
 
 
 def test_the_shipped_tokenizer_is_the_one_the_world_makes(tmp_path: Path) -> None:

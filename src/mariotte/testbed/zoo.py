@@ -168,24 +168,33 @@ def training_record(name: str) -> dict[str, Any]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the tokenizer of the testbed's language, as ``AutoTokenizer`` reads it.
+    """Write the tokenizer of the testbed's language: one word is one token, ``<bos>`` comes first.
 
-    One word is one token; ``<bos>`` comes first; decoding joins words with spaces.
+    Notes
+    -----
+    ``PreTrainedTokenizerFast`` reads it as it is written, and decodes words with spaces between. ``AutoTokenizer`` does
+    so too for Llama-shaped models; for ``model_type`` qwen2 it insists on its own class, which replaces the rules of
+    the file by byte-level ones (transformers 5.23). Every word is therefore also an added token: those are
+    matched before any rule, so that text is encoded rightly there as well, though decoded without spaces.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
     words = World().vocabulary
+    specials = [BOS, UNKNOWN, PADDING]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words.index(BOS))]
     )
-    tokenizer.add_special_tokens([BOS, UNKNOWN, PADDING])
+    tokenizer.add_special_tokens(specials)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, lstrip=True) for word in words[len(specials) :]])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
+        # A document ends where the next begins. Without it the class of qwen2 adds a token that no model has.
+        "eos_token": BOS,
         "unk_token": UNKNOWN,
         "pad_token": PADDING,
         "clean_up_tokenization_spaces": False,
