@@ -1,4 +1,4 @@
-"""A checkpoint that loads anywhere: saved, loaded back by stock transformers, compared, and only then put into place."""
+"""A checkpoint that loads anywhere: saved, loaded back by stock transformers, compared, then put into place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     probe = f"{' '.join(vocabulary)} {tokenizer.decode(list(range(len(vocabulary))))}"
     with quiet_transformers():
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    same = found(probe)["input_ids"] == tokenizer(probe)["input_ids"]
+    ids = cast("list[int]", tokenizer(probe)["input_ids"])
+    same = found(probe)["input_ids"] == ids and found.decode(ids) == tokenizer.decode(ids)
     return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
 
 
@@ -134,7 +135,7 @@ def save(
         _write(model, temporary, stored, dense_params or model.counts.n_params)
         if target.exists():
             target.rmdir()
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise ModelError(
             f"the checkpoint cannot be written to {target}: {error.strerror or error}; nothing was left there"
