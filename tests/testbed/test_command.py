@@ -40,7 +40,8 @@ def test_show_needs_no_torch() -> None:
         "app(['testbed', 'show'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "testbed/qwen2-1m" in result.stdout
 
 
 def test_an_unknown_model_is_one_sentence() -> None:
