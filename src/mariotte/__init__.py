@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mariotte.accounting import count as count
     from mariotte.chain import Chain as Chain
     from mariotte.chain import Link as Link
-    from mariotte.chain import parse as parse_chain
+    from mariotte.chain import parse as parse_chain  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from mariotte.errors import MariotteError as MariotteError
     from mariotte.experiments.pipeline import compress_model as compress_model
     from mariotte.experiments.pipeline import measure as measure
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mariotte.models.checkpoint import save as save
     from mariotte.models.load import load as load
     from mariotte.models.model import Model as Model
-    from mariotte.report import write as write_report
+    from mariotte.report import write as write_report  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from mariotte.store import Record as Record
     from mariotte.store import open_store as open_store
 

@@ -51,7 +51,8 @@ def count(config: Mapping[str, Any], *, context: int = 0, dtype: str | None = No
 
     Notes
     -----
-    FLOPs follow the usual ``2 n`` for every matrix a token passes, plus ``4 L N H context`` for scores and weighted sum.
+    FLOPs follow the usual ``2 n`` for every matrix a token passes, plus ``4 L N H context`` for scores and weighted
+    sum.
     Norms, rotary embeddings and softmax are left out: below one percent for any width in use.
     """
     name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -100,7 +100,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, content: str, sa
 
 
 def test_no_such_file() -> None:
-    with pytest.raises(DataError, match="no file or folder at nowhere.txt"):
+    with pytest.raises(DataError, match=r"no file or folder at nowhere\.txt"):
         corpora.find("file:nowhere.txt")
 
 

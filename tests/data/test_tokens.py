@@ -63,7 +63,9 @@ def test_an_empty_corpus_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerB
 def test_a_short_corpus_is_said(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "test.txt").write_text("one two three " * 10)
     corpus = corpora.find(f"file:{tmp_path}")
-    with pytest.raises(DataError, match="holds 1 blocks of 16 tokens, fewer than the 50 asked for"):
+    with pytest.raises(
+        DataError, match="holds 31 tokens, fewer than 50 blocks of 16: give it more text, or ask for fewer"
+    ):
         tokens.read(corpus, "test", tokenizer, 16, 50)
     with pytest.raises(DataError, match="fewer than one block of 64: give it more text"):
         tokens.read(corpus, "test", tokenizer, 64)

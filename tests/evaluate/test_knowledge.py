@@ -98,7 +98,7 @@ def test_parts_add_up(model: Model) -> None:
 
 
 def test_a_model_of_another_language_is_refused(shared: Path) -> None:
-    with pytest.raises(DataError, match="is no single token of .*ask a testbed model"):
+    with pytest.raises(DataError, match=r"is no single token of .*ask a testbed model"):
         Knowledge(on="testbed").protocol(load(shared / "data/models/stories260K"))
 
 

@@ -25,7 +25,7 @@ def test_a_uniform_model_scores_ln_v_and_its_bits_per_byte(model: Model) -> None
     assert found.metrics["loss"] == pytest.approx(math.log(model.shape.vocab), abs=1e-6)
     bits = found.metrics["loss"] / math.log(2) * protocol["scored_tokens"] / protocol["scored_bytes"]
     assert found.metrics["bits_per_byte"] == pytest.approx(bits)
-    assert found.details["loss_se"] == pytest.approx(0, abs=1e-6)
+    assert found.metrics["loss_se"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_protocol_is_explicit(model: Model) -> None:

@@ -32,7 +32,8 @@ def run_shown(study: Study, store: Store, toml: str, work: Path | None = None) -
     say(
         f"{study.name}: {summary.records} records added, {summary.skipped} experiments were there already, "
         f"{len(summary.failures)} failed; {c.loads} models loaded, {c.dense_evaluations} dense evaluations, "
-        f"{c.preparations} preparations for {c.applications} applications, {c.trunks} trunks; {duration(summary.seconds)}"
+        f"{c.preparations} preparations for {c.applications} applications, {c.trunks} trunks; "
+        f"{duration(summary.seconds)}"
     )
     for failure in summary.failures:
         say(f"  failed: {failure.model} {failure.chain} ({failure.stage}): {failure.error}")

@@ -17,7 +17,8 @@ def compress(
     chain: Annotated[str, typer.Argument(metavar="CHAIN", help='Such as "slice@0.3 | lora@1M".')],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint; must not exist yet, or be empty.")],
     calibration: Annotated[
-        str | None, typer.Option(help="Corpus to look at: a name or file:PATH.  [default: the testbed's for its models]")
+        str | None,
+        typer.Option(help="Corpus to look at: a name or file:PATH.  [default: the testbed's for its models]"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Blocks of calibration text.")] = 128,
     block: Annotated[int | None, typer.Option(min=2, help="Tokens in a block.  [default: the corpus' own]")] = None,
@@ -79,7 +80,12 @@ def compress(
         )
         return
     rows_of = [
-        ["parameters", f"{base.n_params:,}", f"{counts.n_params:,}", f"{1 - counts.n_params / base.n_params:.1%} removed"],
+        [
+            "parameters",
+            f"{base.n_params:,}",
+            f"{counts.n_params:,}",
+            f"{1 - counts.n_params / base.n_params:.1%} removed",
+        ],
         ["bytes", f"{base.n_bytes:,}", f"{counts.n_bytes:,}", ""],
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]

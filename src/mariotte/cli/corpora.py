@@ -26,5 +26,8 @@ def corpora(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
     if as_json:
         print_json(found)
         return
-    note = f"MARIOTTE_DATA is {os.environ.get('MARIOTTE_DATA') or 'not set'}; file:PATH names any text or jsonl file or folder"
-    print_table("", ["corpus", "source", "tokens a window"], [[f["name"], f["source"], f["block"]] for f in found], note)
+    folder = os.environ.get("MARIOTTE_DATA") or "not set"
+    note = f"MARIOTTE_DATA is {folder}; file:PATH names any text or jsonl file or folder"
+    print_table(
+        "", ["corpus", "source", "tokens a window"], [[f["name"], f["source"], f["block"]] for f in found], note
+    )

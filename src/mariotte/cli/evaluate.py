@@ -18,15 +18,18 @@ def evaluate(
     ],
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Compute in this dtype.  [default: float32 on a CPU]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, protocol and details included.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as JSON, protocol and details included.")
+    ] = False,
 ) -> None:
     """Measure a model: loss in nats per token and bits per byte, facts known."""
+    from mariotte.evaluate.base import Measurement
     from mariotte.experiments import identity
     from mariotte.models.load import load
 
     measures = [identity.resolve_measure(text) for text in measure]
     loaded = load(model, device, dtype)
-    found = {}
+    found: dict[str, Measurement] = {}
     with progress(f"evaluate {model}", len(measures)) as update:
         for one in measures:
             update(0, text=identity.measure_text(one))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -17,7 +17,7 @@ def measures(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON
     from mariotte.evaluate import MEASURES
     from mariotte.evaluate.base import Measure
 
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": name,
             "metrics": dict(kind.metrics),

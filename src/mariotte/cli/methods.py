@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -19,7 +19,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
     from mariotte.recover import RECOVERIES
 
     kinds = [cast("type[Step]", c.find(name)) for c in (METHODS, RECOVERIES) for name in c.names()]
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": kind.name(),
             "unit": kind.unit,
@@ -35,7 +35,14 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
         print_json(found)
         return
     rows = [
-        [f["name"], f["unit"], f["family"], ", ".join(f["scopes"]), ", ".join(f"{k}={v}" for k, v in f["fields"].items()), f["summary"]]
+        [
+            f["name"],
+            f["unit"],
+            f["family"],
+            ", ".join(f["scopes"]),
+            ", ".join(f"{k}={v}" for k, v in f["fields"].items()),
+            f["summary"],
+        ]
         for f in found
     ]
     print_table("", ["method", "amount counts", "family", "scopes", "fields and defaults", ""], rows)

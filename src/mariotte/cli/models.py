@@ -28,5 +28,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     if as_json:
         print_json({"families": sorted(FAMILIES), "models": shipped})
         return
-    print_table("", ["model", "family", "parameters"], [[m["name"], m["model_type"], f"{m['n_params']:,}"] for m in shipped])
+    print_table(
+        "", ["model", "family", "parameters"], [[m["name"], m["model_type"], f"{m['n_params']:,}"] for m in shipped]
+    )
     print_table("", ["family that any model may belong to"], [[name] for name in sorted(FAMILIES)])

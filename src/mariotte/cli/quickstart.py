@@ -28,7 +28,7 @@ def quickstart(
     It runs studies/quickstart.toml. Stop it whenever you like: run again, it goes on from there.
     """
     from mariotte.experiments.study import embedded, read
-    from mariotte.report import usable_sentences, write
+    from mariotte.report import usable_sentence, write
     from mariotte.store import open_store
 
     began = time.perf_counter()
@@ -43,8 +43,8 @@ def quickstart(
         _print_cuts(records)
         _print_recovery(records)
         _print_law(records)
-        for sentence in usable_sentences(records, allowance=ALLOWANCE):
-            say(sentence)
+        say("")
+        say(usable_sentence(records, allowance=ALLOWANCE))
         page = write(
             records,
             out / "report.html",
@@ -136,6 +136,6 @@ def _print_law(records: Sequence[Record]) -> None:
     formula = next(iter(found.fits.values())).report().formula
     say(f"The law: {found.law}, {formula} ({found.why}).")
     say(
-        f"Its error on larger ratios than it was fitted to: {next(s.mean for s in scores if s.law == found.law):.3f} nats "
-        f"(mean RMSE before collapse, {scores[0].n_folds} folds of {scores[0].n_series} series; {errors})."
+        f"Its error on larger ratios than it was fitted to: {next(s.mean for s in scores if s.law == found.law):.3f} "
+        f"nats (mean RMSE before collapse, {scores[0].n_folds} folds of {scores[0].n_series} series; {errors})."
     )

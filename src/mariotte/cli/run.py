@@ -16,7 +16,9 @@ __all__ = ["run"]
 
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")],
-    store: Annotated[str | None, typer.Option(help="Where records go: a path or a URL.  [default: mariotte.db]")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Where records go: a path or a URL.  [default: mariotte.db]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Compute here instead of where the study says.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, instead of the study's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,

@@ -1,8 +1,8 @@
 """Corpora: one entry a corpus, four splits that never share a document.
 
-A name resolves first in the folder ``MARIOTTE_DATA`` (``<corpus>/{train,valid,test}.txt`` or ``.jsonl``), then on the hub.
-``file:PATH`` is a folder with such files, or one file, which is split 80/10/10 by a hash of its documents. The calibration
-split is always a tenth of the training documents, chosen by hash and left out of training.
+A name resolves first in the folder ``MARIOTTE_DATA`` (``<corpus>/{train,valid,test}.txt`` or ``.jsonl``), then on the
+hub. ``file:PATH`` is a folder with such files, or one file, which is split 80/10/10 by a hash of its documents. The
+calibration split is always a tenth of the training documents, chosen by hash and left out of training.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def instruction(row: Mapping[str, Any]) -> str:
         return str(row["text"])
     if not {"instruction", "output"} <= set(row):
         raise DataError(
-            f"a row must have 'text', or 'instruction' and 'output', got the fields {', '.join(map(str, row)) or 'none'}"
+            f"a row must have 'text', or 'instruction' and 'output', got {', '.join(map(str, row)) or 'no fields'}"
         )
     given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
     return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
@@ -181,17 +181,18 @@ class Hub(Corpus):
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         import datasets  # slow to import, and only corpora of the hub need it
+        from datasets.exceptions import DatasetNotFoundError
 
         wanted = "train" if split == "calibration" else split
         try:
             rows = datasets.load_dataset(self.dataset, self.config, split=self.splits.get(wanted, self.splits["train"]))
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        except (OSError, ValueError, DatasetNotFoundError) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise DataError(
-                f"corpus {self.name!r} is not in MARIOTTE_DATA and the hub did not give {self.dataset!r} ({reason}); put "
-                f"{self.name}/{{train,valid,test}}.txt or .jsonl into that folder"
+                f"corpus {self.name!r} is not in MARIOTTE_DATA and the hub did not give {self.dataset!r} ({reason}); "
+                f"put {self.name}/{{train,valid,test}}.txt or .jsonl into that folder"
             ) from error
-        texts = (cast("dict[str, Any]", row) for row in rows)
+        texts = cast("Iterator[dict[str, Any]]", iter(rows))
         documents = (
             self.cut("".join(str(row["text"]) for row in texts)) if self.cut else [instruction(row) for row in texts]
         )

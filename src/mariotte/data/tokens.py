@@ -135,15 +135,12 @@ def read(
         if wanted is not None and total >= wanted:
             break
     rows = total // block if count is None else count
-    if not rows:
+    if total < max(rows, 1) * block:
+        least = f"{count:,} blocks" if count is not None and count > 1 else "one block"
+        advice = "it is empty; give it text" if not total else "give it more text, or ask for fewer or shorter blocks"
         raise DataError(
-            f"the {split} split of corpus {corpus.name!r} holds {total:,} tokens, fewer than one block of {block}: "
-            + ("it is empty; give it text" if not total else "give it more text or ask for shorter blocks")
-        )
-    if total < rows * block:
-        raise DataError(
-            f"the {split} split of corpus {corpus.name!r} holds {total // block:,} blocks of {block} tokens, "
-            f"fewer than the {rows:,} asked for: ask for fewer"
+            f"the {split} split of corpus {corpus.name!r} holds {total:,} tokens, "
+            f"fewer than {least} of {block}: {advice}"
         )
 
     def packed(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:

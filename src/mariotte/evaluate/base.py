@@ -43,8 +43,8 @@ class Measure(ABC):
 
     Notes
     -----
-    Subclasses are frozen keyword-only dataclasses, final, one a file. ``metrics`` names what they find, with its kind: a
-    loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises. ``version`` goes up when a
+    Subclasses are frozen keyword-only dataclasses, final, one a file. ``metrics`` names what they find, with its kind:
+    a loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises. ``version`` goes up when a
     correction changes numbers.
     """
 

@@ -1,4 +1,4 @@
-"""One model through its tree: loaded once, measured dense once, each step prepared once a state and applied per amount."""
+"""One model through its tree: loaded once, measured dense once, each step prepared once a state."""
 
 from __future__ import annotations
 
@@ -297,7 +297,8 @@ class _Recorder:
         recovery = next((part for part in reversed(parts) if part.recovers), None)
         counts, base_params = model.counts, dense.counts.n_params
         assert counts.n_params == model.measured_params(), (
-            f"{built.node.chain}: the config accounts for {counts.n_params} parameters, the model holds {model.measured_params()}"
+            f"{built.node.chain}: the config accounts for {counts.n_params} parameters, "
+            f"the model holds {model.measured_params()}"
         )
         zeroing = next((done for done in reversed(model.done) if done.in_scope), None)
         zeros = model.zeros() if zeroing else 0

@@ -119,8 +119,8 @@ def run(
     study : what to run
     store : where records go; those that it has are not measured again
     toml : text of the study file, kept with the run
-    work : folder of preparations and trunks, which an interrupted run leaves and the next one goes on from; None puts it
-        beside the store. It is removed when the study is complete
+    work : folder of preparations and trunks, which an interrupted run leaves and the next one goes on from; None puts
+        it beside the store. It is removed when the study is complete
     progress : told the stage and the share of it that is done
     finished : told every experiment when it is stored
 

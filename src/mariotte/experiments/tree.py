@@ -39,7 +39,7 @@ class Node:
         return Chain(tuple(part.link for part in self.parts))
 
     def walk(self) -> Iterator[Node]:
-        """This node and all below it, in the order in which they are built."""
+        """The node and all below it, in the order in which they are built."""
         yield self
         for group in self.groups:
             for child in group.children.values():

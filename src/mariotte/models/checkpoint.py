@@ -12,11 +12,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
-from mariotte.models.load import quiet_transformers
+from mariotte.models.load import quiet_transformers, read_weights
 from mariotte.models.model import Model
 
 SIDECAR = "mariotte.json"
@@ -31,15 +31,15 @@ def _probe(model: Model) -> Tensor:
 def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     """The transformers class that reads a saved tokenizer as it is.
 
-    ``AutoTokenizer`` for almost all; for some model types it puts the family's own rules in place of the file's, and then
-    a tokenizer of another kind must be loaded by its general class.
+    ``AutoTokenizer`` for almost all; for some model types it puts the family's own rules in place of the file's, and
+    then a tokenizer of another kind must be loaded by its general class.
     """
     vocabulary = cast("list[str]", tokenizer.convert_ids_to_tokens(list(range(min(512, len(tokenizer))))))
     probe = f"{' '.join(vocabulary)} {tokenizer.decode(list(range(len(vocabulary))))}"
     with quiet_transformers():
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        found = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     ids = cast("list[int]", tokenizer(probe)["input_ids"])
-    same = found(probe)["input_ids"] == ids and found.decode(ids) == tokenizer.decode(ids)
+    same = bool(found(probe)["input_ids"] == ids and found.decode(ids) == tokenizer.decode(ids))
     return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
 
 
@@ -48,10 +48,13 @@ def card(model: Model, dense_params: int, tokenizer: str = "AutoTokenizer") -> s
     counts = model.counts
     removed = 1 - counts.n_params / dense_params
     chain = " | ".join(done.step for done in model.done) or "dense"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4g}"
+
     rows = "\n".join(
-        f"| `{d.step}` | {d.unit} | {'' if d.amount is None else d.amount} | {'' if d.obtained is None else f'{d.obtained:.4g}'} "
-        f"| {d.zeros:,} |"
-        for d in model.done
+        f"| `{done.step}` | {done.unit} | {number(done.amount)} | {number(done.obtained)} | {done.zeros:,} |"
+        for done in model.done
     )
     return f"""---
 library_name: transformers
@@ -83,8 +86,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")
 ```
 
-When it was saved it was loaded back and its logits compared with those of the model in memory. How much quality was lost has to be
-measured for your data: `mariotte run`, or any evaluation of your own.
+When it was saved it was loaded back and its logits compared with those of the model in memory. How much quality was
+lost has to be measured for your data: `mariotte run`, or any evaluation of your own.
 """
 
 
@@ -166,7 +169,7 @@ def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -
 
 
 def _cast(model: Model, dtype: torch.dtype) -> Model:
-    """The model with its parameters in `dtype`; not its buffers: rounded rotary frequencies would be another model's."""
+    """The model with its parameters in `dtype`; not its buffers: rounded rotary frequencies make another model."""
     for parameter in model.hf.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -182,24 +185,14 @@ def compare(model: Model, folder: Path) -> None:
         When it does not load, or the logits differ by more than rounding.
     """
     try:
-        with quiet_transformers():
-            loaded, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, use_safetensors=True
-            )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ModelError(
-            f"the checkpoint does not load back, so it was not kept: {' '.join(str(error).split())[:300]}"
-        ) from error
-    strange = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
-    if strange:
-        raise ModelError(
-            f"the checkpoint does not load back, so it was not kept: {strange[0]} is missing or out of place"
-        )
+        loaded = read_weights(folder, torch.float32, what="the checkpoint")
+    except ModelError as error:
+        raise ModelError(f"the checkpoint does not load back, so it was not kept: {error}") from error
     tokens_BT = _probe(model)
     reference = _cast(model.copy(), torch.float32)
     reference.hf.cpu()  # pyright: ignore[reportArgumentType]
     expected = reference.logits(tokens_BT)
-    found = cast(PreTrainedModel, loaded).eval()(input_ids=tokens_BT, use_cache=False).logits
+    found = loaded(input_ids=tokens_BT, use_cache=False).logits
     # Same weights and same code: what remains is the order of float32 sums.
     worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not worst <= 1e-4 * max(scale, 1.0):

@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Loading without transformers' own bars and notices: the bench reports its own progress."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
@@ -139,7 +139,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """
     with quiet_transformers():
         if (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            return cast(PreTrainedTokenizerBase, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
         if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model")):
             return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     return None
@@ -181,11 +181,33 @@ def load(
     where = torch.device(device)
     if chosen is None:
         chosen = torch.float32 if where.type == "cpu" else stored
+    hf = read_weights(folder, chosen, what=name, trust_remote_code=trust_remote_code)
+    return Model(
+        hf.to(where),  # pyright: ignore[reportArgumentType]
+        load_tokenizer(folder),
+        name=name,
+        fingerprint=fingerprint(folder),
+        stored_dtype=stored,
+    )
+
+
+def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A transformers model of a folder, in eval mode on the CPU, every weight of it from the folder.
+
+    Parameters
+    ----------
+    what : the model's name for messages
+
+    Raises
+    ------
+    ModelError
+        When the weights are damaged, or are not exactly those that the config asks for.
+    """
     try:
         with quiet_transformers():
-            hf, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=chosen,
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
@@ -193,11 +215,13 @@ def load(
                 attn_implementation="sdpa",
             )
     except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"{name} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
-    if missing := sorted(loading["missing_keys"]):
-        # transformers fills what is missing with random numbers, which would measure as a broken model.
-        raise ModelError(
-            f"{name} lacks weights that its config asks for, such as {missing[0]}: the checkpoint is incomplete"
-        )
-    model = cast(PreTrainedModel, hf).to(where).eval()  # pyright: ignore[reportArgumentType]
-    return Model(model, load_tokenizer(folder), name=name, fingerprint=fingerprint(folder), stored_dtype=stored)
+        raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    hf, loading = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
+    # transformers fills what is missing with random numbers, which would measure as a broken model.
+    for kind, said in (
+        ("missing_keys", "lacks weights that its config asks for"),
+        ("unexpected_keys", "holds weights that its config does not know"),
+    ):
+        if names := sorted(loading[kind]):
+            raise ModelError(f"{what} {said}, such as {names[0]}: config and weights do not belong together")
+    return hf.eval()

@@ -117,7 +117,7 @@ class Model:
     hf : the transformers model, in eval mode
     tokenizer : its tokenizer, None when the folder has none
     name : as the user named it
-    fingerprint : hash of config and weights as loaded; of a derived model, the hash of its history
+    fingerprint : hash of config and weights as loaded; a derived model keeps that of its base
     stored_dtype : dtype of the checkpoint that it came from, in which it will be saved
     done : what was done to it, in order
     """
@@ -134,12 +134,12 @@ class Model:
     ) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.fingerprint, self.stored_dtype, self.done = fingerprint, stored_dtype, tuple(done)
-        self.entry = architectures.find(cast(str, hf.config.model_type))
+        self.entry = architectures.find(hf.config.model_type)
 
     @property
     def config(self) -> dict[str, Any]:
         """The config as plain values, describing the model as it is now."""
-        return cast("dict[str, Any]", self.hf.config.to_dict())
+        return self.hf.config.to_dict()
 
     @property
     def shape(self) -> Shape:

@@ -23,12 +23,11 @@ def token_nll(model: Model, tokens_NT: Tensor, *, batch: int = 32) -> Tensor:
     -------
     (N, T - 1) float32 on the CPU, nats; the logarithm is taken in float32 whatever the model's dtype
     """
-    losses = [
-        functional.cross_entropy(
-            model.logits(rows_BT)[:, :-1].float().flatten(0, 1),
-            rows_BT[:, 1:].to(model.device).flatten(),
-            reduction="none",
-        ).view(len(rows_BT), -1)
-        for rows_BT in tokens_NT.split(batch)
-    ]
+    losses: list[Tensor] = []
+    for start in range(0, len(tokens_NT), batch):
+        rows_BT = tokens_NT[start : start + batch].to(model.device)
+        logits_MV = model.logits(rows_BT)[:, :-1].float().flatten(0, 1)
+        losses.append(
+            functional.cross_entropy(logits_MV, rows_BT[:, 1:].flatten(), reduction="none").view(len(rows_BT), -1)
+        )
     return torch.cat(losses).cpu()

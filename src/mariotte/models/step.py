@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from mariotte.chain import Link, print_number
@@ -109,7 +108,7 @@ class Prepared:
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         temporary = self.folder / f".{key}.safetensors"
         save_file(whole, temporary)
-        os.replace(temporary, self.folder / f"{key}.safetensors")
+        temporary.replace(self.folder / f"{key}.safetensors")
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors stored under `key`, on the CPU."""
@@ -124,7 +123,7 @@ class Prepared:
         self.facts = facts
         temporary = self.folder / f".{MANIFEST}"
         temporary.write_text(json.dumps(facts), encoding="utf-8")
-        os.replace(temporary, self.folder / MANIFEST)
+        temporary.replace(self.folder / MANIFEST)
         return self
 
 
@@ -172,7 +171,7 @@ class Step(ABC):
         return cls.__module__.rpartition(".")[2].replace("_", "-")
 
     def link(self, amount: int | float | None = None) -> Link:
-        """This step at one amount as a link of a chain: scope and fields only where they are not the defaults."""
+        """The step at one amount as a link of a chain: scope and fields only where they are not the defaults."""
         settings = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "scope"}
         return Link(
             self.name(),

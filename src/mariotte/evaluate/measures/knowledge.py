@@ -85,10 +85,10 @@ class Knowledge(Measure):
 
     Notes
     -----
-    Every fact is asked twice: through a pattern in which it was seen in training, and through one that training held out
-    for this fact (though it was seen with other subjects); the latter's metrics begin with ``heldout_``. The details give
-    the same by relation and by quarter of popularity, the facts known by the dense model, and for every other model those
-    lost and gained against it.
+    Every fact is asked twice: through a pattern in which it was seen in training, and through one that training held
+    out for this fact (though it was seen with other subjects); the latter's metrics begin with ``heldout_``. The
+    details give the same by relation and by quarter of popularity, the facts known by the dense model, and for every
+    other model those lost and gained against it.
 
     References
     ----------
@@ -131,8 +131,8 @@ class Knowledge(Measure):
         for fact, found in zip(facts, answers, strict=True):
             if len(found) != 1 or found[0] == tokenizer.unk_token_id:
                 raise DataError(
-                    f"knowledge:{self.on} asks for one-token answers, and {fact.answer!r} is no single token of {model.name}: "
-                    "these facts are told in the testbed's own language, so ask a testbed model"
+                    f"knowledge:{self.on} asks for one-token answers, and {fact.answer!r} is no single token of "
+                    f"{model.name}: these facts are told in the testbed's own language, so ask a testbed model"
                 )
         return facts, ids(f.seen[0] for f in facts), ids(f.heldout for f in facts), [found[0] for found in answers]
 
@@ -163,7 +163,7 @@ class Knowledge(Measure):
         for index, fact in enumerate(facts):
             relations[fact.relation].append(index)
             quarters[str(fact.popularity_quarter)].append(index)
-        known = {facts[i].id for i in (seen_ranks == 1).nonzero().flatten().tolist()}
+        known = {fact.id for fact, rank in zip(facts, seen_ranks, strict=True) if int(rank) == 1}
         details: dict[str, Any] = {
             "relations": {name: part(chosen) for name, chosen in sorted(relations.items())},
             "quarters": {name: part(chosen) for name, chosen in sorted(quarters.items())},

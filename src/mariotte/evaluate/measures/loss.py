@@ -44,9 +44,10 @@ class Loss(Measure):
 
     Notes
     -----
-    Documents are joined, a separator before each, and cut into windows that do not overlap. Every token of a window is
-    scored given those before it in the window; its first token is context only. Bits per byte divide by the UTF-8 bytes
-    of exactly the scored tokens.
+    Documents are joined, a separator before each, and cut into windows that do not overlap. Every token of a window
+    is scored given those before it in the window; its first token is context only. Bits per byte divide by the UTF-8
+    bytes of exactly the scored tokens. ``loss_se`` is the standard error of the loss over windows, where there are
+    two or more.
     """
 
     split: str = "test"
@@ -71,7 +72,8 @@ class Loss(Measure):
         longest = model.config.get("max_position_embeddings")
         if isinstance(longest, int) and block > longest:
             raise DataError(
-                f"loss: a window of {block} tokens is longer than the {longest} positions of {model.name}: ask for fewer"
+                f"loss: a window of {block} tokens is longer than the {longest} positions of {model.name}: "
+                "ask for a shorter block"
             )
         hashed = tokens.tokenizer_hash(model.tokenizer)
         return _blocks(self.on, cast(Split, self.split), model.tokenizer, hashed, block, self.rows)
@@ -98,11 +100,8 @@ class Loss(Measure):
             raise DataError(
                 f"loss: the scored tokens of {self.on!r} stand for no text; is its tokenizer's separator all there is?"
             )
-        row_means = nll_NT.mean(1)
-        error = float(row_means.std() / math.sqrt(len(row_means))) if len(row_means) > 1 else None
-        return Measurement(
-            metrics={"loss": float(nll_NT.mean()), "bits_per_byte": float(nll_NT.sum()) / math.log(2) / n_bytes},
-            protocol=self.protocol(model),
+        metrics = {"loss": float(nll_NT.mean()), "bits_per_byte": float(nll_NT.sum()) / math.log(2) / n_bytes}
+        if len(nll_NT) > 1:
             # Over windows: neighbouring ones may come from one document, so this is a lower bound of the error.
-            details={"loss_se": error},
-        )
+            metrics["loss_se"] = float(nll_NT.mean(1).std() / math.sqrt(len(nll_NT)))
+        return Measurement(metrics=metrics, protocol=self.protocol(model))
