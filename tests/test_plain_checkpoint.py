@@ -1,0 +1,55 @@
+"""A compressed checkpoint means the same to stock transformers, in a process that cannot import Mariotte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mariotte import compress_model, load, save
+
+GENERATE = """
+import sys, json
+sys.modules["mariotte"] = None  # any import of it is now an ImportError
+try:
+    import mariotte
+except ImportError:
+    pass
+else:
+    raise SystemExit("mariotte could be imported")
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+prompts = torch.tensor(json.loads(sys.argv[2]))
+print(json.dumps(model.generate(prompts, max_new_tokens=24, do_sample=False).tolist()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "chain"),
+    [
+        ("testbed/llama-483k", "slice@0.3"),
+        ("testbed/llama-483k", "ffn@0.3 | lora@1024"),
+        ("testbed/qwen2-113k", "slice@0.2 | ffn@0.2 | magnitude@0.3"),
+    ],
+)
+def test_it_generates_the_same_tokens(name: str, chain: str, tmp_path: Path) -> None:
+    compressed = compress_model(name, chain, calibration="testbed/all", rows=32)
+    folder = save(compressed, tmp_path / "out")
+    reloaded = load(folder)
+    assert reloaded.tokenizer is not None
+    prompts = [reloaded.tokenizer(text)["input_ids"][:6] for text in ("today the old dogs near the river", "the author of a letter")]
+    prompts = [row[:4] for row in prompts]
+    script = [sys.executable, "-c", GENERATE, str(folder), json.dumps(prompts)]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    with torch.no_grad():
+        ours = reloaded.hf.generate(torch.tensor(prompts), max_new_tokens=24, do_sample=False).tolist()
+    assert theirs == ours
+    assert len(theirs[0]) > len(prompts[0])
