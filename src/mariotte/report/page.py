@@ -1,0 +1,377 @@
+"""The page: records in, one HTML file out that needs nothing else and asks nobody."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from mariotte.errors import MariotteError
+from mariotte.report import figures, tables
+from mariotte.report.figures import Figure, Palette
+from mariotte.report.lawtable import LawReport, law_reports
+from mariotte.report.series import Cut, Series, corpus_of, cuts, recoveries, series, signed_share
+from mariotte.report.summary import main_setting, usable_sentences
+from mariotte.report.tables import Cell, Table
+from mariotte.store.record import Failure, Record
+
+ALLOWANCE = 0.05
+"""Relative rise of the loss that headline and laws answer for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of the page; parts that are empty are not shown.
+
+    Parameters
+    ----------
+    name : anchor
+    title, short : heading, and its word in the bar on top
+    text : a sentence or two below the heading
+    lines : terms with their values
+    figure, caption : a figure and what its numbers are
+    tables, notes : below it
+    """
+
+    name: str
+    title: str
+    short: str
+    text: str = ""
+    lines: Sequence[tuple[str, list[Cell]]] = ()
+    figure: Figure | None = None
+    caption: str = ""
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = field(default=())
+
+
+def build(
+    records: Iterable[Record],
+    *,
+    title: str | None = None,
+    study: str | None = None,
+    runs: Iterable[Mapping[str, Any]] = (),
+    failures: Iterable[Failure] = (),
+) -> str:
+    """The report of some records as one HTML page.
+
+    Parameters
+    ----------
+    records : of any models, methods, measures and seeds; at least one
+    title : heading; by default it names the models
+    study : name of the study, shown above the heading
+    runs : what the invocations did, as a store's ``runs()`` gives them
+    failures : experiments that left no record
+
+    Returns
+    -------
+    HTML with style, script and figures inside; a browser opens it without a network
+
+    Raises
+    ------
+    MariotteError
+        When there are no records.
+    """
+    records, failures, runs = list(records), list(failures), list(runs)
+    if not records:
+        raise MariotteError(
+            "a report needs records, got none: run a study first, or check the store and the study's name"
+        )
+    from mariotte import __version__
+
+    sections = _sections(records, runs, failures)
+    script = _asset("figures.js")
+    runtime = _runtime() if any(section.figure for section in sections) else ""
+    page = _environment().get_template("page.html")
+    return page.render(
+        title=title or _title(records),
+        study=study,
+        synthetic=_synthetic(records),
+        sentences=usable_sentences(records, allowance=ALLOWANCE),
+        sections=sections,
+        version=__version__,
+        style=Markup(_asset("style.css")),
+        script=Markup(script),
+        runtime=Markup(runtime),
+        script_hashes=Markup(" ".join(_hash(text) for text in (script, runtime) if text)),
+    )
+
+
+def write(
+    records: Iterable[Record],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    study: str | None = None,
+    runs: Iterable[Mapping[str, Any]] = (),
+    failures: Iterable[Failure] = (),
+) -> Path:
+    """Write the report to `path`, completely or not at all; see `build`.
+
+    Returns
+    -------
+    the path, absolute
+
+    Raises
+    ------
+    MariotteError
+        When there are no records or the file cannot be written.
+    """
+    target = Path(path).expanduser().resolve()
+    html = build(records, title=title, study=study, runs=runs, failures=failures)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        unfinished = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(html)
+            # mkstemp makes files that only their owner reads; a report is meant to be passed on.
+            unfinished.chmod(0o644)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise MariotteError(f"the report cannot be written to {target}: {error.strerror or error}") from error
+    return target
+
+
+def _sections(
+    records: Sequence[Record], runs: Sequence[Mapping[str, Any]], failures: Sequence[Failure]
+) -> list[Section]:
+    losses = cuts(records, "loss", "loss")
+    facts = cuts(records, "knowledge", "top1")
+    heldout = cuts(records, "knowledge", "heldout_top1")
+    main = main_setting(losses)
+    palette = _palette([*losses, *facts])
+    laws = law_reports(records, allowance=ALLOWANCE)
+    failed = tables.failure_table(failures)
+    found = [
+        Section(
+            name="allowance",
+            title="What a rise of the loss buys",
+            short="Headline",
+            tables=tables.allowance_tables(records, main),
+        ),
+        Section(
+            name="run",
+            title="What was run",
+            short="Run",
+            lines=tables.what_was_run(records, failures),
+            tables=[failed] if failed else [],
+        ),
+        _loss_section(losses, palette),
+        _facts_section(records, facts, heldout, palette, main.model_hash if main else None),
+        _recovery_section(losses, facts, palette),
+        *_law_sections(laws),
+        Section(
+            name="numbers",
+            title="All numbers",
+            short="Numbers",
+            tables=[t for t in (tables.cut_table(losses, facts), tables.other_table(records)) if t],
+        ),
+        Section(
+            name="cost",
+            title="Cost",
+            short="Cost",
+            tables=[t for t in (tables.cost_table(records), tables.run_table(runs)) if t],
+        ),
+        Section(
+            name="protocol",
+            title="Protocols and environment",
+            short="Protocols",
+            text="Numbers are comparable only under one protocol; those of different protocols are never pooled here.",
+            tables=[t for t in (tables.protocol_table(records), tables.environment_table(records)) if t],
+        ),
+        Section(name="notes", title="Read with care", short="Notes", notes=_notes(records, failures, laws)),
+    ]
+    return [s for s in found if s is not None and (s.figure or s.tables or s.lines or s.notes)]
+
+
+def _palette(found: Sequence[Cut]) -> Palette:
+    curves = series(found)
+    plain = [curve.name for curve in curves if curve.cuts[0].recovery is None]
+    origin = {curve.name: _origin(curve.cuts[0], found) for curve in curves if curve.cuts[0].recovery is not None}
+    recovered = {curve.name: _origin(curve.cuts[-1], found) for curve in recoveries(found)}
+    return Palette(sorted(set(plain)), origin | recovered)
+
+
+def _origin(cut: Cut, found: Sequence[Cut]) -> str:
+    """The series that a recovered cut belonged to before its recovery."""
+    names = (other.series for other in found if other.chain == cut.cut)
+    return next(names, cut.method or cut.series)
+
+
+def _split(found: Sequence[Cut]) -> tuple[list[Series], list[Series]]:
+    """Curves over the share removed without recovery, and those with it that have more than one cut."""
+    curves = series(found)
+    return (
+        [curve for curve in curves if curve.cuts[0].recovery is None],
+        [curve for curve in curves if curve.cuts[0].recovery is not None and len(curve.cuts) > 1],
+    )
+
+
+_HOW = (
+    "Marks are means over seeds, upright strokes their range, the dashed line the dense model under the same protocol. "
+    "Point at a mark for its chain, seeds and protocol; press a series to hide it."
+)
+
+
+def _loss_section(losses: Sequence[Cut], palette: Palette) -> Section | None:
+    plain, recovered = _split(losses)
+    if not figures.reducing([*plain, *recovered]):
+        return None
+    corpora = sorted({corpus_of(cut.setting.measure) or cut.setting.measure for cut in losses})
+    return Section(
+        name="loss",
+        title="Loss against the share removed",
+        short="Loss",
+        text=(
+            f"Mean negative log-likelihood on {', '.join(corpora)}. The share counts all parameters of the dense model, "
+            "embeddings included; zeroed ones count as removed though they are still stored."
+        ),
+        figure=figures.loss_figure(plain, recovered, palette),
+        caption=_HOW,
+    )
+
+
+def _facts_section(
+    records: Sequence[Record], facts: Sequence[Cut], heldout: Sequence[Cut], palette: Palette, main_hash: str | None
+) -> Section | None:
+    plain, recovered = _split(facts)
+    views = {"Facts known": plain, "Held-out phrasings": _split(heldout)[0], "After recovery": recovered}
+    views = {name: curves for name, curves in views.items() if figures.reducing(curves)}
+    relations = tables.relation_tables(records, main_hash)
+    if not views:
+        return None
+    return Section(
+        name="facts",
+        title="Facts known against the share removed",
+        short="Facts",
+        text="Share of facts whose answer the model ranks first. Facts go before the loss shows it.",
+        figure=figures.facts_figure(views, palette),
+        caption=_HOW,
+        tables=[relations] if relations else [],
+    )
+
+
+def _recovery_section(losses: Sequence[Cut], facts: Sequence[Cut], palette: Palette) -> Section | None:
+    views = {"Loss": recoveries(losses), "Facts known": recoveries(facts)}
+    views = {name: curves for name, curves in views.items() if curves}
+    if not views:
+        return None
+    return Section(
+        name="recovery",
+        title="Recovery against tokens",
+        short="Recovery",
+        text="The same cut, trained on more and more tokens: how much of the damage comes back.",
+        figure=figures.recovery_figure(views, palette),
+        caption=_HOW,
+    )
+
+
+def _law_sections(laws: Sequence[LawReport]) -> list[Section]:
+    shown: list[Table] = []
+    for law in laws:
+        shown.append(tables.holdout_table(law))
+        fit = tables.fit_table(law, ALLOWANCE)
+        shown += [fit] if fit else []
+    notes = list(dict.fromkeys(note for law in laws for fit in law.fits for note in fit.notes))
+    return (
+        [
+            Section(
+                name="laws",
+                title="Laws, judged by what they did not see",
+                short="Laws",
+                text="A law earns trust by forecasting the next cuts better than naive rules do.",
+                tables=shown,
+                notes=notes,
+            )
+        ]
+        if shown
+        else []
+    )
+
+
+def _notes(records: Sequence[Record], failures: Sequence[Failure], laws: Sequence[LawReport]) -> list[str]:
+    notes: list[str] = []
+    if _synthetic(records):
+        notes.append(
+            "The testbed is synthetic: tiny models in a made-up language, trained for this purpose. It shows how methods "
+            "and laws behave, not how a real model would."
+        )
+    if any(record.zeroed > 0 for record in records):
+        notes.append(
+            "Unstructured pruning zeroes weights and keeps their place: by itself it saves neither memory nor time."
+        )
+    notes.append(
+        f"Shares within {signed_share(ALLOWANCE, 0)} loss are read off straight lines between measured cuts, which lie above "
+        "curves that bend upwards; nothing is claimed below the mildest cut or beyond the strongest."
+    )
+    if len({record.seed for record in records}) == 1:
+        notes.append("One seed only: how much of a difference is chance cannot be told.")
+    if failures:
+        notes.append(f"{len(failures)} experiment{'s' * (len(failures) > 1)} failed and left no record; listed above.")
+    if any(law.fits and not law.calibrated for law in laws):
+        notes.append("The laws' intervals are not calibrated: too few independent series to check what they cover.")
+    return notes
+
+
+def _synthetic(records: Sequence[Record]) -> bool:
+    return any(record.model.startswith("testbed/") for record in records)
+
+
+def _title(records: Sequence[Record]) -> str:
+    models = list(dict.fromkeys(record.model for record in records))
+    return f"How {models[0]} gives way" if len(models) == 1 else f"How {len(models)} models give way to compression"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mariotte.report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["json"] = _embedded_json
+    return environment
+
+
+def _embedded_json(figure: Figure) -> Markup:
+    """A figure as JSON that can stand inside a script element: no text in it can end the element."""
+    return jinja2.utils.htmlsafe_json_dumps(dataclasses.asdict(figure), separators=(",", ":"))
+
+
+def _asset(name: str) -> str:
+    return resources.files("mariotte.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _runtime() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, of the version that Altair writes specifications for."""
+    wanted = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    known = vl_convert.get_vegalite_versions()
+    same_major = [version for version in known if version.split(".")[0] == wanted.split(".")[0]]
+    if not same_major:
+        raise MariotteError(
+            f"the figures need a Vega-Lite {wanted} runtime, vl-convert-python {vl_convert.__version__} has "
+            f"{', '.join(known)}: install a newer vl-convert-python"
+        )
+    bundle = vl_convert.javascript_bundle(vl_version=wanted if wanted in known else same_major[-1])
+    assert "</script" not in bundle.lower(), "the runtime would end its own script element"
+    return bundle
+
+
+def _hash(text: str) -> str:
+    """The source expression by which the page's security policy admits exactly this script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,495 @@
+"""The tables of the page, as text: every row names model, data, protocol and seeds, with the dense value beside."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mariotte.chain import print_number
+from mariotte.report.lawtable import FittedLaw, LawReport
+from mariotte.report.series import (
+    Cut,
+    Setting,
+    corpus_of,
+    cuts,
+    flatten,
+    is_dense,
+    quantity,
+    setting_of,
+    share,
+    signed_share,
+    span,
+    tokens_text,
+)
+from mariotte.report.series import series as as_series
+from mariotte.report.summary import ALLOWANCES, Affordable, affordable
+from mariotte.store.record import Failure, Record
+
+MOST_ROWS = 2_000
+"""Rows of the table of all cuts: beyond, a page is no longer a page; the store's export has them all."""
+
+MINUS = "\u2212"
+DASH = "\u2013"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Text of a cell, a smaller second line, and whether it is to be stressed."""
+
+    text: str
+    below: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the page.
+
+    Parameters
+    ----------
+    columns : headings; one that starts with ``#`` is of numbers, set to the right
+    rows : as many cells as columns
+    caption : a sentence above, or empty
+    fold : heading under which the table is folded away, or empty to show it
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+    fold: str = ""
+
+
+def _row(*cells: str | Cell) -> tuple[Cell, ...]:
+    return tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells)
+
+
+def allowance_tables(records: Sequence[Record], main: Setting | None) -> list[Table]:
+    """What a rise of the loss by 1, 5 or 10 % buys: the main model's series, then all others folded away."""
+    facts = cuts(records, "knowledge", "top1")
+    found = as_series(cuts(records, "loss", "loss"))
+    answers = [
+        [affordable(curve, allowance, facts) for allowance in ALLOWANCES]
+        for curve in found
+        if curve.setting.kind == "loss"
+    ]
+    usable = [row for row in answers if any(row)]
+    usable.sort(key=lambda row: [-(a.removed if a else 0.0) for a in (row[1], row[2], row[0])])
+    mine = [row for row in usable if main and _any(row).setting == main]
+    others = [row for row in usable if not main or _any(row).setting != main]
+    tables: list[Table] = []
+    if mine:
+        assert main is not None
+        caption = (
+            f"{main.model} on {corpus_of(main.measure) or main.measure} (protocol {main.protocol}): share of the parameters "
+            "that each method takes away before the loss has risen so far. Interpolated between measured cuts; an empty "
+            "cell means that not even the mildest cut stays within."
+        )
+        tables.append(_allowances(mine, caption, ""))
+    if others:
+        others.sort(key=lambda row: (-_any(row).base_params, _any(row).setting.model))
+        tables.append(_allowances(others, "", f"Other models ({len({_any(row).setting.model for row in others})})"))
+    return tables
+
+
+def _any(row: Sequence[Affordable | None]) -> Affordable:
+    return next(answer for answer in row if answer is not None)
+
+
+def _allowances(rows: Sequence[Sequence[Affordable | None]], caption: str, fold: str) -> Table:
+    several = bool(fold)
+    body: list[tuple[Cell, ...]] = []
+    for row in rows:
+        some = _any(row)
+        cells: list[str | Cell] = []
+        if several:
+            cells.append(
+                Cell(text=some.setting.model, below=f"{corpus_of(some.setting.measure)} · {some.setting.protocol}")
+            )
+        cells.append(Cell(text=some.series, below="zeroed, still stored" if some.zeroes else ""))
+        cells.append(f"{some.base_loss:.3f}")
+        for answer in row:
+            if answer is None:
+                cells.append("")
+                continue
+            at_least = "≥\u202f" if answer.open else ""
+            kept = answer.facts_kept
+            below = f"@{print_number(round(answer.amount, 3))} · loss {answer.loss:.3f}"
+            below += f" · facts {share(kept)}" if kept is not None else ""
+            cells.append(
+                Cell(text=f"{at_least}{share(answer.removed)}", below=below, strong=answer.allowance == ALLOWANCES[1])
+            )
+        cells.append(span(seed for answer in row if answer for seed in answer.seeds))
+        body.append(_row(*cells))
+    heads = tuple(f"#Within {signed_share(allowance, 0)}" for allowance in ALLOWANCES)
+    columns = ("Series", "#Dense loss", *heads, "#Seeds")
+    return Table(columns=("Model", *columns) if several else columns, rows=tuple(body), caption=caption, fold=fold)
+
+
+def what_was_run(records: Sequence[Record], failures: Sequence[Failure]) -> list[tuple[str, list[Cell]]]:
+    """Models, methods with amounts, recovery, measures with corpora, seeds and counts."""
+    models = {r.model: r for r in records}
+    amounts: dict[str, set[float]] = defaultdict(set)
+    families: dict[str, str] = {}
+    for r in records:
+        if r.method is not None:
+            amounts[r.method] |= {r.amount} if r.amount is not None else set()
+            families[r.method] = f"{r.family or ''}, {r.unit or ''}".strip(", ")
+    tokens: dict[str, set[int]] = defaultdict(set)
+    for r in records:
+        if r.recovery is not None:
+            tokens[r.recovery].add(r.recovery_tokens)
+    measures = Counter(r.measure for r in records)
+    experiments = {r.experiment for r in records}
+    created = sorted(r.created for r in records if r.created)
+    lines: list[tuple[str, list[Cell]]] = [
+        (
+            "Models",
+            [
+                Cell(text=name, below=f"{quantity(r.base_params)} parameters · {r.model_type}")
+                for name, r in sorted(models.items(), key=lambda item: item[1].base_params)
+            ],
+        ),
+        (
+            "Methods",
+            [
+                Cell(
+                    text=name,
+                    below=" · ".join(
+                        filter(None, (families[name], ", ".join(print_number(a) for a in sorted(values))))
+                    ),
+                )
+                for name, values in sorted(amounts.items())
+            ],
+        ),
+        (
+            "Recovery",
+            [
+                Cell(text=name, below=", ".join(tokens_text(t) for t in sorted(values)) + " tokens")
+                for name, values in sorted(tokens.items())
+            ],
+        ),
+        ("Measures", [Cell(text=name, below=f"{count} records") for name, count in sorted(measures.items())]),
+        ("Seeds", [Cell(text=span(r.seed for r in records))]),
+        (
+            "Experiments",
+            [
+                Cell(
+                    text=f"{len(experiments):,}",
+                    below=f"{len(records):,} records, {len(failures)} failure{'s' * (len(failures) != 1)}",
+                )
+            ],
+        ),
+        ("Measured", [Cell(text=_period(created))] if created else []),
+    ]
+    return [(term, cells) for term, cells in lines if cells]
+
+
+def _period(created: Sequence[str]) -> str:
+    first, last = created[0][:10], created[-1][:10]
+    return first if first == last else f"{first} to {last}"
+
+
+def failure_table(failures: Sequence[Failure]) -> Table | None:
+    """Experiments that left no record, with the reason."""
+    if not failures:
+        return None
+    rows = tuple(_row(f.model, f.chain, str(f.seed), f.stage, f.error) for f in failures)
+    return Table(
+        columns=("Model", "Chain", "#Seed", "Stage", "Reason"), rows=rows, caption="Experiments without a record."
+    )
+
+
+def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
+    """Every chain of every model with loss and facts known, dense values beside."""
+    if not losses and not facts:
+        return None
+    known: dict[tuple[str, str], Cut] = {(cut.setting.model_hash, cut.chain): cut for cut in facts}
+    shown: list[tuple[Cut, Cut | None]] = [(cut, known.get((cut.setting.model_hash, cut.chain))) for cut in losses]
+    measured = {(cut.setting.model_hash, cut.chain) for cut in losses}
+    alone = [cut for key, cut in known.items() if key not in measured]
+    rows: list[tuple[Cell, ...]] = []
+    for loss, fact in shown[:MOST_ROWS]:
+        rows.append(_row(*_cut_cells(loss, loss, fact), *([_fact_cell(fact), _dense_fact(fact)] if facts else [])))
+    for fact in alone[: MOST_ROWS - len(rows)]:
+        rows.append(_row(*_cut_cells(fact, None, fact), _fact_cell(fact), _dense_fact(fact)))
+    columns = ("Model", "Chain", "#Removed", "#Loss", "#Dense", "#Change")
+    if facts:
+        columns += ("#Facts", "#Dense")
+    total = len(shown) + len(alone)
+    caption = "Means over seeds; the range over seeds in small figures. Loss in nats a token, facts as top-1 share."
+    if total > MOST_ROWS:
+        caption += f" The first {MOST_ROWS:,} of {total:,} cuts; `mariotte export` writes them all."
+    return Table(columns=columns, rows=tuple(rows), caption=caption, fold=f"All {total:,} cuts in numbers")
+
+
+def _cut_cells(cut: Cut, loss: Cut | None, fact: Cut | None) -> list[str | Cell]:
+    del fact
+    where = f"{corpus_of(cut.setting.measure) or cut.setting.measure} · {cut.setting.protocol}"
+    seeds = f"seed{'s' if len(cut.seeds) > 1 else ''} {span(cut.seeds)}"
+    removed = Cell(text=share(cut.removed, 1), below="zeroed" if cut.zeroed > 0.5 * abs(cut.removed) > 0 else "")
+    cells: list[str | Cell] = [Cell(text=cut.setting.model, below=where), Cell(text=cut.chain, below=seeds), removed]
+    if loss is None:
+        return [*cells, "", "", ""]
+    spread = f"{loss.low:.3f}{DASH}{loss.high:.3f}" if len(loss.seeds) > 1 else ""
+    change = signed_share(loss.change) if loss.method is not None else ""
+    return [*cells, Cell(text=f"{loss.value:.3f}", below=spread), f"{loss.base:.3f}", change]
+
+
+def _fact_cell(cut: Cut | None) -> str | Cell:
+    if cut is None:
+        return ""
+    spread = f"{share(cut.low)}{DASH}{share(cut.high)}" if len(cut.seeds) > 1 else ""
+    return Cell(text=share(cut.value, 1), below=spread)
+
+
+def _dense_fact(cut: Cut | None) -> str:
+    return share(cut.base, 1) if cut else ""
+
+
+def other_table(records: Sequence[Record]) -> Table | None:
+    """Measures that have no section of their own: every metric with its dense value."""
+    from mariotte.report.series import kind_of
+
+    groups: dict[tuple[Setting, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if kind_of(record.measure) not in ("loss", "knowledge"):
+            groups[setting_of(record), record.chain].append(record)
+    if not groups:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for (setting, chain), group in list(groups.items())[:MOST_ROWS]:
+        for metric in sorted({name for record in group for name in record.metrics}):
+            values = [record.metrics[metric] for record in group if metric in record.metrics]
+            base = [record.base[metric] for record in group if metric in record.base]
+            rows.append(
+                _row(
+                    Cell(text=setting.model, below=f"{setting.measure} · {setting.protocol}"),
+                    Cell(text=chain, below=f"seeds {span(record.seed for record in group)}"),
+                    metric,
+                    f"{statistics.fmean(values):.4g}",
+                    f"{statistics.fmean(base):.4g}" if base else "",
+                )
+            )
+    measures = sorted({kind_of(setting.measure) for setting, _ in groups})
+    return Table(
+        columns=("Model", "Chain", "Metric", "#Mean", "#Dense"),
+        rows=tuple(rows),
+        fold=f"Other measures: {', '.join(measures)}",
+    )
+
+
+def relation_tables(records: Sequence[Record], main_hash: str | None) -> Table | None:
+    """Facts known by relation for the main model's cuts, as far as the measure tells them apart."""
+    rows: list[tuple[Cell, ...]] = []
+    names: list[str] = []
+    groups: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for record in records:
+        if record.model_hash == main_hash and record.recovery is None:
+            found = _relations(record.details)
+            if found:
+                groups[record.chain].append(found)
+                names += [name for name in found if name not in names]
+    if len(names) < 2 or len(groups) < 2:
+        return None
+    for chain, found in groups.items():
+        means = [statistics.fmean(values) if (values := [f[n] for f in found if n in f]) else None for n in names]
+        rows.append(_row(chain, *("" if mean is None else share(mean) for mean in means)))
+    model = next(record.model for record in records if record.model_hash == main_hash)
+    caption = f"{model}: top-1 by relation, means over seeds; the first row is the dense model."
+    return Table(
+        columns=("Chain", *(f"#{name}" for name in names)),
+        rows=tuple(rows),
+        caption=caption,
+        fold="Facts known by relation",
+    )
+
+
+def _relations(details: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 by relation from a knowledge measure's details: ``{"relations": {name: share or {"top1": share}}}``."""
+    given = details.get("relations")
+    if not isinstance(given, Mapping):
+        return {}
+    found: dict[str, float] = {}
+    for name, value in cast("Mapping[str, Any]", given).items():
+        number = cast("Mapping[str, Any]", value).get("top1") if isinstance(value, Mapping) else value
+        if isinstance(number, int | float):
+            found[name] = float(number)
+    return found
+
+
+def holdout_table(report: LawReport) -> Table:
+    """Rolling hold-out errors, laws and naive baselines in one list."""
+    rows = [
+        _row(
+            Cell(text=row.law, below="naive baseline" if row.baseline else "", strong=row.best),
+            Cell(text=_error(row.before_collapse), strong=row.best),
+            _error(row.next_step),
+            _error(row.all),
+            f"{row.folds}",
+        )
+        for row in report.holdout
+    ]
+    return Table(
+        columns=("Law", "#Before collapse", "#Next cut", "#All later cuts", "#Forecasts"),
+        rows=tuple(rows),
+        caption=(
+            f"{report.measure}: fitted to the mildest cuts of a series, judged on those beyond; RMSE in {report.unit}, mean over "
+            f"{report.series} series in {report.clusters} clusters. Collapse: more than twice the dense loss."
+        ),
+    )
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def fit_table(report: LawReport, allowance: float) -> Table | None:
+    """Coefficients with intervals, the critical share, and R² in second place."""
+    if not report.fits:
+        return None
+    rows = [_fit_row(fit) for fit in report.fits]
+    return Table(
+        columns=(
+            "Series",
+            "Law",
+            "Coefficients",
+            f"#Share at {signed_share(allowance, 0)}",
+            "#R² centred",
+            "#R² uncentred",
+        ),
+        rows=tuple(rows),
+        caption="R² is in-sample and says little about cuts not yet made: read the hold-out table first.",
+    )
+
+
+def _fit_row(fit: FittedLaw) -> tuple[Cell, ...]:
+    coefficients = ", ".join(f"{c.name} = {_number(c.value)}" for c in fit.coefficients)
+    intervals = ", ".join(
+        f"{c.name} {_number(c.low)} to {_number(c.high)}"
+        for c in fit.coefficients
+        if c.low is not None and c.high is not None
+    )
+    return _row(
+        Cell(text=fit.series, below=f"{fit.points} cuts"),
+        Cell(text=fit.law, below=fit.formula),
+        Cell(text=coefficients, below=intervals),
+        fit.critical,
+        "" if fit.centred is None else f"{fit.centred:.3f}",
+        "" if fit.uncentred is None else f"{fit.uncentred:.3f}",
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", MINUS)
+
+
+def cost_table(records: Sequence[Record]) -> Table | None:
+    """Seconds and peak bytes by stage."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in record.cost.items():
+            values[name].append(value)
+    rows: list[tuple[Cell, ...]] = []
+    for name, found in values.items():
+        if "byte" in name:
+            rows.append(_row(_stage(name), "", _bytes(statistics.median(found)), _bytes(max(found)), f"{len(found):,}"))
+        else:
+            rows.append(
+                _row(
+                    _stage(name),
+                    _seconds(sum(found)),
+                    _seconds(statistics.median(found)),
+                    _seconds(max(found)),
+                    f"{len(found):,}",
+                )
+            )
+    if not rows:
+        return None
+    return Table(
+        columns=("Stage", "#Sum", "#Median", "#Largest", "#Records"),
+        rows=tuple(rows),
+        caption="As each record was charged; work that several records share may be charged to each of them.",
+    )
+
+
+def _stage(name: str) -> str:
+    return name.removesuffix("_s").removesuffix("_seconds").replace("_", " ").replace("bytes", "memory")
+
+
+def _seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.1f} min" if value < 3600 else f"{value / 3600:.1f} h"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def run_table(runs: Iterable[Mapping[str, Any]]) -> Table | None:
+    """What each invocation did: models loaded, steps prepared, trunks trained ... as its counters say."""
+    runs = list(runs)
+    counters = [cast("Mapping[str, Any]", run["counters"]) for run in runs if isinstance(run.get("counters"), Mapping)]
+    names = list(dict.fromkeys(name for found in counters for name in found))
+    if not names:
+        return None
+    rows = [
+        _row(
+            str(run.get("started", ""))[:16].replace("T", " "),
+            str(run.get("study", "")),
+            *(f"{found.get(name, '')}" for name in names),
+        )
+        for run, found in zip((run for run in runs if isinstance(run.get("counters"), Mapping)), counters, strict=True)
+    ]
+    heads = tuple(f"#{name.replace('_', ' ').capitalize()}" for name in names)
+    return Table(
+        columns=("Started, UTC", "Study", *heads),
+        rows=tuple(rows),
+        caption="What each run had to do: shared work is done once.",
+    )
+
+
+def environment_table(records: Sequence[Record]) -> Table | None:
+    """Versions and hardware; several values where records differ."""
+    values: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        for name, value in flatten(record.environment).items():
+            values[name][value] += 1
+    if not values:
+        return None
+    rows = tuple(
+        _row(
+            name, ", ".join(value if len(found) == 1 else f"{value} ({n} records)" for value, n in found.most_common())
+        )
+        for name, found in values.items()
+    )
+    return Table(columns=("What", "Value"), rows=rows, fold="Versions and hardware")
+
+
+def protocol_table(records: Sequence[Record]) -> Table:
+    """What every protocol hash on the page stands for."""
+    protocols: dict[tuple[str, str], tuple[dict[str, str], set[str]]] = {}
+    for record in records:
+        setting = setting_of(record)
+        entry = protocols.setdefault((setting.measure, setting.protocol), (flatten(record.protocol), set()))
+        entry[1].add(record.model)
+    rows = tuple(
+        _row(
+            protocol,
+            Cell(text=measure, below=", ".join(sorted(models))),
+            "; ".join(
+                f"{name} {value[:12] + '…' if len(value) >= 40 and ' ' not in value else value}"
+                for name, value in values.items()
+            ),
+        )
+        for (measure, protocol), (values, models) in sorted(protocols.items())
+    )
+    return Table(columns=("Protocol", "Measure and models", "Settings"), rows=rows, fold="Protocols")
+
+
+def has_dense(records: Iterable[Record]) -> bool:
+    """Whether the dense model itself was measured."""
+    return any(is_dense(record) for record in records)

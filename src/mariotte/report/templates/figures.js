@@ -1,0 +1,115 @@
+// Draws the figures of the page: one chart for each model, in the colours of the theme, redrawn when the theme changes.
+(() => {
+  const root = document.documentElement;
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const variable = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+  function theme() {
+    const soft = variable("--soft");
+    const line = variable("--line");
+    return {
+      background: null,
+      font: getComputedStyle(document.body).fontFamily,
+      padding: { left: 0, right: 6, top: 6, bottom: 0 },
+      view: { stroke: null },
+      axis: {
+        labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
+        labelFontSize: 11, titleFontSize: 11.5, titleFontWeight: "normal", labelPadding: 5, tickSize: 4,
+      },
+      axisY: { titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleY: -9, titleX: -34, domain: false, ticks: false },
+      axisX: { titleAnchor: "middle", titlePadding: 7, grid: false },
+      style: { reference: { stroke: variable("--faint") }, "reference-label": { fill: soft } },
+    };
+  }
+
+  // A specification names a colour by its place in the palette.
+  function coloured(spec) {
+    const palette = Array.from({ length: 8 }, (_, i) => variable(`--c${i}`));
+    return JSON.parse(JSON.stringify(spec), (key, value) =>
+      key === "range" && Array.isArray(value)
+        ? value.map((v) => (typeof v === "string" && /^\{colour:\d+\}$/.test(v) ? palette[v.slice(8, -1) % 8] : v))
+        : value,
+    );
+  }
+
+  function figure(element) {
+    const data = JSON.parse(document.getElementById(`data-${element.dataset.figure}`).textContent);
+    const panels = element.querySelector(".panels");
+    const note = element.querySelector(".note");
+    const keys = [...element.querySelectorAll(".key")];
+    const buttons = [...element.querySelectorAll("[data-view]")];
+    const hidden = new Set();
+    let current = 0;
+    let drawn = [];
+
+    const shown = () => keys.map((key) => key.dataset.key).filter((name) => !hidden.has(name));
+
+    async function draw() {
+      drawn.forEach((result) => result.finalize());
+      drawn = [];
+      const view = data.views[current];
+      const present = new Set(view.panels.flatMap((panel) => panel.spec.params.find((p) => p.name === "shown").value));
+      keys.forEach((key) => (key.hidden = !present.has(key.dataset.key)));
+      note.textContent = view.note;
+      note.hidden = !view.note;
+      panels.replaceChildren();
+      const places = view.panels.map((panel) => {
+        const box = panels.appendChild(document.createElement("div"));
+        box.className = "panel";
+        const heading = box.appendChild(document.createElement("h3"));
+        heading.textContent = panel.title;
+        const plot = box.appendChild(document.createElement("div"));
+        plot.className = "plot";
+        return plot;
+      });
+      for (const [i, panel] of view.panels.entries()) {
+        const result = await vegaEmbed(places[i], coloured(panel.spec), {
+          renderer: "svg",
+          ast: true, // expressions are interpreted: the page forbids eval
+          config: theme(),
+          tooltip: { theme: "custom" },
+          actions: { export: true, source: false, compiled: false, editor: false },
+          downloadFileName: `${element.dataset.figure}-${panel.title.replace(/[^\w.-]+/g, "-")}`,
+        });
+        drawn.push(result);
+        if (hidden.size) await result.view.signal("shown", shown()).runAsync();
+      }
+    }
+
+    keys.forEach((key) =>
+      key.addEventListener("click", () => {
+        const name = key.dataset.key;
+        if (!hidden.delete(name)) hidden.add(name);
+        if (keys.every((k) => k.hidden || hidden.has(k.dataset.key))) hidden.clear();
+        keys.forEach((k) => k.setAttribute("aria-pressed", String(!hidden.has(k.dataset.key))));
+        drawn.forEach((result) => result.view.signal("shown", shown()).runAsync());
+      }),
+    );
+    buttons.forEach((button) =>
+      button.addEventListener("click", () => {
+        current = Number(button.dataset.view);
+        buttons.forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
+        draw();
+      }),
+    );
+    return draw;
+  }
+
+  const figures = [...document.querySelectorAll(".figure")].map(figure);
+  async function drawAll() {
+    for (const draw of figures) await draw();
+  }
+  document.getElementById("theme").addEventListener("click", () => {
+    const now = root.dataset.theme || (dark.matches ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+    drawAll();
+  });
+  dark.addEventListener("change", drawAll);
+  drawAll().then(
+    () => (root.dataset.drawn = String(figures.length)),
+    (error) => {
+      root.dataset.drawn = "failed";
+      throw error;
+    },
+  );
+})();
