@@ -46,6 +46,10 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    keep_collapsed: Annotated[
+        bool,
+        typer.Option("--keep-collapsed", help="Fit to points beyond collapse too (loss over twice the dense one)."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the fit here, for 'mariotte predict'.", show_default=False)
     ] = None,
@@ -70,7 +74,8 @@ def fit(
         if not mark:
             raise FitError(f"--where must be FIELD=TEXT, such as method=slice, got {text!r}: add the text to look for")
         conditions[field] = wanted
-    found = analyse(points.where(reading.points, conditions), law=law, by=by)
+    kept = points.where(reading.points, conditions)
+    found = analyse(kept, law=law, by=by, keep_collapsed=keep_collapsed)
     if out is not None:
         if len(found.fits) > 1:
             raise FitError(f"--out keeps one fit, --by {by} gives {len(found.fits)}: choose one with --where {by}=...")
@@ -147,6 +152,9 @@ def _print(found: Analysis) -> None:
         )
         for remark in report.remarks:
             say(f"{prefix}{remark}")
+    for group, n in found.left_out.items():
+        prefix = f"{group}: " if found.by else ""
+        say(f"{prefix}{n} points beyond collapse are not fitted to; --keep-collapsed fits to them too")
     for group, reason in found.refused.items():
         say(f"not fitted: {group}: {reason}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import altair as alt
 
@@ -25,7 +25,7 @@ LEAST_DAMAGE = 1e-3
 """Smallest rise of the loss in nats that the logarithmic view draws; below it seeds decide; chosen by us."""
 
 TALLEST = 3.0
-"""The linear view ends at this multiple of the largest dense loss: far beyond, models are equally useless; chosen by us."""
+"""The linear view ends at this multiple of the largest dense loss: beyond it all models are useless; chosen by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Palette:
 
 
 def loss_figure(plain: Sequence[Series], recovered: Sequence[Series], palette: Palette) -> Figure:
-    """Loss against the share removed: in nats, as rise over the dense model on a logarithmic axis, and after recovery."""
+    """Loss against the share removed: in nats, as rise over the dense model (logarithmic), and after recovery."""
     views: list[View] = []
     for name, curves in (("Loss", reducing(plain)), ("After recovery", reducing(recovered))):
         everything = [cut for curve in curves for cut in curve.cuts]
@@ -297,7 +297,7 @@ def _chart(
         .add_params(shown)
         .properties(width="container", height=HEIGHT, description=f"{axis.title} of {setting.model} by method")
     )
-    return cast("dict[str, Any]", chart.to_dict())
+    return chart.to_dict()
 
 
 def _dense(

@@ -131,6 +131,8 @@ def _report(measure: str, records: Sequence[Record], allowance: float) -> LawRep
     for group, fitted in found.fits.items():
         first, facts = groups[group][0], fitted.report()
         point = fitted.critical(1 + allowance, level=LEVEL)
+        beyond = found.left_out.get(group, 0)
+        remarks = [*facts.remarks, *([f"{beyond} cuts beyond collapse are not fitted to"] if beyond else [])]
         calibrated &= point.r is None or point.lo is not None or point.hi is not None
         fits.append(
             FittedLaw(
@@ -146,7 +148,7 @@ def _report(measure: str, records: Sequence[Record], allowance: float) -> LawRep
                 uncentred=facts.adj_r2_uncentred,
                 critical=_critical(point),
                 points=facts.n_points,
-                notes=facts.remarks,
+                notes=tuple(f"{first.model} × {first.method}: {remark}." for remark in remarks),
             )
         )
     return LawReport(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import altair as alt
 import jinja2
@@ -239,8 +239,8 @@ def _loss_section(losses: Sequence[Cut], palette: Palette) -> Section | None:
         title="Loss against the share removed",
         short="Loss",
         text=(
-            f"Mean negative log-likelihood on {', '.join(corpora)}. The share counts all parameters of the dense model, "
-            "embeddings included; zeroed ones count as removed though they are still stored."
+            f"Mean negative log-likelihood on {', '.join(corpora)}. The share counts all parameters of the dense "
+            "model, embeddings included; zeroed ones count as removed though they are still stored."
         ),
         figure=figures.loss_figure(plain, recovered, palette),
         caption=_HOW,
@@ -309,16 +309,16 @@ def _notes(records: Sequence[Record], failures: Sequence[Failure], laws: Sequenc
     notes: list[str] = []
     if _synthetic(records):
         notes.append(
-            "The testbed is synthetic: tiny models in a made-up language, trained for this purpose. It shows how methods "
-            "and laws behave, not how a real model would."
+            "The testbed is synthetic: tiny models in a made-up language, trained for this purpose. It shows how "
+            "methods and laws behave, not how a real model would."
         )
     if any(record.zeroed > 0 for record in records):
         notes.append(
             "Unstructured pruning zeroes weights and keeps their place: by itself it saves neither memory nor time."
         )
     notes.append(
-        f"Shares within {signed_share(ALLOWANCE, 0)} loss are read off straight lines between measured cuts, which lie above "
-        "curves that bend upwards; nothing is claimed below the mildest cut or beyond the strongest."
+        f"Shares within {signed_share(ALLOWANCE, 0)} loss are read off straight lines between measured cuts, which lie "
+        "above curves that bend upwards; nothing is claimed below the mildest cut or beyond the strongest."
     )
     if len({record.seed for record in records}) == 1:
         notes.append("One seed only: how much of a difference is chance cannot be told.")
@@ -364,10 +364,12 @@ def _runtime() -> str:
     same_major = [version for version in known if version.split(".")[0] == wanted.split(".")[0]]
     if not same_major:
         raise MariotteError(
-            f"the figures need a Vega-Lite {wanted} runtime, vl-convert-python {vl_convert.__version__} has "
+            f"the figures need a Vega-Lite {wanted} runtime, this vl-convert-python has "
             f"{', '.join(known)}: install a newer vl-convert-python"
         )
-    bundle = vl_convert.javascript_bundle(vl_version=wanted if wanted in known else same_major[-1])
+    version = wanted if wanted in known else same_major[-1]
+    # Its stub asks for a snippet, which the function itself does not.
+    bundle = cast(str, vl_convert.javascript_bundle(vl_version=version))  # pyright: ignore[reportCallIssue]
     assert "</script" not in bundle.lower(), "the runtime would end its own script element"
     return bundle
 

@@ -28,7 +28,7 @@ ALLOWANCES = (0.01, 0.05, 0.10)
 """Relative rises of the loss that the report answers for; chosen by us."""
 
 NOTHING_ZEROED = 0.01
-"""A cut counts as removing when zeros are less than this part of what it took away; chosen by us: biases and rounding."""
+"""A cut counts as removing when zeros are less than this part of what it took away: rounding; chosen by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +207,8 @@ def _sentence(answer: Affordable) -> str:
     verb = "zeroes" if answer.zeroes else "removes"
     text = (
         f"To stay within {signed_share(answer.allowance, 0)} loss on {corpus}, {answer.chain} {verb} "
-        f"{'at least ' if answer.open else ''}{share(answer.removed)} of the {quantity(answer.base_params)} parameters of "
-        f"{answer.setting.model} (loss {answer.loss:.3f} against {answer.base_loss:.3f} nats dense)"
+        f"{'at least ' if answer.open else ''}{share(answer.removed)} of the {quantity(answer.base_params)} parameters "
+        f"of {answer.setting.model} (loss {answer.loss:.3f} against {answer.base_loss:.3f} nats dense)"
     )
     kept = answer.facts_kept
     if kept is not None:

@@ -83,9 +83,9 @@ def allowance_tables(records: Sequence[Record], main: Setting | None) -> list[Ta
     if mine:
         assert main is not None
         caption = (
-            f"{main.model} on {corpus_of(main.measure) or main.measure} (protocol {main.protocol}): share of the parameters "
-            "that each method takes away before the loss has risen so far. Interpolated between measured cuts; an empty "
-            "cell means that not even the mildest cut stays within."
+            f"{main.model} on {corpus_of(main.measure) or main.measure} (protocol {main.protocol}): share of the "
+            "parameters that each method takes away before the loss has risen so far. Interpolated between measured "
+            "cuts; an empty cell means that not even the mildest cut stays within."
         )
         tables.append(_allowances(mine, caption, ""))
     if others:
@@ -336,8 +336,8 @@ def holdout_table(report: LawReport) -> Table:
         columns=("Law", "#Before collapse", "#Next cut", "#All later cuts", "#Forecasts"),
         rows=tuple(rows),
         caption=(
-            f"{report.measure}: fitted to the mildest cuts of a series, judged on those beyond; RMSE in {report.unit}, mean over "
-            f"{report.series} series in {report.clusters} clusters. Collapse: more than twice the dense loss."
+            f"{report.measure}: fitted to the mildest cuts of a series, judged on those beyond; RMSE in {report.unit}, "
+            f"mean over {report.series} series in {report.clusters} clusters. Collapse: more than twice the dense loss."
         ),
     )
 
