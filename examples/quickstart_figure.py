@@ -1,6 +1,6 @@
 """Draw the README's figure from the records of a quickstart.
 
-mariotte quickstart && python docs/quickstart_figure.py mariotte-quickstart/quickstart.db docs/images/quickstart.png
+mariotte quickstart && python examples/quickstart_figure.py mariotte-quickstart/quickstart.db docs/images/quickstart.png
 """
 
 from __future__ import annotations
