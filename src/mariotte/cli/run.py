@@ -21,6 +21,7 @@ def run(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Compute here instead of where the study says.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, instead of the study's.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the study's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -34,7 +35,11 @@ def run(
     from mariotte.store import open_store
 
     found = read(study)
-    changes = {key: value for key, value in (("device", device), ("threads", threads)) if value is not None}
+    changes = {
+        key: value
+        for key, value in (("device", device), ("threads", threads), ("workers", workers))
+        if value is not None
+    }
     if changes:
         found = found.model_copy(update={"run": found.run.model_copy(update=changes)})
     if dry_run:

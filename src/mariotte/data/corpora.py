@@ -15,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
@@ -60,6 +61,16 @@ class Corpus(ABC):
     block: ClassVar[int] = 512
 
     @abstractmethod
+    def fingerprint(self, split: Split) -> str:
+        """What changes when the text of a split does; cheap, so that it can be asked before every read.
+
+        Raises
+        ------
+        DataError
+            When the corpus is missing.
+        """
+
+    @abstractmethod
     def documents(self, split: Split) -> Iterator[str]:
         """The documents of a split, in a fixed order.
 
@@ -90,8 +101,10 @@ def paragraphs(text: str) -> list[str]:
 
 def instruction(row: Mapping[str, Any]) -> str:
     """One row as text: its ``text``, or instruction, input and output in Alpaca's prompt."""
-    if isinstance(row.get("text"), str):
-        return str(row["text"])
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise DataError(f"'text' must be a string, got {row['text']!r}")
+        return row["text"]
     if not {"instruction", "output"} <= set(row):
         raise DataError(
             f"a row must have 'text', or 'instruction' and 'output', got {', '.join(map(str, row)) or 'no fields'}"
@@ -108,7 +121,7 @@ def _read_file(path: Path, cut: Callable[[str], list[str]]) -> list[str]:
     if path.suffix != ".jsonl":
         return cut(text)
     documents: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -117,8 +130,23 @@ def _read_file(path: Path, cut: Callable[[str], list[str]]) -> list[str]:
             raise DataError(f"{path} line {number} must be a JSON object, and cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path} line {number} must be a JSON object, got {type(row).__name__}")
-        documents.append(instruction(cast("dict[str, Any]", row)))
+        try:
+            documents.append(instruction(cast("dict[str, Any]", row)))
+        except DataError as error:
+            raise DataError(f"{path} line {number}: {error}") from None
     return documents
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of(path: Path, size: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file, computed again only when its size or time of change is another."""
+    status = path.stat()
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
 
 
 def _filtered(documents: list[str], split: Split) -> Iterator[str]:
@@ -142,13 +170,19 @@ class Folder(Corpus):
     path: Path
     cut: Callable[[str], list[str]] = paragraphs
 
-    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+    def _file(self, split: Split) -> Path:
         stem = "train" if split == "calibration" else split
         for suffix in (".txt", ".jsonl"):
             file = self.path / f"{stem}{suffix}"
             if file.is_file():
-                return _filtered(_read_file(file, self.cut), split)
+                return file
         raise DataError(f"corpus {self.name!r} has no {stem} split: expected {stem}.txt or {stem}.jsonl in {self.path}")
+
+    def fingerprint(self, split: Split) -> str:  # noqa: D102
+        return f"{split} of {_file_hash(self._file(split))}"
+
+    def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        return _filtered(_read_file(self._file(split), self.cut), split)
 
 
 @dataclass(frozen=True)
@@ -156,6 +190,9 @@ class File(Corpus):
     """One file, split 80/10/10 by a hash of each document; equal documents always share a split."""
 
     path: Path
+
+    def fingerprint(self, split: Split) -> str:  # noqa: D102
+        return f"{split} of {_file_hash(self.path)}"
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         documents = _read_file(self.path, paragraphs)
@@ -179,6 +216,10 @@ class Hub(Corpus):
     splits: Mapping[str, str]
     cut: Callable[[str], list[str]] | None = None
 
+    def fingerprint(self, split: Split) -> str:  # noqa: D102
+        # The hub's own revision is known only after loading; datasets do not change under a name in practice.
+        return f"{split} of hub:{self.dataset}/{self.config}"
+
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         import datasets  # slow to import, and only corpora of the hub need it
         from datasets.exceptions import DatasetNotFoundError
@@ -196,8 +237,10 @@ class Hub(Corpus):
         documents = (
             self.cut("".join(str(row["text"]) for row in texts)) if self.cut else [instruction(row) for row in texts]
         )
-        if wanted not in self.splits or len(self.splits) == 1:
-            documents = [d for d in documents if split_of(d) == wanted]
+        if wanted not in self.splits or (wanted == "train" and {"valid", "test"} - set(self.splits)):
+            # Where a split is taken from the training rows, the training split is what is left of them.
+            missing = {"valid", "test"} - set(self.splits)
+            documents = [d for d in documents if (split_of(d) if split_of(d) in missing else "train") == wanted]
         return _filtered(documents, split)
 
 
@@ -208,11 +251,26 @@ class Testbed(Corpus):
     register: str
     block: ClassVar[int] = 64
 
+    def fingerprint(self, split: Split) -> str:  # noqa: D102
+        # The first rows stand for all: every row is a function of the world, the register and its number.
+        return hashlib.sha256("\n".join(islice(self.documents(split), 8)).encode()).hexdigest()
+
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
+        # Independent draws can meet: a row that another split drew first is left out.
+        earlier = SPLITS[SPLITS.index(split) + 1 :]
+        drawn = {text for other in earlier for text in _held_rows(self.register, other)}
+        return (text for text in self._drawn(split) if text not in drawn)
+
+    def _drawn(self, split: Split) -> Iterator[str]:
         # Row by row: a reader that stops after a few hundred never waits for fifty thousand.
         for start in range(0, TESTBED_ROWS[split], _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, TESTBED_ROWS[split] - start)
             yield from (row.text for row in _world().rows(self.register, split, count, start))
+
+
+@functools.lru_cache(maxsize=16)
+def _held_rows(register: str, split: Split) -> frozenset[str]:
+    return frozenset(Testbed("", register)._drawn(split))  # pyright: ignore[reportPrivateUsage]
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from mariotte.experiments import identity
 from mariotte.experiments.environment import environment
 from mariotte.experiments.pipeline import Outcome, Task, now
 from mariotte.experiments.runners.inline import inline
+from mariotte.experiments.runners.processes import processes
 from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
 from mariotte.models.load import locate, read_config, weight_files
@@ -156,7 +157,13 @@ def run(
                     dense={record.id: record for record in store.records(model=name, chain=str(chains.Chain()))},
                 )
 
-    for outcome in inline(tasks(), summary.counters, progress):
+    workers = min(study.run.workers, len(study.models) * len(study.seeds))
+    outcomes = (
+        processes(tasks(), summary.counters, progress, workers)
+        if workers > 1
+        else inline(tasks(), summary.counters, progress)
+    )
+    for outcome in outcomes:
         summary.experiments += 1
         if outcome.failure is not None:
             store.add_failure(outcome.failure)

@@ -44,12 +44,14 @@ class Run(_Part):
     ----------
     device : where models compute
     dtype : in which they compute; None takes float32 on a CPU, the checkpoint's own elsewhere
-    threads : of torch; None leaves torch's own choice
+    threads : of torch, in each worker; None leaves torch's own choice
+    workers : processes that share the models and seeds among them; 1 works in this process
     """
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     threads: int | None = Field(default=None, ge=1)
+    workers: int = Field(default=1, ge=1)
 
 
 class Chains(BaseModel):

@@ -209,6 +209,10 @@ class Step(ABC):
         """Why this step cannot work on `model`, in a clause after its name, or None when it can."""
         return None
 
+    def reads(self, model: Model, context: Context) -> Mapping[str, str]:
+        """Fingerprints of text that the step reads beside the calibration blocks: part of what its result depends on."""
+        return {}
+
     @abstractmethod
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``."""
