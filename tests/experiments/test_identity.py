@@ -66,7 +66,8 @@ def test_experiments_differ_exactly_when_their_results_may(model_folder: Path) -
     model = load(model_folder)
 
     def key(chain: str, seed: int = 0, calibration: str = "c") -> str:
-        return identity.experiment_id(model, identity.resolve(chains.parse(chain)), seed, calibration)
+        parts = identity.resolve(chains.parse(chain))
+        return identity.experiment_id(model, parts, seed, calibration, [{}] * len(parts))
 
     assert key("ffn@0.3") == key("ffn@0.30(criterion=obs)")
     assert key("slice@0") == key("slice@0.0")

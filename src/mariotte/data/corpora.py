@@ -179,7 +179,8 @@ class Folder(Corpus):
         raise DataError(f"corpus {self.name!r} has no {stem} split: expected {stem}.txt or {stem}.jsonl in {self.path}")
 
     def fingerprint(self, split: Split) -> str:  # noqa: D102
-        return f"{split} of {_file_hash(self._file(split))}"
+        # With what a plain file loses in cutting: the same bytes are other documents to another reader.
+        return f"{split} of {_file_hash(self._file(split))}, {self.cut.__name__}"
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         return _filtered(_read_file(self._file(split), self.cut), split)
@@ -192,7 +193,7 @@ class File(Corpus):
     path: Path
 
     def fingerprint(self, split: Split) -> str:  # noqa: D102
-        return f"{split} of {_file_hash(self.path)}"
+        return f"{split} of unsplit {_file_hash(self.path)}"
 
     def documents(self, split: Split) -> Iterator[str]:  # noqa: D102
         documents = _read_file(self.path, paragraphs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -16,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mariotte.data.corpora import Corpus, Split
 from mariotte.errors import DataError
+from mariotte.models.model import Model
 
-DOCUMENTS_AT_ONCE = 256
+CHARACTERS_AT_ONCE = 1 << 17
+"""Text handed to the tokenizer at once: a reader that wants a few rows never waits for hundreds of long documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,41 @@ def _document_bytes(document: str, ends: NDArray[np.int64]) -> NDArray[np.int64]
     return np.diff(ends, prepend=0)
 
 
+def check_block(block: int, model: Model, who: str) -> None:
+    """Refuse windows of text that a model has no positions for.
+
+    Raises
+    ------
+    DataError
+        When `block` tokens are more than the model's positions; says that `who` asked.
+    """
+    longest = model.config.get("max_position_embeddings")
+    if isinstance(longest, int) and block > longest:
+        raise DataError(
+            f"{who}: a window of {block} tokens is longer than the {longest} positions of {model.name}: "
+            "ask for a shorter block"
+        )
+
+
+def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
 def _tokenized(
     corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Token ids and byte counts of each document, separator first."""
     separator = separator_of(tokenizer)
-    documents = corpus.documents(split)
-    while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
+    for batch in _batches(corpus.documents(split)):
         found = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids_of, offsets_of = cast("list[list[int]]", found["input_ids"]), cast("list[Any]", found["offset_mapping"])
         for document, ids, offsets in zip(batch, ids_of, offsets_of, strict=True):
@@ -101,7 +130,13 @@ def _tokenized(
 
 
 def read(
-    corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase | None, block: int, count: int | None = None
+    corpus: Corpus,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase | None,
+    block: int,
+    count: int | None = None,
+    *,
+    at_most: bool = False,
 ) -> Blocks:
     """Documents of a split, tokenized, joined end to end and cut into rows; what does not fill a row is left out.
 
@@ -111,11 +146,12 @@ def read(
     tokenizer : of the model; the separator (see `separator_of`) goes before every document
     block : tokens a row, T
     count : rows wanted; None takes all that the split holds
+    at_most : take all that the split holds where it holds fewer than `count`, but at least one
 
     Raises
     ------
     DataError
-        When the model has no tokenizer, or the split holds no text or fewer rows than asked for.
+        When the model has no tokenizer, or the split holds not one row or, unless `at_most`, fewer than asked for.
     """
     if tokenizer is None:
         raise DataError(
@@ -134,9 +170,11 @@ def read(
         total += len(document_tokens)
         if wanted is not None and total >= wanted:
             break
-    rows = total // block if count is None else count
+    rows = total // block
+    if count is not None:
+        rows = min(rows, count) if at_most else count
     if total < max(rows, 1) * block:
-        least = f"{count:,} blocks" if count is not None and count > 1 else "one block"
+        least = f"{rows:,} blocks" if rows > 1 else "one block"
         advice = "it is empty; give it text" if not total else "give it more text, or ask for fewer or shorter blocks"
         raise DataError(
             f"the {split} split of corpus {corpus.name!r} holds {total:,} tokens, "
@@ -160,7 +198,13 @@ def read(
 
 
 def blocks(
-    corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase | None, block: int = 64, count: int | None = None
+    corpus: Corpus,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase | None,
+    block: int = 64,
+    count: int | None = None,
+    *,
+    at_most: bool = False,
 ) -> Tensor:
     """The tokens of `read`, (n, T)."""
-    return read(corpus, split, tokenizer, block, count).tokens
+    return read(corpus, split, tokenizer, block, count, at_most=at_most).tokens

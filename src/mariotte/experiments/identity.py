@@ -135,17 +135,26 @@ def measure_text(measure: Measure) -> str:
     return str(Link(type(measure).__module__.rpartition(".")[2].replace("_", "-"), None, measure.on, given))
 
 
-def step_identity(step: Step) -> dict[str, Any]:
-    """Everything about a step but its amount that its result depends on; fields that are None are left out."""
-    values = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
-    return {"name": step.name(), "version": step.version, **{k: v for k, v in values.items() if v is not None}}
-
-
-def experiment_id(model: Model, parts: Sequence[Part], seed: int, calibration: str | None) -> str:
-    """Fingerprint of what is built: model, steps with amounts and versions, seed, calibration tokens, computing dtype.
+def step_identity(step: Step, reads: Mapping[str, str]) -> dict[str, Any]:
+    """Everything about a step but its amount that its result depends on; fields that are None are left out.
 
     Parameters
     ----------
+    reads : what ``step.reads`` says of text that it reads
+    """
+    values = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
+    fields = {name: value for name, value in values.items() if value is not None}
+    return {"name": step.name(), "version": step.version, "fields": fields, "reads": dict(reads)}
+
+
+def experiment_id(
+    model: Model, parts: Sequence[Part], seed: int, calibration: str | None, reads: Sequence[Mapping[str, str]]
+) -> str:
+    """Fingerprint of what is built: model, steps with amounts and versions, seed, text, computing dtype.
+
+    Parameters
+    ----------
+    reads : of each part, what ``step.reads`` says of text that it reads
     calibration : SHA-256 of the calibration tokens, None without
     """
     if not parts:  # the dense model is one thing, whatever seed or calibration a study has
@@ -154,7 +163,10 @@ def experiment_id(model: Model, parts: Sequence[Part], seed: int, calibration: s
         {
             "model": model.fingerprint,
             "dtype": str(model.hf.dtype),
-            "steps": [{**step_identity(part.step), "@": part.amount} for part in parts],
+            "steps": [
+                {**step_identity(part.step, text), "amount": part.amount}
+                for part, text in zip(parts, reads, strict=True)
+            ],
             "seed": seed,
             "calibration": calibration,
         }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,17 +26,13 @@ from mariotte.experiments.study import Calibration
 from mariotte.experiments.tree import Group, Node, grow
 from mariotte.models.load import load
 from mariotte.models.model import Model
-from mariotte.models.step import Context, Counters, prepare_once
+from mariotte.models.step import Context, Counters, Step, prepare_once, silent
 from mariotte.store.record import Failure, Record, digest
 
 
 def now() -> str:
     """The time, UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _silent(stage: str, done: float) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class Bench:
     seed : of every random choice
     calibration : blocks that steps may look at, None without
     work : folder of preparations and trunks; what is finished there is not done again
-    block : tokens of a training block
     counters : of the run
     progress : told the stage and the share of it that is done
     """
@@ -75,28 +71,41 @@ class Bench:
     seed: int
     calibration: Blocks | None
     work: Path
-    block: int = 64
     counters: Counters = field(default_factory=Counters)
-    progress: Callable[[str, float], None] = _silent
+    progress: Callable[[str, float], None] = silent
 
     def experiment_id(self, parts: Sequence[Part]) -> str:
-        """Fingerprint of what these steps make of this model."""
-        return identity.experiment_id(self.model, parts, self.seed, self.calibration and self.calibration.sha256)
+        """Fingerprint of what these steps make of this model.
+
+        Raises
+        ------
+        DataError
+            When text that a step reads is missing.
+        """
+        reads = [self._reads(part.step) for part in parts]
+        return identity.experiment_id(self.model, parts, self.seed, self.calibration and self.calibration.sha256, reads)
 
     def context(self, parts: Sequence[Part], group: Group) -> Context:
         """What a step may use on the state that `parts` lead to; its folder depends on all but the amounts."""
         # The calibration once more: the dense model's id leaves it out, and what is learned from it there must not.
         text = None if self.calibration is None else [self.calibration.corpus, self.calibration.sha256]
-        key = digest([self.experiment_id(parts), self.seed, text, identity.step_identity(group.step)])
+        step = identity.step_identity(group.step, self._reads(group.step))
+        return self._context(self.work / digest([self.experiment_id(parts), self.seed, text, step])[:32])
+
+    def _reads(self, step: Step) -> Mapping[str, str]:
+        return step.reads(self.model, self._context(self.work))
+
+    def _context(self, scratch: Path) -> Context:
+        blocks = self.calibration
         return Context(
             dense=self.model,
-            scratch=self.work / key[:32],
+            scratch=scratch,
             seed=self.seed,
-            calibration=None if self.calibration is None else self.calibration.tokens,
-            corpus=None if self.calibration is None else self.calibration.corpus,
-            block=self.block,
+            calibration=None if blocks is None else blocks.tokens,
+            corpus=None if blocks is None else blocks.corpus,
             counters=self.counters,
             progress=self.progress,
+            **({} if blocks is None else {"block": blocks.tokens.shape[1]}),
         )
 
     def walk(self, node: Node, model: Model, needed: Callable[[Node], bool]) -> Iterator[Built | Broken]:
@@ -152,15 +161,15 @@ def read_calibration(spec: Calibration | None, model: Model) -> Blocks | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One model and one seed of a study: what a runner hands to a worker; plain values only.
+    """One model of a study: what a runner hands to a worker; plain values only.
 
     Parameters
     ----------
-    study, toml_hash : which study asks
+    study : which study asks
     model, device, dtype, threads : what to load and how to compute
     chains : canonical texts
     measures : canonical texts
-    seed : of everything random
+    seeds : of everything random; each goes through all chains
     calibration : text that steps may look at
     work : folder of preparations
     done : ids of the records that exist
@@ -171,7 +180,7 @@ class Task:
     model: str
     chains: tuple[str, ...]
     measures: tuple[str, ...]
-    seed: int
+    seeds: tuple[int, ...]
     calibration: Calibration | None
     work: Path
     device: str = "cpu"
@@ -183,56 +192,84 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one experiment: records, or a failure, or neither when all its records existed."""
+    """What became of one experiment: records, or a failure, or neither when all its records existed.
+
+    Parameters
+    ----------
+    model, chain : which experiment
+    ids : of all its records, new and old
+    records : the new ones
+    failure : why there are none
+    """
 
     model: str
     chain: str
+    ids: tuple[str, ...] = ()
     records: tuple[Record, ...] = ()
     failure: Failure | None = None
 
 
-def perform(task: Task, counters: Counters, progress: Callable[[str, float], None] = _silent) -> Iterator[Outcome]:
+def perform(task: Task, counters: Counters, progress: Callable[[str, float], None] = silent) -> Iterator[Outcome]:
     """Do what is missing of a task; the caller stores what comes back.
 
-    Raises
-    ------
-    MariotteError
-        When the model, the calibration text or a measure's text cannot be had: nothing of the task can be done then.
+    A model that cannot be loaded or measured is one failure, of the stage ``setup``: the study's other models go on.
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     progress("loading", 0.0)
-    model = load(task.model, task.device, task.dtype)
-    counters.loads += 1
-    calibration = read_calibration(task.calibration, model)
-    block = calibration.tokens.shape[1] if calibration is not None else 64
-    bench = Bench(model, task.seed, calibration, task.work, block, counters, progress)
-    root = grow(identity.resolve(chains.parse(text)) for text in task.chains)
-    measures = {text: identity.resolve_measure(text) for text in task.measures}
-    protocols = {text: measure.protocol(model) for text, measure in measures.items()}
-
-    def record_ids(node: Node) -> dict[str, str]:
-        experiment = bench.experiment_id(node.parts)
-        return {text: identity.record_id(experiment, measures[text], protocols[text]) for text in measures}
-
-    missing: dict[int, list[str]] = {}
-    for node in root.walk():
-        if node.wanted:
-            missing[id(node)] = [text for text, key in record_ids(node).items() if key not in task.done]
-            if node.parts and not missing[id(node)]:
-                yield Outcome(task.model, str(node.chain))
-
-    recorder = _Recorder(task, bench, measures, record_ids)
-    dense, measured = recorder.measure_dense(root)
+    try:
+        model = load(task.model, task.device, task.dtype)
+        counters.loads += 1
+        calibration = read_calibration(task.calibration, model)
+        measures = {text: identity.resolve_measure(text) for text in task.measures}
+        protocols = {text: measure.protocol(model) for text, measure in measures.items()}
+        root = grow(identity.resolve(chains.parse(text)) for text in task.chains)
+        benches = [Bench(model, seed, calibration, task.work, counters, progress) for seed in task.seeds]
+        recorders = [_Recorder(task, bench, measures, protocols) for bench in benches]
+        for node in root.walk():
+            recorders[0].record_ids(node)  # now, so that text which is missing is missed before the work
+        dense, measured = recorders[0].measure_dense(root)
+    except MariotteError as error:
+        failure = _failure(task, digest([task.study, task.model]), str(chains.Chain()), task.seeds[0], "setup", error)
+        yield Outcome(task.model, str(chains.Chain()), failure=failure)
+        return
     yield measured
-    for reached in bench.walk(root, model, lambda node: bool(missing.get(id(node)))):
-        if isinstance(reached, Broken):
-            yield recorder.failed(reached)
-            continue
-        try:
-            yield recorder.measured(reached, missing[id(reached.node)], dense)
-        except Exception as error:  # the study goes on without this experiment, and the store says so
-            yield recorder.failed(Broken(reached.node, "measure", error))
+    for bench, recorder in zip(benches, recorders, strict=True):
+        missing: dict[int, list[str]] = {}
+        for node in root.walk():
+            if not node.wanted or not node.parts:
+                continue
+            ids = recorder.record_ids(node)
+            missing[id(node)] = [text for text, key in ids.items() if key not in task.done]
+            if not missing[id(node)]:
+                yield Outcome(task.model, str(node.chain), tuple(ids.values()))
+
+        def needed(node: Node, missing: Mapping[int, list[str]] = missing) -> bool:
+            return bool(missing.get(id(node)))
+
+        for reached in bench.walk(root, model, needed):
+            if isinstance(reached, Broken):
+                yield recorder.failed(reached)
+                continue
+            try:
+                yield recorder.measured(reached, missing[id(reached.node)], dense)
+            except Exception as error:  # the study goes on without this experiment, and the store says so
+                yield recorder.failed(Broken(reached.node, "measure", error))
+
+
+def _failure(task: Task, experiment: str, chain: str, seed: int, stage: str, error: Exception) -> Failure:
+    said = str(error) if isinstance(error, MariotteError) else f"{type(error).__name__}: {error}"
+    return Failure(
+        experiment=experiment,
+        study=task.study,
+        model=task.model,
+        chain=chain,
+        seed=seed,
+        stage=stage,
+        error=" ".join(said.split()),
+        traceback="".join(traceback.format_exception(error)),
+        created=now(),
+    )
 
 
 @dataclass
@@ -242,7 +279,15 @@ class _Recorder:
     task: Task
     bench: Bench
     measures: Mapping[str, Measure]
-    record_ids: Callable[[Node], Mapping[str, str]]
+    protocols: Mapping[str, Mapping[str, Any]]
+
+    def record_ids(self, node: Node) -> dict[str, str]:
+        """The id of the record of each measure of one state, by the measure's text."""
+        experiment = self.bench.experiment_id(node.parts)
+        return {
+            text: identity.record_id(experiment, measure, self.protocols[text])
+            for text, measure in self.measures.items()
+        }
 
     def measure_dense(self, root: Node) -> tuple[dict[str, Measurement], Outcome]:
         """The dense model's measurements, from the store where it has them."""
@@ -259,7 +304,7 @@ class _Recorder:
             self.bench.counters.dense_evaluations += 1
             cost = {"measure_s": round(time.perf_counter() - started, 4)}
             records.append(self._record(Built(root, self.bench.model, cost), text, key, found[text], found[text]))
-        return found, Outcome(self.task.model, str(root.chain), tuple(records))
+        return found, Outcome(self.task.model, str(root.chain), tuple(self.record_ids(root).values()), tuple(records))
 
     def measured(self, built: Built, missing: Sequence[str], dense: Mapping[str, Measurement]) -> Outcome:
         """Measure what is missing of one state."""
@@ -272,24 +317,13 @@ class _Recorder:
             self.bench.counters.evaluations += 1
             cost = {**built.cost, "measure_s": round(time.perf_counter() - started, 4)}
             records.append(self._record(Built(built.node, built.model, cost), text, ids[text], found, dense[text]))
-        return Outcome(self.task.model, str(built.node.chain), tuple(records))
+        return Outcome(self.task.model, str(built.node.chain), tuple(ids.values()), tuple(records))
 
     def failed(self, broken: Broken) -> Outcome:
         """Write down a failure."""
-        error = broken.error
-        said = str(error) if isinstance(error, MariotteError) else f"{type(error).__name__}: {error}"
-        failure = Failure(
-            experiment=self.bench.experiment_id(broken.node.parts),
-            study=self.task.study,
-            model=self.task.model,
-            chain=str(broken.node.chain),
-            seed=self.task.seed,
-            stage=broken.stage,
-            error=" ".join(said.split()),
-            traceback="".join(traceback.format_exception(error)),
-            created=now(),
-        )
-        return Outcome(self.task.model, str(broken.node.chain), failure=failure)
+        experiment, chain = self.bench.experiment_id(broken.node.parts), str(broken.node.chain)
+        failure = _failure(self.task, experiment, chain, self.bench.seed, broken.stage, broken.error)
+        return Outcome(self.task.model, chain, failure=failure)
 
     def _record(self, built: Built, text: str, key: str, found: Measurement, base: Measurement) -> Record:
         parts, model, dense = built.node.parts, built.model, self.bench.model
@@ -300,9 +334,12 @@ class _Recorder:
             f"{built.node.chain}: the config accounts for {counts.n_params} parameters, "
             f"the model holds {model.measured_params()}"
         )
-        zeroing = next((done for done in reversed(model.done) if done.in_scope), None)
-        zeros = model.zeros() if zeroing else 0
-        done = None if first is None else model.done[parts.index(first)]
+        # What the dense model's own checkpoint says was done to it is no part of this experiment.
+        own = model.done[len(dense.done) :]
+        scopes = sorted({done.scope for done in own if done.in_scope})
+        zeros = model.zeros(*scopes) if scopes else 0
+        in_scope = sum(matrix.weight.numel() for matrix in model.matrices(*scopes))
+        done = None if first is None else own[parts.index(first)]
         return Record(
             id=key,
             experiment=self.bench.experiment_id(parts),
@@ -311,7 +348,7 @@ class _Recorder:
             model_type=model.entry.model_type,
             model_hash=dense.fingerprint,
             chain=str(built.node.chain),
-            seed=self.task.seed if parts else 0,
+            seed=self.bench.seed if parts else 0,
             measure=text,
             metrics=dict(found.metrics),
             base=dict(base.metrics),
@@ -328,12 +365,12 @@ class _Recorder:
             amount=None if first is None else float(first.amount),
             obtained=None if done is None else done.obtained,
             ratio=1 - counts.n_params / base_params,
-            sparsity=zeros / zeroing.in_scope if zeroing else 0.0,
+            sparsity=zeros / in_scope if scopes else 0.0,
             zeroed=zeros / base_params,
             recovery=None if recovery is None else recovery.step.name(),
             recovery_tokens=sum(int(part.amount) for part in parts if part.recovers),
-            tokens_seen=sum(done.tokens for done in model.done),
-            steps=tuple(asdict(done) for done in model.done),
+            tokens_seen=sum(done.tokens for done in own),
+            steps=tuple(asdict(done) for done in own),
             cost=dict(built.cost),
             environment=environment(model.device),
             created=now(),
@@ -351,7 +388,7 @@ def compress_model(
     device: str = "cpu",
     dtype: str | None = None,
     work: Path | None = None,
-    progress: Callable[[str, float], None] = _silent,
+    progress: Callable[[str, float], None] = silent,
 ) -> Model:
     """Compress a model by one chain.
 
@@ -363,7 +400,8 @@ def compress_model(
     rows, block : how much of it: blocks, and tokens a block (None takes the corpus' own)
     seed : of every random choice
     device, dtype : as for `mariotte.load`
-    work : folder where preparations are kept for the next call; None keeps none
+    work : folder where preparations are kept for the next call; None keeps none. A model that something was done to
+        since it was loaded is not what its files say, so nothing of it is kept
 
     Returns
     -------
@@ -380,9 +418,9 @@ def compress_model(
     spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
     blocks = read_calibration(spec, dense)
     with ExitStack() as stack:
-        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
-        length = blocks.tokens.shape[1] if blocks is not None else 64
-        bench = Bench(dense, seed, blocks, folder, length, progress=progress)
+        kept = work if dense.fingerprint else None
+        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
+        bench = Bench(dense, seed, blocks, folder, progress=progress)
         root = grow([parts])
         if not parts:
             return dense.copy()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mariotte import architectures
 from mariotte import chain as chains
@@ -84,12 +86,12 @@ def check(study: Study) -> Plan:
         architectures.shape(read_config(folder))
         weight_files(folder)
     nodes = list(root.walk())
-    times = len(study.models) * len(study.seeds)
+    times = len(study.models) * len(set(study.seeds))
     experiments = len(study.models) + times * sum(node.wanted for node in nodes if node.parts)
     return Plan(
         models=len(study.models),
         chains=len(expanded),
-        seeds=len(study.seeds),
+        seeds=len(set(study.seeds)),
         measures=len(study.measures),
         experiments=experiments,
         records=experiments * len(study.measures),
@@ -132,65 +134,101 @@ def run(
     """
     started, began = now(), time.perf_counter()
     check(study)
-    folder = work or work_folder(store)
+    folder = work or work_folder(store) / study.name
     summary = Summary(study.name)
-    store.clear_failures(study=study.name)
     texts = tuple(str(chain) for chain in study.expanded())
     measures = tuple(identity.measure_text(identity.resolve_measure(text)) for text in study.measures)
-
-    def tasks() -> Any:
-        for name in study.models:
-            for seed in study.seeds:
-                # Asked anew for each task: the dense model's records of the first seed serve the others.
-                yield Task(
-                    study=study.name,
-                    model=name,
-                    chains=texts,
-                    measures=measures,
-                    seed=seed,
-                    calibration=study.calibration,
-                    work=folder,
-                    device=study.run.device,
-                    dtype=study.run.dtype,
-                    threads=study.run.threads,
-                    done=frozenset(store.ids()),
-                    dense={record.id: record for record in store.records(model=name, chain=str(chains.Chain()))},
-                )
-
-    workers = min(study.run.workers, len(study.models) * len(study.seeds))
-    outcomes = (
-        processes(tasks(), summary.counters, progress, workers)
-        if workers > 1
-        else inline(tasks(), summary.counters, progress)
-    )
-    for outcome in outcomes:
-        summary.experiments += 1
-        if outcome.failure is not None:
-            store.add_failure(outcome.failure)
-            summary.failures.append(outcome.failure)
-        elif outcome.records:
-            summary.records += store.add(outcome.records)
-        else:
-            summary.skipped += 1
-        finished(outcome)
-    summary.seconds = time.perf_counter() - began
-    store.add_run(
-        {
-            "study": study.name,
-            "toml": toml,
-            "started": started,
-            "finished": now(),
-            "counters": asdict(summary.counters),
-            "environment": environment(study.run.device),
-            "cost": {"seconds": round(summary.seconds, 3)},
-            "records": summary.records,
-            "skipped": summary.skipped,
-            "failures": len(summary.failures),
-        }
-    )
-    if not summary.failures:
-        shutil.rmtree(folder, ignore_errors=True)
+    tasks = [
+        Task(
+            study=study.name,
+            model=name,
+            chains=texts,
+            measures=measures,
+            seeds=tuple(dict.fromkeys(study.seeds)),
+            calibration=study.calibration,
+            work=folder,
+            device=study.run.device,
+            dtype=study.run.dtype,
+            threads=study.run.threads,
+            done=frozenset(store.ids()),
+            dense={record.id: record for record in store.records(chain=str(chains.Chain()))},
+        )
+        for name in study.models
+    ]
+    workers = min(study.run.workers, len(tasks))
+    with _alone(study.name, folder):
+        store.clear_failures(study=study.name)
+        outcomes = (
+            processes(tasks, summary.counters, progress, workers)
+            if workers > 1
+            else inline(tasks, summary.counters, progress)
+        )
+        for outcome in outcomes:
+            summary.experiments += 1
+            if outcome.failure is not None:
+                store.add_failure(outcome.failure)
+                summary.failures.append(outcome.failure)
+            else:
+                summary.records += store.add(outcome.records) if outcome.records else 0
+                summary.skipped += not outcome.records
+                store.share(study.name, outcome.ids)
+            finished(outcome)
+        summary.seconds = time.perf_counter() - began
+        store.add_run(
+            {
+                "study": study.name,
+                "toml": toml,
+                "started": started,
+                "finished": now(),
+                "counters": asdict(summary.counters),
+                "environment": environment(study.run.device),
+                "cost": {"seconds": round(summary.seconds, 3)},
+                "records": summary.records,
+                "skipped": summary.skipped,
+                "failures": len(summary.failures),
+            }
+        )
+        if not summary.failures:
+            _remove(folder)
+    if all(failure.stage == "setup" for failure in summary.failures) and len(summary.failures) == len(tasks):
+        # Not one model could be begun with: that is the user's to mend, and no study that went on without a part.
+        raise StudyError(f"study {study.name!r} cannot be run: {summary.failures[0].error}")
     return summary
+
+
+@contextmanager
+def _alone(study: str, folder: Path) -> Generator[None]:
+    """Hold the study's folder: two processes that prepare the same steps would write over one another.
+
+    Raises
+    ------
+    StudyError
+        When another process runs the study into the same store, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise StudyError(f"study {study!r} cannot keep its work in {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(
+                f"study {study!r} is being run into this store by another process: wait for it, or end it first"
+            ) from None
+        yield
+
+
+def _remove(folder: Path) -> None:
+    """Remove a study's folder, and that of all studies after the last one; a kill half-way leaves nothing half."""
+    going = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+    folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()  # another study's work may be in it
 
 
 def run_study(path: str | Path, store: str | Path | None = None) -> Summary:

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,10 @@ from mariotte import chain as chains
 from mariotte.errors import MariotteError, StudyError, unknown
 
 FORMAT = 1
+
+MOST_SEED = 2**31 - 1
+"""Largest seed: what every store and every generator holds."""
+
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -38,7 +42,7 @@ class Calibration(_Part):
 
 
 class Run(_Part):
-    """How to run, not what: nothing here is part of a result's identity.
+    """How to run. Of a result's identity only `dtype` is a part: what is computed in another one is another number.
 
     Parameters
     ----------
@@ -95,7 +99,10 @@ class Chains(BaseModel):
 
 
 def _filled(pattern: str, values: Mapping[str, object]) -> str:
-    return _PLACEHOLDER.sub(lambda found: str(values[found.group(1)]), pattern)
+    def text(value: object) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return _PLACEHOLDER.sub(lambda found: text(values[found.group(1)]), pattern)
 
 
 class Study(_Part):
@@ -121,7 +128,7 @@ class Study(_Part):
     models: list[str] = Field(min_length=1)
     chains: list[Chains] = Field(min_length=1)
     measures: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field(default=[0], min_length=1)
     calibration: Calibration | None = None
     run: Run = Run()
 

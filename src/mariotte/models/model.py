@@ -26,6 +26,7 @@ class Done:
     name, unit, family : of the step
     amount : as asked, in the step's unit; None for a step without one
     obtained : as obtained after rounding, in the same unit
+    scope : the part of the model that the step worked on
     zeros : weights that the step set to zero
     in_scope : weights that were in its scope; 0 for a step that zeroes nothing
     tokens : tokens seen, for a recovery
@@ -38,6 +39,7 @@ class Done:
     family: str
     amount: float | None
     obtained: float | None
+    scope: str = "all"
     zeros: int = 0
     in_scope: int = 0
     tokens: int = 0
@@ -117,8 +119,8 @@ class Model:
     hf : the transformers model, in eval mode
     tokenizer : its tokenizer, None when the folder has none
     name : as the user named it
-    fingerprint : hash of config and weights as loaded; a derived model keeps that of its base
-    stored_dtype : dtype of the checkpoint that it came from, in which it will be saved
+    fingerprint : hash of config and weights as they were loaded; empty once something was done to them
+    stored_dtype : dtype of the checkpoint that it came from, in which bytes are counted
     done : what was done to it, in order
     """
 
@@ -197,7 +199,7 @@ class Model:
             self.hf,
             self.tokenizer,
             name=self.name,
-            fingerprint=self.fingerprint,
+            fingerprint="",
             stored_dtype=self.stored_dtype,
             done=(*self.done, done),
         )
@@ -206,8 +208,18 @@ class Model:
         """Parameters actually held, shared ones once: what the accounting must equal."""
         return sum(parameter.numel() for parameter in self.hf.parameters())
 
-    def zeros(self) -> int:
-        """Weights of the blocks' matrices that are exactly zero."""
-        return sum(
-            int((matrix.weight == 0).sum()) for block in self.blocks for matrix in (*block.attention, *block.ffn)
-        )
+    def matrices(self, *scopes: str) -> list[nn.Linear]:
+        """The blocks' matrices of these scopes (all, attention, ffn), each once."""
+        parts = {"attention", "ffn"} if "all" in scopes else set(scopes)
+        return [
+            matrix
+            for block in self.blocks
+            for matrix in (
+                *(block.attention if "attention" in parts else ()),
+                *(block.ffn if "ffn" in parts else ()),
+            )
+        ]
+
+    def zeros(self, *scopes: str) -> int:
+        """Weights of the matrices of these scopes (without any: of all the blocks' matrices) that are exactly zero."""
+        return sum(int((matrix.weight == 0).sum()) for matrix in self.matrices(*(scopes or ("all",))))

@@ -35,7 +35,7 @@ class Counters:
     decay_tokens: int = 0
 
 
-def _silent(stage: str, done: float) -> None:
+def silent(stage: str, done: float) -> None:
     """Progress that nobody watches."""
 
 
@@ -62,7 +62,7 @@ class Context:
     corpus: str | None = None
     block: int = 64
     counters: Counters = field(default_factory=Counters)
-    progress: Callable[[str, float], None] = _silent
+    progress: Callable[[str, float], None] = silent
 
     def generator(self, *labels: object) -> torch.Generator:
         """A generator on the CPU seeded by the run's seed and `labels`, independent of every other one."""
@@ -99,7 +99,10 @@ class Prepared:
         if not manifest.is_file():
             return None
         prepared = cls(folder)
-        prepared.facts = json.loads(manifest.read_text(encoding="utf-8"))
+        stated = json.loads(manifest.read_text(encoding="utf-8"))
+        if not all((folder / name).is_file() for name in stated["files"]):
+            return None  # somebody removed a part of it
+        prepared.facts = stated["facts"]
         return prepared
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -121,8 +124,9 @@ class Prepared:
         """Write the manifest: from now on the preparation is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.facts = facts
+        files = sorted(path.name for path in self.folder.glob("[!.]*.safetensors"))
         temporary = self.folder / f".{MANIFEST}"
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        temporary.write_text(json.dumps({"facts": facts, "files": files}), encoding="utf-8")
         temporary.replace(self.folder / MANIFEST)
         return self
 
@@ -210,7 +214,7 @@ class Step(ABC):
         return None
 
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:
-        """Fingerprints of text that the step reads beside the calibration blocks: part of what its result depends on."""
+        """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""
         return {}
 
     @abstractmethod

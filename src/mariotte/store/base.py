@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -78,6 +78,16 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def share(self, study: str, ids: Iterable[str]) -> None:
+        """Make records that another study added records of this one too: asking for a study finds all it wanted.
+
+        Parameters
+        ----------
+        study : its name
+        ids : of records; those of its own records, which `add` shares, do no harm
+        """
+
+    @abstractmethod
     def records(
         self,
         *,
@@ -94,7 +104,8 @@ class Store(ABC):
         Parameters
         ----------
         measure : the canonical text (``loss:testbed/all(block=64)``), or its name alone (``loss``)
-        study, model, chain, experiment, method, seed : exactly as in the record; None for any
+        study : a study that added or shared them; None for any
+        model, chain, experiment, method, seed : exactly as in the record; None for any
 
         Raises
         ------
@@ -112,7 +123,7 @@ class Store(ABC):
 
     @abstractmethod
     def add_failure(self, failure: Failure) -> None:
-        """Store a failure, in place of an earlier one of the same experiment and stage."""
+        """Store a failure, in place of an earlier one of the same study, experiment and stage."""
 
     @abstractmethod
     def failures(self, *, study: str | None = None, experiment: str | None = None) -> list[Failure]:

@@ -146,11 +146,12 @@ class Record:
     def result_hash(self) -> str:
         """SHA-256 of what the experiment found: equal for two runs with equal results.
 
-        Left out are timings, environment and the study that happened to ask first. A measure whose numbers are
+        Left out are timings, environment, the study that happened to ask first and the name it had for the model, whose
+        content `model_hash` identifies. A measure whose numbers are
         timings themselves says so with ``repeatable = False`` in its protocol; then its metrics, base and details are
         left out too.
         """
-        left_out = {*TIMING_FIELDS, "study"}
+        left_out = {*TIMING_FIELDS, "study", "model"}
         if self.protocol.get("repeatable", True) is False:
             left_out |= {"metrics", "base", "details"}
         return digest({k: v for k, v in self.to_dict().items() if k not in left_out})
@@ -163,7 +164,7 @@ class Failure:
     Parameters
     ----------
     experiment, study, model, chain, seed : as in `Record`
-    stage : load, prepare, apply or measure, with the link it happened in
+    stage : setup (of the model and everything it is measured on), prepare or apply with their link, or measure
     error : one sentence
     traceback : the whole traceback
     created : UTC, ISO 8601

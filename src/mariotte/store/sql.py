@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -53,15 +53,21 @@ _COPIED = ("id", "experiment", "study", "model", "chain", "measure", "method", "
 _failures = sa.Table(
     "mariotte_failures",
     _metadata,
+    sa.Column("study", sa.Text, primary_key=True),
     sa.Column("experiment", sa.Text, primary_key=True),
     sa.Column("stage", sa.Text, primary_key=True),
-    sa.Column("study", sa.Text, nullable=False, index=True),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("chain", sa.Text, nullable=False),
     sa.Column("seed", sa.BigInteger, nullable=False),
     sa.Column("error", sa.Text, nullable=False),
     sa.Column("traceback", sa.Text, nullable=False),
     sa.Column("created", sa.Text, nullable=False),
+)
+_members = sa.Table(
+    "mariotte_members",
+    _metadata,
+    sa.Column("study", sa.Text, primary_key=True),
+    sa.Column("id", sa.Text, primary_key=True),
 )
 _runs = sa.Table(
     "mariotte_runs",
@@ -186,6 +192,7 @@ class SqlStore(Store):
                 body = canonical_json(record.to_dict())
                 row = {name: getattr(record, name) for name in _COPIED}
                 row |= {"result_hash": record.result_hash(), "hash": _sha256(body), "body": body}
+                self._join(connection, record.study, record.id)
                 statement = self._insert(_records).values(row).on_conflict_do_nothing(index_elements=["id"])
                 # Without the option SQLAlchemy forgets the count of an INSERT, for all drivers but SQLite's.
                 if connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1:
@@ -202,6 +209,15 @@ class SqlStore(Store):
         return new
 
     @override
+    def share(self, study: str, ids: Iterable[str]) -> None:
+        with self._writing() as connection:
+            for key in sorted(ids):
+                self._join(connection, study, key)
+
+    def _join(self, connection: sa.Connection, study: str, key: str) -> None:
+        connection.execute(self._insert(_members).values(study=study, id=key).on_conflict_do_nothing())
+
+    @override
     def records(
         self,
         *,
@@ -215,7 +231,6 @@ class SqlStore(Store):
     ) -> list[Record]:
         c = _records.c
         given = {
-            c.study: study,
             c.model: model,
             c.chain: chain,
             c.experiment: experiment,
@@ -223,6 +238,8 @@ class SqlStore(Store):
             c.seed: seed,
         }
         conditions = [column == value for column, value in given.items() if value is not None]
+        if study is not None:
+            conditions.append(c.id.in_(_ids_of(study)))
         if measure is not None:
             conditions.append(
                 sa.or_(c.measure == measure, *(_starts_with(c.measure, measure + mark) for mark in (":", "(")))
@@ -256,7 +273,7 @@ class SqlStore(Store):
 
     @override
     def ids(self, *, study: str | None = None) -> set[str]:
-        condition = sa.true() if study is None else _records.c.study == study
+        condition = sa.true() if study is None else _records.c.id.in_(_ids_of(study))
         with self._reading() as connection:
             return set(connection.scalars(sa.select(_records.c.id).where(condition)))
 
@@ -264,7 +281,7 @@ class SqlStore(Store):
     def add_failure(self, failure: Failure) -> None:
         c = _failures.c
         with self._writing() as connection:
-            same = sa.and_(c.experiment == failure.experiment, c.stage == failure.stage)
+            same = sa.and_(c.study == failure.study, c.experiment == failure.experiment, c.stage == failure.stage)
             connection.execute(sa.delete(_failures).where(same))
             connection.execute(sa.insert(_failures).values(**dataclasses.asdict(failure)))
 
@@ -306,6 +323,10 @@ def _sha256(text: str) -> str:
 def _starts_with(column: sa.Column[Any], prefix: str) -> sa.ColumnElement[bool]:
     # Not LIKE: in SQLite it ignores case, and % and _ would have to be escaped.
     return sa.func.substr(column, 1, len(prefix)) == prefix
+
+
+def _ids_of(study: str) -> sa.Select[Any]:
+    return sa.select(_members.c.id).where(_members.c.study == study)
 
 
 def _of_failures(study: str | None, experiment: str | None) -> sa.ColumnElement[bool]:

@@ -5,7 +5,6 @@ Shapes: B rows of a batch, T tokens of a row, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mariotte.errors import MariotteError
+from mariotte.models.step import MANIFEST
 
-MANIFEST = "manifest.json"
 _FORMAT = 1
 
 
@@ -40,7 +39,7 @@ class TrainState:
 
     Parameters
     ----------
-    module : the model; only its parameters with ``requires_grad`` are trained, saved and copied
+    module : the model; only its parameters with ``requires_grad`` are trained and saved
     optimizers : over those parameters; their learning rates at construction are what the schedule scales
     seed : of everything random inside the model (dropout). Each step draws from a generator seeded by
         (seed, step), so that the step count is the whole state of the generator, on any device
@@ -68,17 +67,6 @@ class TrainState:
         for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-
-    def copy(self) -> TrainState:
-        """A state that trains on without touching this one; what does not train is shared, not copied."""
-        trained = {id(p) for p in self.trained.values()}
-        shared = [t for t in (*self.module.parameters(), *self.module.buffers()) if id(t) not in trained]
-        memo: dict[int, object] = {id(t): t for t in shared}
-        # One deepcopy for both: the copied optimizers must hold the copied parameters.
-        module, optimizers = copy.deepcopy((self.module, list(self.optimizers)), memo)
-        twin = TrainState(module, optimizers, self.seed, self.step, self.tokens)
-        twin._rates = [list(rates) for rates in self._rates]
-        return twin
 
     def save(self, folder: Path) -> None:
         """Write the state as safetensors and a manifest, which comes last: a manifest means a whole state.
@@ -185,7 +173,6 @@ def train(
     schedule: Callable[[int], float],
     until: int,
     clip: float | None = 1.0,
-    micro_batch: int | None = None,
     loss: Callable[[nn.Module, Tensor], Tensor] = causal_loss,
     watch: Callable[[Progress], None] | None = None,
 ) -> TrainState:
@@ -193,13 +180,12 @@ def train(
 
     Parameters
     ----------
-    state : changed in place; hand over ``state.copy()`` to keep it
+    state : changed in place
     batch : tokens (B, T) of a step counted from 0; a function of the step alone, so that a resumed run sees
         what an uninterrupted one sees
     schedule : factor of the learning rates at a step
     until : step at which to stop; nothing happens when the state is already there
     clip : largest norm of the gradient over all trained parameters; None never clips
-    micro_batch : rows that pass through the model at once; None is the whole batch
     loss : mean loss over the predictions of the rows given
     watch : called after every step
 
@@ -226,13 +212,9 @@ def train(
                 tokens_BT = batch(state.step)
                 factor = schedule(state.step)
                 state.set_rates_(factor)
-                value = 0.0
-                size = micro_batch or len(tokens_BT)
-                for start in range(0, len(tokens_BT), size):
-                    rows = tokens_BT[start : start + size]
-                    part = loss(state.module, rows.to(device)) * (len(rows) / len(tokens_BT))
-                    part.backward()
-                    value += part.item()
+                mean = loss(state.module, tokens_BT.to(device))
+                mean.backward()
+                value = mean.item()
                 if not math.isfinite(value):
                     raise MariotteError(
                         f"the loss became {value} at step {state.step} of training; lower the learning rates"

@@ -19,7 +19,7 @@ class ConstantThenLinear:
     ----------
     steps : length of the whole run
     decay : how many of the last steps fall; 0 never falls
-    warmup : how many of the first steps rise linearly
+    warmup : how many of the first steps rise linearly; where the fall begins before the rise ends, the lower one counts
     """
 
     steps: int
@@ -32,17 +32,15 @@ class ConstantThenLinear:
                 f"a schedule needs steps >= 1, decay >= 0 and warmup >= 0, got steps={self.steps}, "
                 f"decay={self.decay}, warmup={self.warmup}"
             )
-        if self.decay + self.warmup > self.steps:
+        if self.decay > self.steps:
             raise MariotteError(
-                f"warmup and decay must fit into the run, got {self.warmup} + {self.decay} of {self.steps} steps; "
-                "shorten them or train longer"
+                f"the decay must fit into the run, got {self.decay} of {self.steps} steps; shorten it or train longer"
             )
 
     def __call__(self, step: int) -> float:
         """Factor of the learning rate at a step counted from 0; positive inside the run, 0 after a decay."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
+        rise = (step + 1) / self.warmup if step < self.warmup else 1.0
         if self.decay == 0:
-            return 1.0
+            return rise
         # +1: the last step of the run still moves, by a 1/decay share, instead of being computed for nothing.
-        return min(1.0, max(0.0, (self.steps - step) / (self.decay + 1)))
+        return min(rise, max(0.0, (self.steps - step) / (self.decay + 1)))

@@ -22,9 +22,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from mariotte.models.step import MANIFEST
 from mariotte.testbed.world import ROW_TOKENS, Fact, Row, World
 from mariotte.testbed.zoo import RECORD, Specification, save_tokenizer, specification
-from mariotte.training.loop import MANIFEST, Progress, TrainState, causal_loss, train
+from mariotte.training.loop import Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
 
 TEST_ROWS = 512

@@ -140,6 +140,7 @@ class Magnitude(Step):
             family=self.family,
             amount=amount,
             obtained=zeros / in_scope,
+            scope=self.scope,
             zeros=zeros,
             in_scope=in_scope,
             facts={"per": self.per},

@@ -69,12 +69,7 @@ class Loss(Measure):
                 f"{model.name} has no tokenizer: put tokenizer.json into its folder to measure a loss on text"
             )
         block = self.block or corpora.find(self.on).block
-        longest = model.config.get("max_position_embeddings")
-        if isinstance(longest, int) and block > longest:
-            raise DataError(
-                f"loss: a window of {block} tokens is longer than the {longest} positions of {model.name}: "
-                "ask for a shorter block"
-            )
+        tokens.check_block(block, model, "loss")
         hashed = tokens.tokenizer_hash(model.tokenizer)
         return _blocks(self.on, cast(Split, self.split), model.tokenizer, hashed, block, self.rows)
 

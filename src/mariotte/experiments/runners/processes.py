@@ -78,7 +78,7 @@ def processes(
             except queue.Empty:
                 if killed := [worker for worker in team if worker.exitcode]:
                     raise MariotteError(
-                        f"a worker ended with code {killed[0].exitcode} before its work was done: it was killed, perhaps "
+                        f"a worker ended with code {killed[0].exitcode} before its work was done: killed, perhaps "
                         "for memory; what was measured is stored, run again with fewer workers"
                     ) from None
                 continue

@@ -8,13 +8,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -29,8 +28,8 @@ from mariotte.chain import print_number
 from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
-from mariotte.models.step import Context, Prepared, Step
-from mariotte.training.loop import MANIFEST, Progress, TrainState, causal_loss, train
+from mariotte.models.step import MANIFEST, Context, Prepared, Step
+from mariotte.training.loop import Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
 
 __all__ = ["LoRA"]
@@ -41,8 +40,9 @@ _RUN = "trunk.json"
 _SAVE_SECONDS = 30.0
 """A killed trunk loses at most this much; chosen by us: a save of the 8B models' adapters takes about a second."""
 
-_WINDOW_TOKENS = 1 << 20
-"""Text shuffled at once: a corpus larger than memory is read only as far as its tokens are needed."""
+_WINDOW_TOKENS = 1 << 16
+"""Text shuffled at once, and so the least that is read: tokenizing it takes a fraction of a second, and rows of about
+twenty long articles, or of hundreds of stories, mix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,25 +121,50 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A corpus and a tokenizer, compared by what they are rather than by which objects they are."""
+    """A corpus and a tokenizer, compared by what they say rather than by which objects they are.
 
-    corpus_is: str
+    Parameters
+    ----------
+    text : fingerprint of the training split; another one once the text was edited
+    tokenizer_sha256 : of the tokenizer
+    name, corpus, tokenizer : to read it with
+    """
+
+    text: str
     tokenizer_sha256: str
-    corpus: corpora.Corpus = dataclasses.field(compare=False)
-    tokenizer: PreTrainedTokenizerBase = dataclasses.field(compare=False)
+    name: str = field(compare=False)
+    corpus: corpora.Corpus = field(compare=False)
+    tokenizer: PreTrainedTokenizerBase = field(compare=False)
 
 
-@functools.lru_cache(maxsize=2)
-def _read(source: _Source, block: int, rows: int) -> Tensor:
-    """The first training rows, or the whole split where it holds fewer, (N, T).
+@dataclass
+class _Text:
+    """The rows of a training split, read from its beginning as far as they were asked for.
 
     Kept: every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
     """
-    try:
-        return tokens.blocks(source.corpus, "train", source.tokenizer, block, rows)
-    except DataError:
-        # Too few rows: take them all. Anything else that is wrong with the corpus is raised again.
-        return tokens.blocks(source.corpus, "train", source.tokenizer, block)
+
+    source: _Source
+    block: int
+    tokens_NT: Tensor | None = None
+    ended: bool = False
+
+    def first(self, rows: int) -> Tensor:
+        """The first rows, or the whole split where it holds fewer, (N, T)."""
+        known = 0 if self.tokens_NT is None else len(self.tokens_NT)
+        if self.tokens_NT is None or (known < rows and not self.ended):
+            # At least twice as many as before: amounts that grow one by one read the text twice, not over and over.
+            wanted = max(rows, 2 * known)
+            self.tokens_NT = tokens.blocks(
+                self.source.corpus, "train", self.source.tokenizer, self.block, wanted, at_most=True
+            )
+            self.ended = len(self.tokens_NT) < wanted
+        return self.tokens_NT[:rows]
+
+
+_text = functools.lru_cache(maxsize=2)(_Text)
+_tokenizer_sha256 = functools.lru_cache(maxsize=8)(tokens.tokenizer_hash)
+"""Asked for with every fingerprint of an experiment, and slow for a large vocabulary."""
 
 
 class _Masked(LoraVariant):
@@ -155,7 +180,8 @@ class _Masked(LoraVariant):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] a static method in peft, called on the instance
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        return result + nn.functional.linear(x, delta(module) * self.mask_OI)
+        dropped = module.lora_dropout[active_adapter](x)  # as without a mask: the adapter's input alone
+        return result + nn.functional.linear(dropped, delta(module) * self.mask_OI)
 
 
 def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
@@ -264,9 +290,32 @@ class LoRA(Step):
 
     @override
     def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
-        block = int(prepared.facts["run"]["block"])
-        leaves = {course(int(amount), block, self.batch).leave for amount in amounts}
-        return all(_whole(_snapshot(prepared.folder, leave)) for leave in leaves if leave)
+        leaves = self._leaves(amounts, int(prepared.facts["run"]["block"]))
+        return all(_whole(_snapshot(prepared.folder, leave)) for leave in leaves)
+
+    def _leaves(self, amounts: Sequence[int | float], block: int) -> list[int]:
+        """The steps at which amounts leave the trunk, each once.
+
+        Those of less than one row need no trunk: `apply` refuses them, and the others do not suffer.
+        """
+        leaves = {course(int(amount), block, self.batch).leave for amount in amounts if amount >= block}
+        return sorted(leaves - {0})
+
+    @override
+    def reads(self, model: Model, context: Context) -> Mapping[str, str]:
+        """The training text, the tokenizer that reads it and the length of its rows.
+
+        Raises
+        ------
+        DataError
+            When there is no text to train on, or no tokenizer to read it with.
+        """
+        source = self._source(model, context)
+        return {
+            "text": source.text,
+            "tokenizer": source.tokenizer_sha256,
+            "block": str(self.block or context.block),
+        }
 
     @override
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
@@ -277,20 +326,19 @@ class LoRA(Step):
         ModelError
             When the model's matrices cannot be adapted.
         DataError
-            When there is no text to train on, or no tokenizer to read it with.
+            When there is no text to train on, or no tokenizer to read it with, or a row is longer than the model's
+            positions.
         """
         if reason := self.refuse(model):
             raise ModelError(f"lora {reason}")
-        block = self.block or context.block
-        courses = [course(int(amount), block, self.batch) for amount in amounts]
-        stream = self._stream(model, context, max(c.rows for c in courses))
-        run = self._run(model, context, stream)
+        run = self._run(model, context)
         folder = context.scratch
         _settle(folder, run)
-        wanted = sorted({c.leave for c in courses if c.leave and not _whole(_snapshot(folder, c.leave))})
-        for leave in wanted:
-            self._trunk(model, context, stream, leave, last=wanted[-1])
-        if wanted:
+        leaves = [leave for leave in self._leaves(amounts, run["block"]) if not _whole(_snapshot(folder, leave))]
+        if leaves:
+            stream = self._stream(model, context, leaves[-1] * self.batch)
+            for leave in leaves:
+                self._trunk(model, context, stream, leave, last=leaves[-1])
             _forget(folder / _LATEST)
         return Prepared(folder).finish(run=run)
 
@@ -304,19 +352,21 @@ class LoRA(Step):
 
         Raises
         ------
+        ChainError
+            When the amount is less than one row.
         DataError
             When the text or the settings are not those that the trunk was trained with.
         """
-        block = self.block or context.block
+        run = self._run(model, context)
+        block: int = run["block"]
         plan = course(int(amount), block, self.batch)
-        stream = self._stream(model, context, plan.rows)
-        run = self._run(model, context, stream)
         if prepared.facts["run"] != run:
             changed = sorted(key for key in run if run[key] != prepared.facts["run"].get(key))
             raise DataError(
                 f"the trunk in {prepared.folder} was trained with another {' and '.join(changed)}: remove that folder "
                 "and run again"
             )
+        stream = self._stream(model, context, plan.rows)
         state = self._state(model, context)
         with torch.no_grad():
             loss_begin = causal_loss(state.module, stream.rows(0, min(self.batch, plan.rows)).to(model.device)).item()
@@ -332,11 +382,10 @@ class LoRA(Step):
             losses.append(progress.loss)
             context.progress("lora decay", (progress.step - plan.leave) / plan.decay)
 
-        falling = ConstantThenLinear(steps=plan.steps, decay=plan.decay)
         train(
             state,
             self._batches(stream, plan.rows),
-            schedule=lambda step: falling(step) * self._warm(step),
+            schedule=ConstantThenLinear(steps=plan.steps, decay=plan.decay, warmup=self.warmup),
             until=plan.steps,
             watch=watch,
         )
@@ -373,39 +422,50 @@ class LoRA(Step):
     def _rate(self, model: Model) -> float:
         return self.lr or 2e-3 * min(1.0, (128 / model.shape.hidden) ** (2 / 3))
 
-    def _run(self, model: Model, context: Context, stream: Stream) -> dict[str, Any]:
-        """What a trunk depends on, as plain JSON: a folder made under another one is not continued."""
-        first = stream.rows(0, min(self.batch, len(stream.tokens_NT)))
-        fields = dataclasses.asdict(self) | {
-            "block": self.block or context.block,
-            "corpus": self.corpus or context.corpus,
+    def _run(self, model: Model, context: Context) -> dict[str, Any]:
+        """What a trunk depends on, as plain JSON: a folder made under another one is not continued.
+
+        Raises
+        ------
+        DataError
+            As `reads`, and when a row is longer than the model's positions.
+        """
+        source = self._source(model, context)
+        block = self.block or context.block
+        tokens.check_block(block, model, "lora")
+        return dataclasses.asdict(self) | {
+            "block": block,
+            "corpus": source.name,
             "lr": self._rate(model),
-        }
-        return fields | {
             "version": self.version,
             "seed": context.seed,
-            "model": model.fingerprint,
+            "model": context.dense.fingerprint,
             "done": [done.step for done in model.done],
-            "text": hashlib.sha256(first.numpy().tobytes()).hexdigest(),
+            "text": source.text,
+            "tokenizer": source.tokenizer_sha256,
         }
 
-    def _stream(self, model: Model, context: Context, rows: int) -> Stream:
-        """The training text, at least as much of it as `rows` need."""
+    def _source(self, model: Model, context: Context) -> _Source:
+        """The text to train on, not read yet."""
         name = self.corpus or context.corpus
         if name is None:
             raise DataError("lora needs text to train on, got none: name a corpus, such as lora@1M(corpus=wikitext2)")
         if model.tokenizer is None:
             raise DataError(f"lora cannot read {name!r} without a tokenizer: put tokenizer.json into the model folder")
         corpus = corpora.find(name)
-        source = _Source(
-            corpus_is=repr(corpus),  # with its folder: one name in two folders is two corpora
-            tokenizer_sha256=tokens.tokenizer_hash(model.tokenizer),
+        return _Source(
+            text=corpus.fingerprint("train"),
+            tokenizer_sha256=_tokenizer_sha256(model.tokenizer),
+            name=name,
             corpus=corpus,
             tokenizer=model.tokenizer,
         )
+
+    def _stream(self, model: Model, context: Context, rows: int) -> Stream:
+        """The training text, at least as much of it as `rows` need."""
         block = self.block or context.block
         window = max(1, _WINDOW_TOKENS // block)
-        tokens_NT = _read(source, block, -(-rows // window) * window)
+        tokens_NT = _text(self._source(model, context), block).first(-(-rows // window) * window)
 
         @functools.lru_cache(maxsize=2)
         def permutation(epoch: int, window: int, size: int) -> Tensor:
@@ -415,9 +475,6 @@ class LoRA(Step):
 
     def _batches(self, stream: Stream, rows: int) -> Callable[[int], Tensor]:
         return lambda step: stream.rows(step * self.batch, min((step + 1) * self.batch, rows))
-
-    def _warm(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
 
     def _state(self, model: Model, context: Context) -> TrainState:
         """A fresh adapter, which changes nothing yet, on a twin that shares the model's weights and trains none."""
@@ -472,7 +529,8 @@ class LoRA(Step):
                 saved = time.monotonic()
             context.progress("lora trunk", progress.step / last)
 
-        train(state, self._batches(stream, leave * self.batch), schedule=self._warm, until=leave, watch=watch)
+        rising = ConstantThenLinear(steps=leave, warmup=self.warmup)
+        train(state, self._batches(stream, leave * self.batch), schedule=rising, until=leave, watch=watch)
         state.save(_snapshot(folder, leave))
 
     @torch.no_grad()
