@@ -48,6 +48,23 @@ def test_a_folder_keeps_its_splits_and_gives_a_tenth_of_train_to_calibration(tmp
     assert 8 < len(found["calibration"]) < 40
 
 
+def test_a_fingerprint_changes_with_the_text_and_with_how_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "wikitext2"
+    folder.mkdir()
+    train = folder / "train.txt"
+    train.write_text("one\n\ntwo")
+    monkeypatch.setenv("MARIOTTE_DATA", str(tmp_path))
+    readers = [corpora.find(name) for name in (f"file:{folder}", f"file:{train}", "wikitext2")]
+    before = {corpus.fingerprint("train") for corpus in readers}
+    assert len(before) == 3  # paragraphs, four fifths of the paragraphs, articles
+    assert {corpus.fingerprint("train") for corpus in readers} == before
+    assert readers[0].fingerprint("calibration") not in before
+    train.write_text("one\n\nten!")
+    assert not before & {corpus.fingerprint("train") for corpus in readers}
+
+
 def test_jsonl_rows_become_text(tmp_path: Path) -> None:
     rows = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},

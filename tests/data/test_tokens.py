@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,34 @@ def test_a_smaller_count_is_a_prefix(tokenizer: PreTrainedTokenizerBase) -> None
     few, more = (tokens.read(corpus, "calibration", tokenizer, 64, n) for n in (5, 9))
     assert torch.equal(more.tokens[:5], few.tokens)
     assert few.sha256 != more.sha256
+
+
+def test_at_most_takes_what_there_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "test.txt").write_text("one two three " * 10)  # 31 tokens
+    corpus = corpora.find(f"file:{tmp_path}")
+    everything = tokens.blocks(corpus, "test", tokenizer, 8)
+    for count, rows in ((2, 2), (3, 3), (50, 3)):
+        assert torch.equal(tokens.blocks(corpus, "test", tokenizer, 8, count, at_most=True), everything[:rows])
+    with pytest.raises(DataError, match="holds 31 tokens, fewer than one block of 64"):
+        tokens.blocks(corpus, "test", tokenizer, 64, 50, at_most=True)
+
+
+def test_a_few_rows_are_had_without_reading_the_rest(tokenizer: PreTrainedTokenizerBase) -> None:
+    handed_out: list[str] = []
+
+    class Long(corpora.Corpus):
+        def fingerprint(self, split: corpora.Split) -> str:
+            return "long"
+
+        def documents(self, split: corpora.Split) -> Iterator[str]:
+            for i in range(200):
+                handed_out.append(f"{i} " + "the town of " * 4_000)
+                yield handed_out[-1]
+
+    corpus = Long("long")
+    few = tokens.blocks(corpus, "train", tokenizer, 64, 2)
+    assert sum(map(len, handed_out)) < 2 * tokens.CHARACTERS_AT_ONCE
+    assert torch.equal(tokens.blocks(corpus, "train", tokenizer, 64, 3_000)[:2], few)
 
 
 def test_testbed_documents_are_rows(tokenizer: PreTrainedTokenizerBase) -> None:

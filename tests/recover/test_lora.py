@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +28,7 @@ from mariotte.models.step import Prepared, prepare_once
 from mariotte.recover import RECOVERIES
 from mariotte.recover.methods import lora
 from mariotte.recover.methods.lora import Course, LoRA, Stream, course, delta, matrices
+from mariotte.testing import recoveries
 from mariotte.testing.recoveries import (
     BLOCK,
     RecoveryConformance,
@@ -33,6 +40,7 @@ from mariotte.testing.recoveries import (
     tiny_reader,
 )
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
+from mariotte.training import loop
 
 STEP = LoRA(batch=5, lr=1e-2, warmup=3, rank=4)
 
@@ -146,6 +154,32 @@ def test_the_tokens_of_a_smaller_amount_are_the_first_of_a_larger_one(
     assert torch.equal(streams[700], streams[2_000][: len(streams[700])])
 
 
+def test_text_of_many_windows_is_read_as_far_as_needed_and_no_amount_depends_on_it(
+    model: Model, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "_WINDOW_TOKENS", 40 * BLOCK)
+    read: list[int] = []
+    real = tokens.blocks
+
+    def recording(*args, **kwargs) -> Tensor:
+        read.append(len(rows := real(*args, **kwargs)))
+        return rows
+
+    monkeypatch.setattr(tokens, "blocks", recording)
+    lora._rows.cache_clear()  # other tests have read the same text
+    amounts = [600, 1_500, 9_000]  # 37, 93 and 562 rows, of about 310
+    together = recovered(STEP, model, context_of(model, tmp_path / "all", corpus), amounts[::-1])
+    assert len(read) == 1
+    lora._rows.cache_clear()
+    read.clear()
+    for amount in amounts:
+        alone = recovered(STEP, model, context_of(model, tmp_path / str(amount), corpus), [amount])[amount]
+        assert weights_hash(alone) == weights_hash(together[amount])
+    assert read[:2] == [40, 120]
+    assert 240 < read[2] < 400
+    assert len(read) == 3
+
+
 def test_a_killed_trunk_goes_on_from_where_it_was_last_saved(
     model: Model, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +194,75 @@ def test_a_killed_trunk_goes_on_from_where_it_was_last_saved(
         again = recovered(STEP, model, context, amounts)
         assert all(weights_hash(again[amount]) == weights_hash(whole[amount]) for amount in amounts)
         assert (context.counters.trunks, context.counters.trunk_tokens) == (1, trunk_tokens)
+        assert not (context.scratch / "latest").exists()
+
+
+MOMENTS = ("within the state", "before its manifest", "before the old state is gone", "after the save", "at the end")
+
+
+def train_until_killed(moment: str, scratch: Path, corpus: str, threads: int) -> None:
+    """Prepare for 900 and 2,500 tokens, saving after every step, and die at the tenth save or when all is trained."""
+    torch.set_num_threads(threads)
+    saves = 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        nonlocal saves
+        saves += path.parent.name == "latest"
+        if saves == 10 and moment == MOMENTS[0]:
+            path.write_bytes(b"half")
+            die()
+        safetensors.torch.save_file(tensors, path)
+        if saves == 10 and moment == MOMENTS[1]:
+            die()
+
+    class Watched(type(scratch)):
+        def unlink(self, missing_ok: bool = False) -> None:
+            if saves == 10 and moment == MOMENTS[2] and self.parent.name == "latest":
+                die()
+            super().unlink(missing_ok)
+
+    def progress(stage: str, done: float) -> None:
+        if saves == 10 and moment == MOMENTS[3]:
+            die()
+
+    lora._SAVE_SECONDS = 0.0
+    loop.save_file = save_file
+    if moment == MOMENTS[4]:
+        shutil.rmtree = lambda *_, **__: die() if saves else None
+    model = tiny_reader("llama")
+    context = replace(context_of(model, Watched(scratch), corpus), progress=progress)
+    prepare_once(STEP, model, context, [900, 2_500])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_trunk_killed_at_any_moment_of_a_save_goes_on_to_the_same_bits(
+    model: Model, tmp_path: Path, corpus: str
+) -> None:
+    amounts = [900, 2_500]
+    whole = recovered(STEP, model, context_of(model, tmp_path / "whole", corpus), amounts)
+    trunk_tokens = course(2_500, BLOCK, STEP.batch).leave * STEP.batch * BLOCK
+    step_tokens = STEP.batch * BLOCK
+    first = course(900, BLOCK, STEP.batch).leave
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([lora.__name__, recoveries.__name__])  # imported once, not once a killing
+    # The tenth save comes right after the tenth step, or the eleventh where the tenth was kept as a branch.
+    tenth = 10 + (first <= 10)
+    for moment, steps in zip(MOMENTS, (tenth - 1, tenth - 1, tenth, tenth, None), strict=True):
+        context = context_of(model, tmp_path / moment, corpus)
+        process = server.Process(
+            target=train_until_killed, args=(moment, context.scratch, corpus, torch.get_num_threads())
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, moment
+        assert Prepared.open(context.scratch) is None
+        again = recovered(STEP, model, context, amounts)
+        assert all(weights_hash(again[amount]) == weights_hash(whole[amount]) for amount in amounts), moment
+        left = 0 if steps is None else trunk_tokens - steps * step_tokens
+        assert (context.counters.trunks, context.counters.trunk_tokens) == (0, left), moment
         assert not (context.scratch / "latest").exists()
 
 
@@ -250,6 +353,27 @@ def test_weights_set_to_zero_stay_zero_and_the_rest_learns_around_them(
     facts = result.done[-1].facts
     assert facts["mask_reapplied"] == half.zeros()
     assert facts["loss_end"] < facts["loss_begin"] - 0.3
+
+
+def test_dropout_reaches_the_adapters_of_a_sparse_model(model: Model, tmp_path: Path, corpus: str) -> None:
+    half, step = sparse(model), replace(STEP, dropout=0.5)
+    state = step._state(half, context_of(half, tmp_path / "state", corpus))
+    path, matrix = next(iter(matrices(half).items()))
+    layer = state.module.get_submodule(path)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x, change = torch.randn(3, matrix.in_features), delta(layer) * (matrix.weight != 0)
+    layer.train()
+    torch.manual_seed(1)
+    got = layer(x)
+    torch.manual_seed(1)
+    expected = matrix(x) + functional.linear(functional.dropout(x, 0.5), change)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.eval()(x), matrix(x) + functional.linear(x, change), atol=1e-4, rtol=1e-4)
+    results = [
+        recovered(s, half, context_of(half, tmp_path / str(s.dropout), corpus), [900])[900] for s in (STEP, step)
+    ]
+    assert weights_hash(results[0]) != weights_hash(results[1])
+    assert results[1].zeros() == half.zeros()
 
 
 def test_bf16_weights_train_float32_adapters(tmp_path: Path, corpus: str) -> None:

@@ -201,12 +201,48 @@ class RecoveryConformance(ABC):
         probe = random_tokens(2, BLOCK)
         torch.testing.assert_close(loaded.logits(probe), result.logits(probe), atol=1e-5, rtol=1e-5)
 
-    def test_no_text_no_tokenizer_and_no_row_are_refused(self, model: Model, tmp_path: Path, corpus: str) -> None:
+    def test_what_it_reads_changes_with_the_text(self, model: Model, tmp_path: Path, corpus: str) -> None:
+        step, amount = self.recovery(), 4_000
+        context = context_of(model, tmp_path / "before", corpus)
+        read = step.reads(model, context)
+        before = recovered(step, model, context, [amount])[amount]
+        assert step.reads(before, context) == read
+        path = Path(corpus.removeprefix("file:"))
+        documents = path.read_text(encoding="utf-8").split("\n\n")
+        later = [" ".join(reversed(document.split())) for document in documents[100:]]
+        path.write_text("\n\n".join(documents[:100] + later), encoding="utf-8")
+        assert step.reads(model, context) != read
+        after = recovered(step, model, context_of(model, tmp_path / "after", corpus), [amount])[amount]
+        assert weights_hash(after) != weights_hash(before)
+        stale = Prepared.open(context.scratch)
+        assert stale is not None
+        with pytest.raises(DataError, match="was trained with another text"):
+            step.apply(model, stale, amount, context)
+
+    def test_an_amount_below_one_row_is_refused_and_spoils_no_other(
+        self, model: Model, tmp_path: Path, corpus: str
+    ) -> None:
+        step, short, amount = self.recovery(), BLOCK - 1, min(self.amounts)
+        alone = recovered(step, model, context_of(model, tmp_path / "alone", corpus), [amount])[amount]
+        context = context_of(model, tmp_path / "both", corpus)
+        prepared = prepare_once(step, model, context, [short, amount])
+        assert step.covers(prepared, [short, amount])
+        with pytest.raises(ChainError, match=f"at least one row of {BLOCK} tokens, got {short}"):
+            step.apply(model, prepared, short, context)
+        assert weights_hash(step.apply(model, prepared, amount, context)) == weights_hash(alone)
+
+    def test_rows_longer_than_the_positions_are_refused(self, model: Model, tmp_path: Path, corpus: str) -> None:
+        positions = model.config["max_position_embeddings"]
+        context = replace(context_of(model, tmp_path / "scratch", corpus), block=positions + 1)
+        with pytest.raises(DataError, match=f"{positions + 1} tokens is longer than the {positions} positions"):
+            self.recovery().prepare(model, context, [10 * positions])
+
+    def test_no_text_and_no_tokenizer_are_refused(self, model: Model, tmp_path: Path, corpus: str) -> None:
         step, amount = self.recovery(), min(self.amounts)
-        with pytest.raises(DataError, match="needs text to train on, got none"):
-            step.prepare(model, context_of(model, tmp_path / "no-text", None), [amount])
-        with pytest.raises(ChainError, match=f"at least one row of {BLOCK} tokens, got {BLOCK - 1}"):
-            step.prepare(model, context_of(model, tmp_path / "no-row", corpus), [BLOCK - 1])
         mute = tiny(self.families[0])
-        with pytest.raises(DataError, match="without a tokenizer"):
-            step.prepare(mute, context_of(mute, tmp_path / "no-tokenizer", corpus), [amount])
+        for reader, text, said in ((model, None, "needs text to train on, got none"), (mute, corpus, "a tokenizer")):
+            context = context_of(reader, tmp_path / said, text)
+            with pytest.raises(DataError, match=said):
+                step.prepare(reader, context, [amount])
+            with pytest.raises(DataError, match=said):
+                step.reads(reader, context)

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -121,48 +121,50 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """A corpus and a tokenizer, compared by what they say rather than by which objects they are.
+    """Text to train on, not read yet.
 
     Parameters
     ----------
+    name, corpus, tokenizer : what to read, and with what
     text : fingerprint of the training split; another one once the text was edited
     tokenizer_sha256 : of the tokenizer
-    name, corpus, tokenizer : to read it with
     """
 
+    name: str
+    corpus: corpora.Corpus
+    tokenizer: PreTrainedTokenizerBase
     text: str
     tokenizer_sha256: str
-    name: str = field(compare=False)
-    corpus: corpora.Corpus = field(compare=False)
-    tokenizer: PreTrainedTokenizerBase = field(compare=False)
 
 
 @dataclass
-class _Text:
-    """The rows of a training split, read from its beginning as far as they were asked for.
+class _Rows:
+    """The rows of a training split, read from its beginning as far as they were asked for."""
 
-    Kept: every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
-    """
-
-    source: _Source
     block: int
     tokens_NT: Tensor | None = None
     ended: bool = False
 
-    def first(self, rows: int) -> Tensor:
+    def first(self, rows: int, source: _Source) -> Tensor:
         """The first rows, or the whole split where it holds fewer, (N, T)."""
         known = 0 if self.tokens_NT is None else len(self.tokens_NT)
         if self.tokens_NT is None or (known < rows and not self.ended):
             # At least twice as many as before: amounts that grow one by one read the text twice, not over and over.
             wanted = max(rows, 2 * known)
-            self.tokens_NT = tokens.blocks(
-                self.source.corpus, "train", self.source.tokenizer, self.block, wanted, at_most=True
-            )
+            self.tokens_NT = tokens.blocks(source.corpus, "train", source.tokenizer, self.block, wanted, at_most=True)
             self.ended = len(self.tokens_NT) < wanted
         return self.tokens_NT[:rows]
 
 
-_text = functools.lru_cache(maxsize=2)(_Text)
+@functools.lru_cache(maxsize=2)
+def _rows(text: str, tokenizer_sha256: str, block: int) -> _Rows:
+    """The rows of a text with this fingerprint, kept from call to call.
+
+    Every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
+    """
+    return _Rows(block)
+
+
 _tokenizer_sha256 = functools.lru_cache(maxsize=8)(tokens.tokenizer_hash)
 """Asked for with every fingerprint of an experiment, and slow for a large vocabulary."""
 
@@ -336,10 +338,11 @@ class LoRA(Step):
         _settle(folder, run)
         leaves = [leave for leave in self._leaves(amounts, run["block"]) if not _whole(_snapshot(folder, leave))]
         if leaves:
-            stream = self._stream(model, context, leaves[-1] * self.batch)
+            # Read as far as the last branch will go, once, rather than again when it does.
+            stream = self._stream(model, context, int(max(amounts)) // run["block"])
             for leave in leaves:
                 self._trunk(model, context, stream, leave, last=leaves[-1])
-            _forget(folder / _LATEST)
+        _forget(folder / _LATEST)  # also what a killed run left half removed
         return Prepared(folder).finish(run=run)
 
     @override
@@ -446,7 +449,13 @@ class LoRA(Step):
         }
 
     def _source(self, model: Model, context: Context) -> _Source:
-        """The text to train on, not read yet."""
+        """The text to train on.
+
+        Raises
+        ------
+        DataError
+            When there is none, or no tokenizer to read it with.
+        """
         name = self.corpus or context.corpus
         if name is None:
             raise DataError("lora needs text to train on, got none: name a corpus, such as lora@1M(corpus=wikitext2)")
@@ -454,18 +463,19 @@ class LoRA(Step):
             raise DataError(f"lora cannot read {name!r} without a tokenizer: put tokenizer.json into the model folder")
         corpus = corpora.find(name)
         return _Source(
-            text=corpus.fingerprint("train"),
-            tokenizer_sha256=_tokenizer_sha256(model.tokenizer),
             name=name,
             corpus=corpus,
             tokenizer=model.tokenizer,
+            text=corpus.fingerprint("train"),
+            tokenizer_sha256=_tokenizer_sha256(model.tokenizer),
         )
 
     def _stream(self, model: Model, context: Context, rows: int) -> Stream:
         """The training text, at least as much of it as `rows` need."""
         block = self.block or context.block
         window = max(1, _WINDOW_TOKENS // block)
-        tokens_NT = _text(self._source(model, context), block).first(-(-rows // window) * window)
+        source = self._source(model, context)
+        tokens_NT = _rows(source.text, source.tokenizer_sha256, block).first(-(-rows // window) * window, source)
 
         @functools.lru_cache(maxsize=2)
         def permutation(epoch: int, window: int, size: int) -> Tensor:
