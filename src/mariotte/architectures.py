@@ -31,7 +31,6 @@ class Architecture:
     rms_norm : norms are RMSNorms: no mean subtracted, no bias
     norm_first : each norm feeds its sublayer (pre-norm), so that it can be folded into the matrices it feeds
     hidden_multiple_of_heads : the family's config validator asks that heads divide the hidden size
-    layer_lists : config keys that hold one value a layer, and so must be cut with the layers
     """
 
     model_type: str
@@ -62,7 +61,6 @@ class Architecture:
     rms_norm: bool = True
     norm_first: bool = True
     hidden_multiple_of_heads: bool = False
-    layer_lists: tuple[str, ...] = ()
 
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -76,7 +74,7 @@ FAMILIES: Mapping[str, Architecture] = {
             hidden_multiple_of_heads=True,
         ),
         # Qwen2 has biases on query, key and value whatever its config says, and none on the output.
-        Architecture(model_type="qwen2", attention_bias=True, layer_lists=("layer_types",)),
+        Architecture(model_type="qwen2", attention_bias=True),
     )
 }
 
@@ -133,7 +131,7 @@ def shape(config: Mapping[str, Any]) -> Shape:
         raise ModelError(
             "a config must state its model_type, got none; is this the config.json of a transformers model?"
         )
-    entry = find(config["model_type"])
+    entry = find(str(config["model_type"]))
 
     def size(key: str, default: int | None = None) -> int:
         found = config.get(key)

@@ -27,11 +27,10 @@ def test_saved_and_loaded_back_it_computes_the_same(model: Model, tmp_path: Path
     assert not list(tmp_path.glob(".out-*"))
 
 
-def test_weights_are_stored_in_the_dtype_they_came_in_and_memory_stays_unrounded(tmp_path: Path) -> None:
+def test_weights_can_be_stored_rounded_and_memory_stays_unrounded(tmp_path: Path) -> None:
     model = tiny("llama")
-    model.stored_dtype = torch.bfloat16
     before = model.embeddings.weight.clone()
-    folder = checkpoint.save(model, tmp_path / "out")
+    folder = checkpoint.save(model, tmp_path / "out", dtype=torch.bfloat16)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.equal(model.embeddings.weight, before)
     assert model.hf.dtype == torch.float32
@@ -101,3 +100,34 @@ def test_the_card_names_the_class_that_reads_the_tokenizer(model_folder: Path, s
     assert "tokenizer = PreTrainedTokenizerFast.from_pretrained" in (folder / "README.md").read_text()
     folder = checkpoint.save(load(shared / "data/models/stories260K"), tmp_path / "llama")
     assert "tokenizer = AutoTokenizer.from_pretrained" in (folder / "README.md").read_text()
+
+
+def test_what_is_stored_is_what_was_computed_whatever_the_base_was_stored_in(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.stored_dtype = torch.bfloat16
+    folder = checkpoint.save(model, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert torch.equal(load(folder).embeddings.weight, model.embeddings.weight)
+
+
+def test_others_may_read_it(model: Model, tmp_path: Path) -> None:
+    folder = checkpoint.save(model, tmp_path / "out")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_its_history_comes_back(model_folder: Path, tmp_path: Path) -> None:
+    from mariotte import compress_model
+
+    zeroed = compress_model(str(model_folder), "magnitude@0.5")
+    again = load(checkpoint.save(zeroed, tmp_path / "out"))
+    assert again.done == zeroed.done
+    assert not again.derived
+    assert zeroed.derived
+
+
+def test_saving_says_nothing(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint.save(load(model_folder), tmp_path / "out")
+    assert capfd.readouterr() == ("", "")

@@ -105,3 +105,33 @@ def test_a_hub_name_without_a_network() -> None:
 def test_unknown_dtype(model_folder: Path) -> None:
     with pytest.raises(UnknownNameError, match="dtype must be one of float32, bfloat16"):
         load(model_folder, dtype="int3")
+
+
+def test_a_model_type_that_is_no_name(copy: Path) -> None:
+    edit_config(copy, model_type=["qwen2"])
+    refused(copy, "no model type named", UnknownNameError)
+
+
+def test_an_unknown_activation(copy: Path) -> None:
+    edit_config(copy, hidden_act="wish")
+    refused(copy, "cannot be loaded")
+
+
+def test_weights_of_other_shapes(copy: Path) -> None:
+    edit_config(copy, intermediate_size=56)
+    refused(copy, "its weights have other shapes than its config says")
+
+
+def test_a_damaged_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{")
+    refused(copy, "the tokenizer in")
+
+
+def test_an_empty_name() -> None:
+    refused("", "a model must be named")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:77", ""])
+def test_a_device_that_is_not_here(device: str, model_folder: Path) -> None:
+    with pytest.raises(ModelError, match=f"device '{device}' cannot be used"):
+        load(model_folder, device)

@@ -31,8 +31,8 @@ def run_shown(study: Study, store: Store, toml: str, work: Path | None = None) -
     c = summary.counters
     say(
         f"{study.name}: {summary.records} records added, {summary.skipped} experiments were there already, "
-        f"{len(summary.failures)} failed; {c.loads} models loaded, {c.dense_evaluations} dense evaluations, "
-        f"{c.preparations} preparations for {c.applications} applications, {c.trunks} trunks; "
+        f"{len(summary.failures)} failed; models loaded: {c.loads}, dense evaluations: {c.dense_evaluations}, "
+        f"preparations: {c.preparations} for {c.applications} applications, recovery trunks: {c.trunks}; "
         f"{duration(summary.seconds)}"
     )
     for failure in summary.failures:

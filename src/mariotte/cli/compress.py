@@ -24,7 +24,10 @@ def compress(
     block: Annotated[int | None, typer.Option(min=2, help="Tokens in a block.  [default: the corpus' own]")] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Compute in this dtype.  [default: float32 on a CPU]")] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    store: Annotated[
+        str | None, typer.Option(help="Dtype of the stored weights.  [default: in which they were computed]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of every random choice.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the chain and say what it means.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
@@ -37,19 +40,27 @@ def compress(
     from mariotte.experiments import identity
     from mariotte.experiments.pipeline import compress_model
     from mariotte.models import checkpoint
-    from mariotte.models.load import load, locate, read_config
+    from mariotte.models.load import find_device, find_dtype, load, locate, read_config, weight_files
 
     parts = identity.resolve(chains.parse(chain))
     canonical = " | ".join(str(part.link) for part in parts) or "dense"
     if calibration is None and model.startswith("testbed/"):
         calibration = "testbed/all"
+    find_device(device)
+    stored = None if store is None else find_dtype(store)
+    checkpoint.check_target(out)
     if dry_run:
         from mariotte import accounting
 
-        counts = accounting.count(read_config(locate(model)))
-        say(f"{model}: {counts.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
+        folder = locate(model)
+        weight_files(folder)
+        counts = accounting.count(read_config(folder))
+        plan = {"model": model, "n_params": counts.n_params, "chain": canonical, "calibration": calibration}
+        if as_json:
+            print_json(plan)
+        else:
+            say(f"{model}: {counts.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
         return
-    checkpoint.check_target(out)
     with progress(f"compress {model}") as update:
         dense = load(model, device, dtype)
         done = compress_model(
@@ -62,8 +73,10 @@ def compress(
             progress=lambda stage, share: update(0, text=stage if not share else f"{stage} {share:.0%}"),
         )
         update(0, text="saving, loading back and comparing")
-        folder = checkpoint.save(done, out, dense_params=dense.counts.n_params)
+        folder = checkpoint.save(done, out, dtype=stored, dense_params=dense.counts.n_params)
     counts, base = done.counts, dense.counts
+    stored = stored or done.hf.dtype
+    n_bytes = counts.n_params * stored.itemsize
     zeros = done.zeros() if any(step.in_scope for step in done.done) else 0
     if as_json:
         print_json(
@@ -74,11 +87,13 @@ def compress(
                 "n_params": counts.n_params,
                 "ratio": 1 - counts.n_params / base.n_params,
                 "zeroed": zeros / base.n_params,
-                "n_bytes": counts.n_bytes,
+                "n_bytes": n_bytes,
+                "dtype": str(stored).removeprefix("torch."),
                 "steps": done.done,
             }
         )
         return
+    names = [str(dtype).removeprefix("torch.") for dtype in (dense.stored_dtype, stored)]
     rows_of = [
         [
             "parameters",
@@ -86,10 +101,12 @@ def compress(
             f"{counts.n_params:,}",
             f"{1 - counts.n_params / base.n_params:.1%} removed",
         ],
-        ["bytes", f"{base.n_bytes:,}", f"{counts.n_bytes:,}", ""],
+        ["bytes", f"{base.n_bytes:,}", f"{n_bytes:,}", f"{names[0]}, {names[1]}" if names[0] != names[1] else names[0]],
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]
     print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
     if zeros:
         say(f"{zeros:,} weights are zero: the checkpoint is as large and as fast as before; zeros alone save nothing")
+    if stored.itemsize > dense.stored_dtype.itemsize:
+        say(f"stored as {names[1]}, in which it was computed; --store {names[0]} rounds the weights as the base's are")
     say(f"saved, loaded back by stock transformers, logits equal: {folder}")

@@ -20,8 +20,10 @@ def run(
         str | None, typer.Option(help="Where records go: a path or a URL.  [default: mariotte.db]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Compute here instead of where the study says.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch, instead of the study's.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the study's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads of torch, instead of the study's.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes, instead of the study's.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -54,6 +56,7 @@ def run(
         if as_json:
             print_json(asdict(summary))
         else:
-            say(f"records are in {opened.name}; `mariotte report` makes a page of them")
+            where = "" if store is None else f" --store {store}"
+            say(f"records are in {opened.name}; `mariotte report{where}` makes a page of them")
     if summary.failures:
         raise typer.Exit(1)

@@ -84,6 +84,12 @@ def _document_bytes(document: str, ends: NDArray[np.int64]) -> NDArray[np.int64]
     return np.diff(ends, prepend=0)
 
 
+def usual_block(corpus: Corpus, model: Model) -> int:
+    """Tokens a window unless asked otherwise: the corpus' own number, or the model's positions if they are fewer."""
+    longest = model.config.get("max_position_embeddings")
+    return min(corpus.block, longest) if isinstance(longest, int) else corpus.block
+
+
 def check_block(block: int, model: Model, who: str) -> None:
     """Refuse windows of text that a model has no positions for.
 

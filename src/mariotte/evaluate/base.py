@@ -53,6 +53,10 @@ class Measure(ABC):
     metrics: ClassVar[Mapping[str, Literal["loss", "score"]]]
     version: ClassVar[int] = 1
 
+    def check(self) -> None:
+        """Raise what can be told to be wrong before any model is loaded, such as a corpus that is missing."""
+        return
+
     @abstractmethod
     def protocol(self, model: Model) -> dict[str, Any]:
         """What the numbers depend on besides the weights: known before anything is measured.

@@ -114,7 +114,10 @@ def resolve_measure(text: str) -> Measure:
     UnknownNameError, ChainError
         When there is no such measure, or its fields are not these.
     """
-    link = parse_link(text)
+    try:
+        link = parse_link(text)
+    except ChainError as error:
+        raise ChainError(f"a measure is written NAME:WHAT(field=value), such as loss:wikitext2: {error}") from error
     kind = cast("type[Measure]", MEASURES.find(link.name))
     if link.amount is not None:
         raise ChainError(

@@ -156,7 +156,9 @@ def read_calibration(spec: Calibration | None, model: Model) -> Blocks | None:
     if spec is None:
         return None
     corpus = corpora.find(spec.corpus)
-    return tokens.read(corpus, "calibration", model.tokenizer, spec.block or corpus.block, spec.rows)
+    block = spec.block or tokens.usual_block(corpus, model)
+    tokens.check_block(block, model, "calibration")
+    return tokens.read(corpus, "calibration", model.tokenizer, block, spec.rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,7 +420,7 @@ def compress_model(
     spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
     blocks = read_calibration(spec, dense)
     with ExitStack() as stack:
-        kept = work if dense.fingerprint else None
+        kept = None if dense.derived else work
         folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
         bench = Bench(dense, seed, blocks, folder, progress=progress)
         root = grow([parts])

@@ -22,7 +22,7 @@ from mariotte.experiments.runners.inline import inline
 from mariotte.experiments.runners.processes import processes
 from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
-from mariotte.models.load import locate, read_config, weight_files
+from mariotte.models.load import find_device, locate, read_config, weight_files
 from mariotte.models.step import Counters
 from mariotte.store import open_store
 from mariotte.store.base import Store
@@ -76,9 +76,10 @@ def check(study: Study) -> Plan:
     expanded = study.expanded()
     root = grow(identity.resolve(chain) for chain in expanded)
     for text in study.measures:
-        identity.resolve_measure(text)
+        identity.resolve_measure(text).check()
     if study.calibration is not None:
         corpora.find(study.calibration.corpus)
+    find_device(study.run.device)
     if len(set(study.models)) < len(study.models):
         raise StudyError(f"study {study.name!r} names a model twice: name each once")
     for name in study.models:

@@ -54,8 +54,8 @@ class Run(_Part):
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    threads: int | None = Field(default=None, ge=1)
-    workers: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    workers: int = Field(default=1, ge=1, le=1024)
 
 
 class Chains(BaseModel):

@@ -16,10 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
-from mariotte.models.load import quiet_transformers, read_weights
+from mariotte.models.load import SIDECAR, quiet_transformers, read_weights
 from mariotte.models.model import Model
 
-SIDECAR = "mariotte.json"
 _PROBE = (4, 32)  # rows and tokens on which the saved and the reloaded model are compared
 
 
@@ -38,12 +37,12 @@ def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     probe = f"{' '.join(vocabulary)} {tokenizer.decode(list(range(len(vocabulary))))}"
     with quiet_transformers():
         found = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    ids = cast("list[int]", tokenizer(probe)["input_ids"])
-    same = bool(found(probe)["input_ids"] == ids and found.decode(ids) == tokenizer.decode(ids))
+    ids = cast("list[int]", tokenizer(probe, verbose=False)["input_ids"])
+    same = bool(found(probe, verbose=False)["input_ids"] == ids and found.decode(ids) == tokenizer.decode(ids))
     return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
 
 
-def card(model: Model, dense_params: int, tokenizer: str = "AutoTokenizer") -> str:
+def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = "AutoTokenizer") -> str:
     """The model card: what was done, what is left, how to load it."""
     counts = model.counts
     removed = 1 - counts.n_params / dense_params
@@ -71,7 +70,7 @@ Compressed with Mariotte {__version__}. The licence and the terms of use of the 
 | chain | `{chain}` |
 | parameters | {counts.n_params:,} ({removed:.1%} removed) |
 | without embeddings | {counts.n_params_non_embedding:,} |
-| bytes | {counts.n_bytes:,} ({str(model.stored_dtype).removeprefix("torch.")}) |
+| bytes | {counts.n_params * stored.itemsize:,} ({str(stored).removeprefix("torch.")}) |
 | base fingerprint | `{model.fingerprint}` |
 
 | step | unit | asked | obtained | weights zeroed |
@@ -99,7 +98,7 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     ModelError
         When it holds something already.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not empty: give a new folder for the checkpoint")
     return target
@@ -116,7 +115,8 @@ def save(
     ----------
     model : what to save
     folder : where; must not exist yet, or be empty
-    dtype : of the stored weights; None takes that of the checkpoint that the model came from
+    dtype : of the stored weights; None takes that in which the model was computed, so that what is stored is to the bit
+        what was measured
     dense_params : parameters of the dense model, for the card; None takes this model's
 
     Raises
@@ -126,7 +126,7 @@ def save(
         logits.
     """
     target = check_target(folder)
-    stored = dtype or model.stored_dtype
+    stored = dtype or model.hf.dtype
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -136,6 +136,7 @@ def save(
         ) from error
     try:
         _write(model, temporary, stored, dense_params or model.counts.n_params)
+        _open_to_all(temporary)
         if target.exists():
             target.rmdir()
         temporary.replace(target)
@@ -148,15 +149,29 @@ def save(
     return target
 
 
+def _open_to_all(folder: Path) -> None:
+    """Give files the rights that new files have: a temporary folder is its owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
 def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -> None:
     # A copy: casting in place would round the weights of the model that the caller goes on measuring.
     rounded = _cast(model.copy(), stored)
-    with quiet_transformers():
-        rounded.hf.save_pretrained(folder, safe_serialization=True)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(folder)
+    try:
+        with quiet_transformers():
+            rounded.hf.save_pretrained(folder, safe_serialization=True)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+        raise OSError(None, " ".join(str(error).split())[:200]) from error
     loaded_by = "AutoTokenizer" if model.tokenizer is None else tokenizer_class(model.tokenizer, folder)
-    (folder / "README.md").write_text(card(model, dense_params, loaded_by), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, dense_params, stored, loaded_by), encoding="utf-8")
     sidecar = {
         "mariotte": __version__,
         "base_model": model.name,

@@ -25,9 +25,12 @@ from transformers import (
 
 from mariotte import architectures
 from mariotte.errors import ModelError, UnknownNameError, unknown
-from mariotte.models.model import Model
+from mariotte.models.model import Done, Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SIDECAR = "mariotte.json"
+"""Beside the weights of a checkpoint of ours: what was done to it."""
+
 TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "weights"
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -137,12 +140,62 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Where there is a ``tokenizer.json``, it is the tokenizer. ``AutoTokenizer`` would take a family's own class for some
     model types, Qwen2 among them, whatever the folder says, and put that class' rules in place of the file's.
     """
-    with quiet_transformers():
-        if (folder / "tokenizer.json").is_file():
-            return cast(PreTrainedTokenizerBase, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
-        if any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model")):
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    return None
+    if (folder / "tokenizer.json").is_file():
+        kind = PreTrainedTokenizerFast
+    elif any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model")):
+        kind = AutoTokenizer
+    else:
+        return None
+    try:
+        with quiet_transformers():
+            return cast(PreTrainedTokenizerBase, kind.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # the tokenizers library raises bare exceptions for files that it cannot read
+        raise ModelError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device called `name`.
+
+    Raises
+    ------
+    ModelError
+        When torch knows no such device, or this machine or this build of torch has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split(".")[0].split())[:120]
+        raise ModelError(
+            f"device {str(name)!r} cannot be used ({reason}): name one that is here, such as cpu"
+        ) from error
+    return device
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The floating dtype called `name`.
+
+    Raises
+    ------
+    UnknownNameError
+        When it is none that models are computed in.
+    """
+    if name not in DTYPES:
+        raise UnknownNameError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _history(folder: Path) -> tuple[Done, ...]:
+    """What a checkpoint of ours says was done to it; nothing for any other."""
+    path = folder / SIDECAR
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(Done(**step) for step in json.loads(path.read_text(encoding="utf-8"))["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} must say what was done to the model, and cannot be read: remove it or save again"
+        ) from error
 
 
 def load(
@@ -168,17 +221,17 @@ def load(
         family is not described in ``architectures.py``.
     """
     name = os.fspath(name_or_path)
+    if not name.strip():
+        raise ModelError("a model must be named: a folder, testbed/NAME or a hub id, got an empty name")
     folder = locate(name)
     config = read_config(folder)
     if not config.get("model_type"):
         raise ModelError(f"{folder / 'config.json'} must state a model_type, got none")
     architectures.shape(config)  # refuses a family or a size that cannot be read, before any weight is
     weight_files(folder)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise UnknownNameError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    chosen = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    chosen = find_dtype(dtype) if isinstance(dtype, str) else dtype
     stored = DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-    where = torch.device(device)
+    where = find_device(device)
     if chosen is None:
         chosen = torch.float32 if where.type == "cpu" else stored
     hf = read_weights(folder, chosen, what=name, trust_remote_code=trust_remote_code)
@@ -188,6 +241,7 @@ def load(
         name=name,
         fingerprint=fingerprint(folder),
         stored_dtype=stored,
+        done=_history(folder),
     )
 
 
@@ -214,8 +268,11 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
                 output_loading_info=True,
                 attn_implementation="sdpa",
             )
-    except (SafetensorError, ValueError, RuntimeError, OSError) as error:
-        raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    except (SafetensorError, ValueError, RuntimeError, OSError, KeyError) as error:
+        said = " ".join(str(error).split())
+        if "size mismatch" in said or "ignore_mismatched_sizes" in said:
+            said = "its weights have other shapes than its config says"
+        raise ModelError(f"{what} cannot be loaded: {said[:400]}") from error
     hf, loading = cast("tuple[PreTrainedModel, dict[str, list[str]]]", loaded)
     # transformers fills what is missing with random numbers, which would measure as a broken model.
     for kind, said in (

@@ -119,9 +119,10 @@ class Model:
     hf : the transformers model, in eval mode
     tokenizer : its tokenizer, None when the folder has none
     name : as the user named it
-    fingerprint : hash of config and weights as they were loaded; empty once something was done to them
+    fingerprint : hash of config and weights as they were loaded
     stored_dtype : dtype of the checkpoint that it came from, in which bytes are counted
     done : what was done to it, in order
+    derived : whether some of it was done since it was loaded, so that the fingerprint is its base's
     """
 
     def __init__(
@@ -133,9 +134,11 @@ class Model:
         fingerprint: str,
         stored_dtype: torch.dtype = torch.float32,
         done: Sequence[Done] = (),
+        derived: bool = False,
     ) -> None:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
-        self.fingerprint, self.stored_dtype, self.done = fingerprint, stored_dtype, tuple(done)
+        self.fingerprint, self.stored_dtype = fingerprint, stored_dtype
+        self.done, self.derived = tuple(done), derived
         self.entry = architectures.find(hf.config.model_type)
 
     @property
@@ -191,6 +194,7 @@ class Model:
             fingerprint=self.fingerprint,
             stored_dtype=self.stored_dtype,
             done=self.done,
+            derived=self.derived,
         )
 
     def after(self, done: Done) -> Model:
@@ -199,9 +203,10 @@ class Model:
             self.hf,
             self.tokenizer,
             name=self.name,
-            fingerprint="",
+            fingerprint=self.fingerprint,
             stored_dtype=self.stored_dtype,
             done=(*self.done, done),
+            derived=True,
         )
 
     def measured_params(self) -> int:

@@ -26,8 +26,9 @@ TOKENS_AT_ONCE = 4096
 
 @functools.lru_cache(maxsize=32)
 def _blocks(
-    corpus: str, split: Split, tokenizer: PreTrainedTokenizerBase, hashed: str, block: int, rows: int | None
+    corpus: str, text: str, split: Split, tokenizer: PreTrainedTokenizerBase, hashed: str, block: int, rows: int | None
 ) -> Blocks:
+    """The blocks, read once for all models of one tokenizer, as long as the text's fingerprint is the same."""
     return tokens.read(corpora.find(corpus), split, tokenizer, block, rows)
 
 
@@ -39,7 +40,7 @@ class Loss(Measure):
     ----------
     on : corpus
     split : test, valid, calibration or train
-    block : tokens a window; None takes the corpus' own (64 for the testbed, 512 for text)
+    block : tokens a window; None takes the corpus' own (64 for the testbed, 512 for text), or fewer for a short model
     rows : windows scored; None scores the whole split
 
     Notes
@@ -63,15 +64,21 @@ class Loss(Measure):
             if value is not None and value < least:
                 raise ChainError(f"loss: {name} must be at least {least}, got {value}")
 
+    @override
+    def check(self) -> None:
+        corpora.find(self.on).fingerprint(cast(Split, self.split))
+
     def _read(self, model: Model) -> Blocks:
         if model.tokenizer is None:
             raise DataError(
                 f"{model.name} has no tokenizer: put tokenizer.json into its folder to measure a loss on text"
             )
-        block = self.block or corpora.find(self.on).block
+        block = self.block or tokens.usual_block(corpora.find(self.on), model)
         tokens.check_block(block, model, "loss")
         hashed = tokens.tokenizer_hash(model.tokenizer)
-        return _blocks(self.on, cast(Split, self.split), model.tokenizer, hashed, block, self.rows)
+        split = cast(Split, self.split)
+        text = corpora.find(self.on).fingerprint(split)
+        return _blocks(self.on, text, split, model.tokenizer, hashed, block, self.rows)
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
