@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,7 +139,101 @@ def test_a_format_that_is_no_number_is_damage(file: Path) -> None:
 def test_a_missing_table_is_reported(file: Path) -> None:
     with contextlib.closing(sqlite3.connect(file)) as connection:
         connection.execute("DROP TABLE mariotte_records")
-    assert "no such table" in sentence(file)
+    assert "is damaged: it lacks the table mariotte_records" in sentence(file)
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+@pytest.mark.parametrize("create", [False, True])
+def test_the_file_of_another_program_keeps_every_byte(tmp_path: Path, mode: str, create: bool) -> None:
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode={mode}")
+        connection.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    sentence(path, create=create)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["other.db"]
+
+
+def test_an_empty_file_that_is_read_stays_empty(tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    path.touch()
+    sentence(path)
+    assert path.stat().st_size == 0
+
+
+def test_a_new_store_is_in_wal_mode(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize("number", ["٣", "-1", "9" * 5000, b"1", 1.5])
+def test_a_format_in_other_digits_is_damage(file: Path, number: object) -> None:
+    execute(str(file), "UPDATE mariotte_meta SET value = ? WHERE key = 'format'", number)
+    assert "its format should be a number" in sentence(file)
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the one record of a store as somebody does who also computes its hash anew."""
+    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+        (body,) = connection.execute("SELECT body FROM mariotte_records").fetchone()
+        text = change(json.loads(body))
+        text = (
+            text
+            if isinstance(text, str)
+            else json.dumps(text, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        )
+        hashed = hashlib.sha256(text.encode()).hexdigest()
+        connection.execute("UPDATE mariotte_records SET body = ?, hash = ?", (text, hashed))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: "no JSON", "is not the JSON that was written"),
+        (lambda r: "[" * 100_000, "is not the JSON that was written"),
+        (lambda r: [r], "is not the JSON that was written"),
+        (lambda r: r | {"metrics": {"loss": math.nan}}, "is not the JSON that was written"),
+        (lambda r: json.dumps(r | {"details": {"x": "\ud800"}}), "is not the JSON that was written"),
+        (lambda r: r | {"metrics": {"loss": "high"}}, "a record's metrics should be Mapping"),
+        (lambda r: r | {"metrics": None}, "a record's metrics should be Mapping"),
+        (lambda r: r | {"ratio": "half"}, "a record's ratio should be float, it is 'half'"),
+        (lambda r: r | {"recovery_tokens": True}, "a record's recovery_tokens should be int, it is True"),
+        (lambda r: r | {"steps": 5}, "a record's steps should be tuple"),
+        (lambda r: {k: v for k, v in r.items() if k != "chain"}, "lacks a field"),
+        (lambda r: r | {"strange": 1}, "has no field 'strange'"),
+    ],
+)
+def test_a_body_of_another_hand_is_one_sentence(file: Path, change: Callable[[Any], Any], said: str) -> None:
+    rewrite(file, change)
+    assert said in sentence(file)
+
+
+def test_a_body_that_is_no_text_is_one_sentence(file: Path) -> None:
+    execute(str(file), "UPDATE mariotte_records SET body = CAST(body AS BLOB)")
+    assert "does not match its hash" in sentence(file)
+
+
+@pytest.mark.parametrize("body", ["no JSON", "[]", "NaN", b"{}", '{"a": 1}'])
+def test_a_damaged_run_is_one_sentence(file: Path, body: object) -> None:
+    with open_store(file) as store:
+        store.add_run({"study": "s", "counters": {2: 1, 10: 1}})
+        assert store.runs() == [{"study": "s", "counters": {"2": 1, "10": 1}}]
+        execute(str(file), "UPDATE mariotte_runs SET body = ?", body)
+        with pytest.raises(StoreError, match=r"run 1 .* is not the JSON that was written"):
+            store.runs()
+
+
+def test_a_damaged_failure_is_one_sentence(file: Path) -> None:
+    with open_store(file) as store:
+        store.add_failure(make_failure())
+        execute(str(file), "UPDATE mariotte_failures SET traceback = x'ff'")
+        with pytest.raises(StoreError, match=r"a failure .* has traceback b'.xff': the store is damaged"):
+            store.failures()
+
+
+def test_an_empty_name_is_no_store() -> None:
+    assert sentence("") == "a store is a file or a URL, got an empty name: give one, such as mariotte.db"
 
 
 def test_a_changed_column_is_found_although_the_body_is_whole(file: Path) -> None:

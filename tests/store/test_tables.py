@@ -122,6 +122,14 @@ def test_what_is_no_table_is_answered_in_one_sentence(tmp_path: Path, name: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("address", ["http://none.invalid/t.csv", "s3://none/t.parquet", "file:///none/t.json"])
+def test_an_address_is_no_table_and_asks_no_network(address: str) -> None:
+    with pytest.raises(StoreError, match=r"a table is a file on this machine, got the address .*: download it first"):
+        read_table(address)
+    with pytest.raises(StoreError, match="no table at"):
+        read_table(Path(address))
+
+
 def test_a_missing_table_and_a_folder_are_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no table at .*none.csv: check the path"):
         read_table(tmp_path / "none.csv")

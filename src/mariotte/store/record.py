@@ -126,13 +126,18 @@ class Record:
         Raises
         ------
         StoreError
-            When a field is missing or unknown.
+            When a field is missing, unknown, or holds what it cannot.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if strange := set(values) - known:
+        types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+        if strange := set(values) - set(types):
             raise StoreError(
                 f"a record has no field {sorted(strange)[0]!r}: it was written by another version of Mariotte"
             )
+        for name, value in values.items():
+            if not _fits(value, types[name]):
+                raise StoreError(
+                    f"a record's {name} should be {types[name]}, it is {value!r:.60}: the store is damaged"
+                )
         try:
             arguments: dict[str, Any] = {**values, "steps": tuple(values.get("steps", ()))}
             return cls(**arguments)
@@ -155,6 +160,27 @@ class Record:
         if self.protocol.get("repeatable", True) is False:
             left_out |= {"metrics", "base", "details"}
         return digest({k: v for k, v in self.to_dict().items() if k not in left_out})
+
+
+def _fits(value: object, type_: str) -> bool:
+    """Whether a JSON value is what a field of `Record` with this annotation may hold."""
+    match type_.removesuffix(" | None"):
+        case _ if value is None:
+            return type_.endswith(" | None")
+        case "str":
+            return isinstance(value, str)
+        case "int":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "float":
+            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        case "Mapping[str, Any]":
+            return isinstance(value, dict)
+        case "Mapping[str, float]":
+            return isinstance(value, dict) and all(_fits(v, "float") for v in cast("dict[str, Any]", value).values())
+        case "tuple[Mapping[str, Any], ...]":
+            return isinstance(value, list | tuple) and all(isinstance(v, dict) for v in cast("list[Any]", value))
+        case other:
+            raise AssertionError(f"no check for fields of type {other}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +113,8 @@ def open_store(url: str | Path | None = None, *, create: bool = False) -> Store:
     """
     if url is None:
         url = os.environ.get("MARIOTTE_STORE") or DEFAULT
+    if url == "":  # `Path("")` would be the working folder
+        raise StoreError(f"a store is a file or a URL, got an empty name: give one, such as {DEFAULT}")
     return SqlStore(url, create=create)
 
 
@@ -121,9 +124,11 @@ class SqlStore(Store):
     Notes
     -----
     SQLite runs in WAL mode with ``synchronous=FULL``: readers do not wait for writers, and what was committed survives
-    a power cut. Writing transactions begin with the write lock (``BEGIN IMMEDIATE``), because one that first reads and
-    then asks for the lock fails at once, whatever the timeout, when another process wrote in between. Connections are
-    not pooled: a fraction of a millisecond each, and no file handle outlives its transaction or crosses a fork.
+    a power cut. The mode is kept in the file and set once, when the store is made: a file that turns out to be another
+    program's has only been read. Writing transactions begin with the write lock (``BEGIN IMMEDIATE``), because one that
+    first reads and then asks for the lock fails at once, whatever the timeout, when another process wrote in between.
+    Connections are not pooled: a fraction of a millisecond each, and no file handle outlives its transaction or crosses
+    a fork.
     """
 
     def __init__(self, url: str | Path, *, create: bool = False) -> None:
@@ -152,6 +157,7 @@ class SqlStore(Store):
                 raise StoreError(f"{self.name} is {what}: name the store that `mariotte run` made with --store")
             if tables and self._engine.dialect.name == "sqlite":
                 raise StoreError(f"{self.name} is another program's database: name a new file for the store")
+            self._use_wal()
             with self._writing() as connection:
                 # Two processes may come here together, so under a lock: tables are made unless there, and so are rows.
                 if self._engine.dialect.name == "postgresql":
@@ -160,9 +166,10 @@ class SqlStore(Store):
                 rows = [{"key": "format", "value": str(FORMAT)}, {"key": "version", "value": mariotte.__version__}]
                 connection.execute(self._insert(_meta).on_conflict_do_nothing(), rows)
         with self._reading() as connection:
-            meta: dict[str, str] = {row.key: row.value for row in connection.execute(sa.select(_meta))}
+            meta: dict[str, object] = {row.key: row.value for row in connection.execute(sa.select(_meta))}
+            tables = set(sa.inspect(connection).get_table_names())
         found = meta.get("format", "")
-        if not found.isdecimal():
+        if not (isinstance(found, str) and re.fullmatch("[0-9]{1,9}", found)):  # isdecimal() allows other scripts'
             raise StoreError(
                 f"{self.name} is damaged: its format should be a number, it is {found!r}; restore it from a copy"
             )
@@ -171,6 +178,17 @@ class SqlStore(Store):
                 f"store {self.name} has format {found} (written by Mariotte {meta.get('version', '?')}), "
                 f"this Mariotte reads up to {FORMAT}: update mariotte"
             )
+        if missing := sorted(set(_metadata.tables) - tables):
+            raise StoreError(
+                f"{self.name} is damaged: it lacks the table {missing[0]}; restore it from a copy, "
+                "or run the study again into a new store"
+            )
+
+    def _use_wal(self) -> None:
+        """Put an empty SQLite database into WAL mode, which a transaction cannot do."""
+        if self._engine.dialect.name == "sqlite":
+            with _sentences(self._url), closing(self._engine.raw_connection()) as connection:
+                connection.cursor().execute("PRAGMA journal_mode=WAL")
 
     @contextmanager
     def _reading(self) -> Generator[sa.Connection]:
@@ -258,18 +276,34 @@ class SqlStore(Store):
     def _read(self, row: Mapping[Any, Any]) -> Record:
         """The record of a row, after checking that nothing in the row changed since it was written."""
         damaged = StoreError(
-            f"record {row['id']} in {self.name} does not match its hash: the store is damaged; "
+            f"record {row['id']!s:.64} in {self.name} does not match its hash: the store is damaged; "
             "restore it from a copy, or run the study again into a new store"
         )
-        if _sha256(row["body"]) != row["hash"]:
+        # SQLite keeps any value in any column: what was stored as text may come back as bytes or a number.
+        if not isinstance(row["body"], str) or _sha256(row["body"]) != row["hash"]:
             raise damaged
+        values = self._object(row["body"], f"record {row['id']!s:.64}")
         try:
-            record = Record.from_dict(json.loads(row["body"]))
+            record = Record.from_dict(values)
         except StoreError as error:
             raise StoreError(f"record {row['id']} in {self.name} cannot be read: {error}") from error
         if any(getattr(record, name) != row[name] for name in _COPIED):
             raise damaged
         return record
+
+    def _object(self, body: object, what: str) -> dict[str, Any]:
+        """The JSON object of a stored text that `canonical_json` wrote."""
+        try:
+            values = json.loads(cast("str", body))
+            whole = isinstance(values, dict) and canonical_json(cast("object", values)) == body
+        except (TypeError, ValueError, RecursionError):  # no text, no JSON, NaN, half a character, nested too deep
+            whole, values = False, None
+        if not whole:
+            raise StoreError(
+                f"{what} in {self.name} is not the JSON that was written: the store is damaged; "
+                "restore it from a copy, or run the study again into a new store"
+            )
+        return cast("dict[str, Any]", values)
 
     @override
     def ids(self, *, study: str | None = None) -> set[str]:
@@ -289,6 +323,14 @@ class SqlStore(Store):
     def failures(self, *, study: str | None = None, experiment: str | None = None) -> list[Failure]:
         with self._reading() as connection:
             rows = connection.execute(sa.select(_failures).where(_of_failures(study, experiment))).mappings().all()
+        for row in rows:
+            if strange := [
+                name for name, value in row.items() if not isinstance(value, _failures.c[name].type.python_type)
+            ]:
+                raise StoreError(
+                    f"a failure in {self.name} has {strange[0]} {row[strange[0]]!r:.60}: the store is damaged; "
+                    "restore it from a copy, or run the study again into a new store"
+                )
         found = [Failure(**cast("dict[str, Any]", dict(row))) for row in rows]
         return sorted(found, key=lambda f: (f.study, f.model, f.chain, f.seed, f.stage, f.experiment))
 
@@ -300,15 +342,16 @@ class SqlStore(Store):
     @override
     def add_run(self, run: Mapping[str, Any]) -> None:
         assert "study" in run, f"a run must name its study, got only {sorted(run)}"
+        body = canonical_json(json.loads(canonical_json(dict(run))))  # twice: keys that are numbers sort as texts do
         with self._writing() as connection:
-            connection.execute(sa.insert(_runs).values(study=run["study"], body=canonical_json(dict(run))))
+            connection.execute(sa.insert(_runs).values(study=run["study"], body=body))
 
     @override
     def runs(self, *, study: str | None = None) -> list[dict[str, Any]]:
         condition = sa.true() if study is None else _runs.c.study == study
         with self._reading() as connection:
             bodies = connection.scalars(sa.select(_runs.c.body).where(condition).order_by(_runs.c.number)).all()
-        return [json.loads(body) for body in bodies]
+        return [self._object(body, f"run {number}") for number, body in enumerate(bodies, 1)]
 
     @override
     def close(self) -> None:
@@ -384,9 +427,7 @@ def _engine(url: sa.URL, *, create: bool) -> sa.Engine:
         # Transactions are begun by us (see below), so the driver must not begin its own: isolation_level None.
         connection = sqlite3.connect(address, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:
-            if "immutable" not in address:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA synchronous=FULL")
         except BaseException:
             connection.close()
             raise

@@ -39,7 +39,9 @@ REQUIRED = ("model", "method", "ratio", "metric", "base_value", "value")
 """Columns without which a row says nothing."""
 
 _NUMBERS = ("params_b", "ratio", "base_value", "value", "stderr", "bits")
-_SUFFIXES = (".csv", ".parquet", ".json")
+SUFFIXES = (".csv", ".parquet", ".json")
+"""What the name of a table's file ends in."""
+
 _NESTED = ("metrics", "base", "details", "steps", "cost", "environment", "protocol")
 _SCALARS = tuple(f.name for f in dataclasses.fields(Record) if f.name not in _NESTED)
 _DERIVED = ("removed", "params_b", "ratio_kind", "protocol", "metric", "value", "base_value", "stderr")
@@ -101,13 +103,18 @@ def read_table(path: str | Path) -> DataFrame:
     """
     import pandas as pd
 
+    if "://" in str(path):
+        raise StoreError(f"a table is a file on this machine, got the address {str(path)!r}: download it first")
     path = Path(path)
     _check_suffix(path)
     try:
+        # Opened here and not by pandas, which would ask the network for a name such as http:/x.csv.
         if path.suffix.lower() == ".csv":
-            table = pd.read_csv(path)
+            with path.open("rb") as file:
+                table = pd.read_csv(file)
         elif path.suffix.lower() == ".parquet":
-            table = pd.read_parquet(path)
+            with path.open("rb") as file:
+                table = pd.read_parquet(file)
         else:
             table = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -194,7 +201,7 @@ def write_table(table: DataFrame, path: str | Path) -> None:
 
 
 def _check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise StoreError(f"a table is a file ending in .csv, .parquet or .json, got {str(path)!r}: choose one of them")
 
 
