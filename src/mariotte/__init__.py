@@ -6,8 +6,9 @@ and the desk (laws, store, report) never pays for torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from mariotte.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -30,32 +31,27 @@ if TYPE_CHECKING:
     from mariotte.store import open_store as open_store
 
 _HOME = {
-    "Chain": "mariotte.chain:Chain",
-    "Counts": "mariotte.accounting:Counts",
-    "Link": "mariotte.chain:Link",
-    "MariotteError": "mariotte.errors:MariotteError",
-    "Model": "mariotte.models.model:Model",
-    "Record": "mariotte.store:Record",
-    "compress_model": "mariotte.experiments.pipeline:compress_model",
-    "count": "mariotte.accounting:count",
-    "fit": "mariotte.laws:fit",
-    "load": "mariotte.models.load:load",
-    "measure": "mariotte.experiments.pipeline:measure",
-    "open_store": "mariotte.store:open_store",
+    "Chain": "mariotte.chain",
+    "Counts": "mariotte.accounting",
+    "Link": "mariotte.chain",
+    "MariotteError": "mariotte.errors",
+    "Model": "mariotte.models.model",
+    "Record": "mariotte.store",
+    "compress_model": "mariotte.experiments.pipeline",
+    "count": "mariotte.accounting",
+    "fit": "mariotte.laws",
+    "load": "mariotte.models.load",
+    "measure": "mariotte.experiments.pipeline",
+    "open_store": "mariotte.store",
     "parse_chain": "mariotte.chain:parse",
-    "run_study": "mariotte.experiments.run:run_study",
-    "save": "mariotte.models.checkpoint:save",
+    "run_study": "mariotte.experiments.run",
+    "save": "mariotte.models.checkpoint",
     "write_report": "mariotte.report:write",
 }
 
 __all__ = sorted([*_HOME, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        module, _, attribute = _HOME[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module 'mariotte' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

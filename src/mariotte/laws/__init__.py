@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from mariotte.lazy import lazy
 
 if TYPE_CHECKING:
     from mariotte.laws.base import Law as Law
@@ -18,26 +19,22 @@ if TYPE_CHECKING:
     from mariotte.laws.validation import rolling as rolling
 
 _HOME = {
-    "LAWS": "catalogue",
-    "Fit": "result",
-    "HoldOut": "validation",
-    "Law": "base",
-    "Point": "base",
-    "Prediction": "result",
-    "Ratio": "result",
-    "find": "catalogue",
-    "fit": "fitting",
-    "rolling": "validation",
+    "LAWS": "mariotte.laws.catalogue",
+    "Fit": "mariotte.laws.result",
+    "HoldOut": "mariotte.laws.validation",
+    "Law": "mariotte.laws.base",
+    "Point": "mariotte.laws.base",
+    "Prediction": "mariotte.laws.result",
+    "Ratio": "mariotte.laws.result",
+    "find": "mariotte.laws.catalogue",
+    "fit": "mariotte.laws.fitting",
+    "rolling": "mariotte.laws.validation",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> object:
-    # Lazy: `mariotte --help` and `mariotte laws` list names without paying for numpy.
-    if name in _HOME:
-        return getattr(importlib.import_module(f"mariotte.laws.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'mariotte.laws' has no attribute {name!r}")
+# Lazy: `mariotte --help` and `mariotte laws` list names without paying for numpy.
+__getattr__ = lazy(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

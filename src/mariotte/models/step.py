@@ -184,6 +184,31 @@ class Step(ABC):
             {key: value for key, (value, default) in settings.items() if value is not None and value != default},
         )
 
+    def done(
+        self,
+        amount: int | float,
+        obtained: float,
+        *,
+        zeros: int = 0,
+        in_scope: int = 0,
+        tokens: int = 0,
+        **facts: Any,
+    ) -> Done:
+        """What the step did at one amount, for the model's history; see `Done`."""
+        return Done(
+            step=str(self.link(amount)),
+            name=self.name(),
+            unit=self.unit,
+            family=self.family,
+            amount=amount,
+            obtained=obtained,
+            scope=self.scope,
+            zeros=zeros,
+            in_scope=in_scope,
+            tokens=tokens,
+            facts=facts,
+        )
+
     @classmethod
     def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
         """The amount, checked against the step's unit: a share in [0, 1), whole tokens, or bits.

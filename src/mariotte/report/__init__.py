@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from mariotte.lazy import lazy
 
 if TYPE_CHECKING:
     from mariotte.report.page import build as build
@@ -20,8 +21,4 @@ _HOME = {
 
 __all__ = ["build", "usable_sentence", "usable_sentences", "write"]
 
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'mariotte.report' has no attribute {name!r}")
+__getattr__ = lazy(__name__, _HOME)

@@ -17,7 +17,7 @@ from mariotte.compress.calibration import second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import cut_width, derive, parameter_names, rounding
 from mariotte.errors import ChainError
-from mariotte.models.model import Block, Done, Model
+from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["FFN"]
@@ -168,16 +168,7 @@ class FFN(Step):
         shape = model.shape
         multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
         width = cut_width(shape.ffn, amount, multiple)
-        link = self.link(amount)
-        done = Done(
-            step=str(link),
-            name=link.name,
-            unit=self.unit,
-            family=self.family,
-            amount=amount,
-            obtained=1 - width / shape.ffn,
-            facts={"ffn": [shape.ffn, width], "rounding": multiple},
-        )
+        done = self.done(amount, 1 - width / shape.ffn, ffn=[shape.ffn, width], rounding=multiple)
         if width == shape.ffn:
             return model.copy().after(done)
         names = parameter_names(model)

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
-from mariotte.models.model import Done, Model
+from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["Magnitude"]
@@ -132,17 +132,5 @@ class Magnitude(Step):
             for weight, mask in zip(group, smallest(group, count), strict=True):
                 cut[names[weight]] = weight.masked_fill(mask, 0.0)
         in_scope = sum(weight.numel() for weight in weights)
-        link = self.link(amount)
-        done = Done(
-            step=str(link),
-            name=link.name,
-            unit=self.unit,
-            family=self.family,
-            amount=amount,
-            obtained=zeros / in_scope,
-            scope=self.scope,
-            zeros=zeros,
-            in_scope=in_scope,
-            facts={"per": self.per},
-        )
+        done = self.done(amount, zeros / in_scope, zeros=zeros, in_scope=in_scope, per=self.per)
         return derive(model, cut).after(done)

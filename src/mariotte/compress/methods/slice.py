@@ -17,7 +17,7 @@ from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import cut_width, derive, norm_weight, parameter_names, rounding, set_norm_eps_
 from mariotte.errors import ChainError
-from mariotte.models.model import Done, Model
+from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["Slice"]
@@ -164,19 +164,9 @@ class Slice(Step):
             multiple_of=shape.heads if model.entry.hidden_multiple_of_heads else 1,
         )
         width = cut_width(shape.hidden, amount, multiple)
-        link = self.link(amount)
-        done = Done(
-            step=str(link),
-            name=link.name,
-            unit=self.unit,
-            family=self.family,
-            amount=amount,
-            obtained=1 - width / shape.hidden,
-            facts={
-                "hidden": [shape.hidden, width],
-                "rounding": multiple,
-                "untied": shape.tied and width < shape.hidden,
-            },
+        untied = shape.tied and width < shape.hidden
+        done = self.done(
+            amount, 1 - width / shape.hidden, hidden=[shape.hidden, width], rounding=multiple, untied=untied
         )
         if width == shape.hidden:
             return model.copy().after(done)

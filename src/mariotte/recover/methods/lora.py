@@ -27,7 +27,7 @@ from typing_extensions import override
 from mariotte.chain import print_number
 from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
-from mariotte.models.model import Done, Model
+from mariotte.models.model import Model
 from mariotte.models.step import MANIFEST, Context, Prepared, Step
 from mariotte.training.loop import Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
@@ -395,30 +395,23 @@ class LoRA(Step):
         assert state.tokens == plan.rows * block, f"{state.tokens} tokens seen, {plan.rows} rows of {block} planned"
         merged = model.copy()
         held = self._merge_(merged, state)
-        link = self.link(amount)
         return merged.after(
-            Done(
-                step=str(link),
-                name=link.name,
-                unit=self.unit,
-                family=self.family,
-                amount=amount,
-                obtained=state.tokens,
+            self.done(
+                amount,
+                state.tokens,
                 tokens=state.tokens,
-                facts={
-                    "corpus": run["corpus"],
-                    "rows": plan.rows,
-                    "block": block,
-                    "steps": plan.steps,
-                    "decay_tokens": state.tokens - branched,
-                    "epochs": -(-plan.rows // len(stream.tokens_NT)),
-                    "rank": self.rank,
-                    "alpha": self.alpha,
-                    "lr": run["lr"],
-                    "loss_begin": loss_begin,
-                    "loss_end": sum(losses) / len(losses),
-                    "mask_reapplied": held,
-                },
+                corpus=run["corpus"],
+                rows=plan.rows,
+                block=block,
+                steps=plan.steps,
+                decay_tokens=state.tokens - branched,
+                epochs=-(-plan.rows // len(stream.tokens_NT)),
+                rank=self.rank,
+                alpha=self.alpha,
+                lr=run["lr"],
+                loss_begin=loss_begin,
+                loss_end=sum(losses) / len(losses),
+                mask_reapplied=held,
             )
         )
 
