@@ -72,9 +72,11 @@ def test_a_fit_is_stored_and_predicts(table: Path, tmp_path: Path):
     result = run("predict", out, "--ratio", "0.4", "--tokens", "10M", "--level", "0.8", "--json")
     values = json.loads(result.output)
     assert values["mean"] == pytest.approx(2.2 * 0.6 ** (-0.64))
-    assert values["inside_box"] is True
+    assert values["inside_box"] is False  # nobody recovered, and the law could not say what that does
     assert values["lo"] is None
     assert values["note"].startswith("not calibrated")
+    assert values["note"].endswith("pruning-law ignores recovery tokens: any value gives the same prediction")
+    assert json.loads(run("predict", out, "--ratio", "0.4", "--json").output)["inside_box"] is True
     text = run("predict", out, "--ratio", "0.9").output
     assert "outside the data of the fit; collapsed" in text
 
@@ -99,6 +101,7 @@ def test_base_moves_a_prediction(table: Path, tmp_path: Path):
         (["--where", "model=x"], "no point has model 'x'"),
         (["--covariate", "sparsity"], "states its own ratio"),
         (["--by", "model", "--out", "fit.json"], "--out keeps one fit, --by model gives 6"),
+        (["--out", ""], "--out needs the name of a file, got an empty one"),
     ],
 )
 def test_errors_are_one_sentence(table: Path, words: list[str], said: str):
@@ -115,6 +118,78 @@ def test_missing_and_empty_files(tmp_path: Path):
     empty = tmp_path / "empty.csv"
     empty.write_text(HEADER + "\n")
     assert "columns and no rows" in run("fit", empty).stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "a store is a file or a URL, got an empty name"),
+        ("http://none.invalid/t.csv", "a table is a file on this machine, got the address"),
+        ("http://none.invalid/store", "a store is a SQLite file or a PostgreSQL database"),
+        ("http:/none.invalid/t.csv", "no table at http:/none.invalid/t.csv"),
+    ],
+)
+def test_sources_that_are_none_ask_no_network(source: str, said: str):
+    result = run("fit", source)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_store_is_no_fit(tmp_path: Path):
+    path = tmp_path / "store.db"
+    open_store(path, create=True).close()
+    for fit, said in ((path, "this is none"), ("", "there is no file ''"), (tmp_path, "there is no file")):
+        result = run("predict", fit, "--ratio", "0.1")
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_kinds_of_ratio_can_be_fitted_apart_as_the_error_says(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    rows = [
+        f"s,m,cut,slice,{r},{kind},0,loss,2,{2 + r},,,p" for kind in ("neurons", "parameters") for r in (0.1, 0.2, 0.3)
+    ]
+    path.write_text("\n".join([HEADER, *rows]))
+    assert "--by ratio_kind" in run("fit", path).stderr
+    values = json.loads(run("fit", path, "--by", "ratio_kind", "--json").output)
+    assert [f["group"] for f in values["fits"]] == ["neurons", "parameters"]
+
+
+def test_bits_are_not_called_nats(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    for metric, unit in (("bits_per_byte", "bits"), ("loss", "nats"), ("accuracy", "fraction")):
+        rows = [
+            f"s,m,cut,slice,{r},kind,0,{metric},0.9,{0.9 - r if unit == 'fraction' else 0.9 + r},,,p"
+            for r in (0.1, 0.2, 0.3)
+        ]
+        path.write_text("\n".join([HEADER, *rows]))
+        assert f"Hold-out error of {metric} ({unit}, RMSE" in run("fit", path).output
+
+
+def test_folds_that_a_law_refuses_are_told(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    scores = ((0.1, 0.7), (0.2, 0.6), (0.3, 0.5), (0.4, 0.0), (0.5, 0.0))
+    path.write_text("\n".join([HEADER, *(f"s,m,cut,slice,{r},kind,0,top1,0.8,{v},,,p" for r, v in scores)]))
+    said = "1 folds left out: pruning-law: pruning-law takes logarithms and needs values above 0, got 0"
+    assert said in run("fit", path, "--law", "line").output
+
+
+def test_names_cannot_command_the_terminal(tmp_path: Path):
+    path = tmp_path / "t.csv"
+    model = '"m\x1b[2J\nfake: line"'
+    rows = [
+        f"s,{model},{method},slice,{r},kind,0,loss,2,{2 + r},,,p" for method in ("a\x9b", "b") for r in (0.1, 0.2, 0.3)
+    ]
+    path.write_text("\n".join([HEADER, *rows]))
+    for words in (["--by", "model"], ["--by", "series"], ["--json", "--by", "series"], ["--where", "model=x"]):
+        result = run("fit", path, *words)
+        assert "\x1b" not in result.output
+        assert "\x9b" not in result.output
+        assert "\nfake" not in result.output
+    groups = [f["group"] for f in json.loads(run("fit", path, "--json", "--by", "series").output)["fits"]]
+    assert groups == ["m\x1b[2J\nfake: line × a\x9b", "m\x1b[2J\nfake: line × b"]
 
 
 def test_ratio_out_of_range(table: Path, tmp_path: Path):

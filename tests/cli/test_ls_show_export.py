@@ -45,7 +45,7 @@ def test_ls_shows_one_line_an_experiment_and_the_failures(store: Path) -> None:
     assert lines[0] == f"4 experiments in {store}"
     (line,) = [line for line in lines if "width@0.2" in line]
     assert make_record(2).experiment[:8] in line
-    assert "top1 0.61 (0.98), bits_per_byte 0.9 (0.7), loss 1.5 (1.3)" in line
+    assert "top1 0.61 (0.98), loss 1.5 (1.3), bits_per_byte 0.9 (0.7)" in line
     assert "2.0%" in line
     assert any("widths must be multiples of 8" in line for line in lines[7:])
     assert lines[-1].startswith("`mariotte show ID` prints the traceback")
@@ -130,6 +130,11 @@ def test_show_asks_for_more_of_an_ambiguous_id(tmp_path: Path) -> None:
     assert "2 experiments" in refused("show", "abcd", "--store", tmp_path / "s.db")
 
 
+def test_empty_names_are_refused(store: Path) -> None:
+    assert "a store is a file or a URL, got an empty name" in refused("ls", "--store", "")
+    assert "ending in .csv, .parquet or .json" in refused("export", "", "--store", store)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
 def test_export_writes_a_row_a_metric(store: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out.{suffix}"
@@ -169,3 +174,8 @@ def test_metrics_with_one_name_are_told_apart_and_many_are_counted() -> None:
     assert "loss:other loss 1.4," in metrics_text(records)
     many = make_record(1, metrics={f"m{n}": 1.0 for n in range(9)}, base={})
     assert metrics_text([many]).endswith("m5 1, 3 more")
+    both = [make_record(1, measure="knowledge:x", metrics={f"a{n}": 1.0 for n in range(9)}, base={}), make_record(1)]
+    assert metrics_text(both).startswith("a0 1, loss 1.4 (1.3), a1 1, bits_per_byte 0.8 (0.7), a2 1")
+    assert metrics_text([make_record(1, metrics={"loss": 1.0, "loss_se": 0.1, "lone_se": 2.0}, base={})]) == (
+        "loss 1, lone_se 2"
+    )

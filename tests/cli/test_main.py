@@ -275,6 +275,40 @@ def test_cells_cannot_command_the_terminal() -> None:
     ]
 
 
+def test_no_line_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("a\x1b[2J\nb\x9b")
+    console.warn("a\x1b[2J\nb")
+    console.print_table("t\x07\nu", ["n"], [[1]], note="n\x07")
+    console.print_json({"a\x1b": "b\x9b\x7f"})
+    captured = capsys.readouterr()
+    assert captured.out.startswith("a\\x1b[2J\nb\\x9b\nt\\x07 u\n")
+    assert "n\\x07\n{" in captured.out
+    assert json.loads(captured.out[captured.out.index("{") :]) == {"a\x1b": "b\x9b\x7f"}
+    assert captured.err == "mariotte: a\\x1b[2J b\n"
+    assert all(c.isprintable() or c == "\n" for c in captured.out)
+
+
+def test_an_error_with_control_characters_is_one_plain_line(commands: Path) -> None:
+    write_command(commands, "say_it", "from mariotte.errors import ChainError; raise ChainError('a\\x1b[2J\\nb')")
+    assert CliRunner().invoke(app, ["say-it"]).stderr == "mariotte: a\\x1b[2J b\n"
+
+
+def test_help_is_as_wide_as_the_terminal_up_to_a_limit_and_cuts_no_line() -> None:
+    for words in (["--help"], ["fit", "--help"], ["testbed", "--help"], ["testbed", "show", "--help"]):
+        for columns, widest in ((80, 80), (300, 110)):
+            found = subprocess.run(
+                [*RUN, *words], capture_output=True, text=True, env=os.environ | {"COLUMNS": str(columns)}, check=True
+            )
+            width = max(map(len, found.stdout.splitlines()))
+            assert width <= widest
+            assert width > widest - 15
+            assert "..." not in found.stdout.partition("Commands:")[2]
+
+
+def test_the_first_page_promises_no_command_that_is_not_there() -> None:
+    assert "plan" not in CliRunner().invoke(app, ["--help"]).output
+
+
 def test_json_is_json_whatever_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclasses.dataclass
     class Point:

@@ -87,6 +87,58 @@ def test_levels_and_tokens_out_of_range_are_refused():
         fitted.predict(0.2, base=0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "inside"),
+    [
+        ((0.0, 0.0), True),  # nobody recovered and nobody asks for it
+        ((0.0, 9.0), False),  # one curve through both: it is that of neither
+        ((9.0, 9.0), False),
+    ],
+)
+def test_what_the_law_ignores_is_not_claimed_as_inside(tokens: tuple[float, float], inside: bool):
+    points = [p for n in tokens for p in power_series(-0.6, tokens=n)]
+    fitted = fit("pruning-law", points)
+    assert fitted.predict(0.3).inside_box
+    assert fitted.predict(0.3).note == ""
+    asked = fitted.predict(0.3, tokens=0.0)
+    assert asked.inside_box is inside
+    assert asked.note == "pruning-law ignores recovery tokens: any value gives the same prediction"
+
+
+def test_a_line_says_that_it_ignores_the_dense_value():
+    fitted = fit("line", [*power_series(-0.6), *power_series(-0.6, base=2.5, model="n")])
+    asked = fitted.predict(0.3, base=2.2)
+    assert "line ignores the dense value" in asked.note
+    assert not asked.inside_box
+
+
+def test_tokens_outside_the_data_are_outside_although_a_parameter_was_left_out():
+    points = [p for n in (1e6, 2e6) for p in power_series(-0.6, tokens=n, base=1.0)]
+    fitted = fit("compression-law", points)
+    assert [c.name for c in fitted.report().coefficients if c.dropped] == ["α"]
+    assert not fitted.predict(0.3).inside_box  # at 0 tokens, its default for data that differ
+    assert fitted.predict(0.3, tokens=1.5e6).inside_box
+
+
+# What is pooled
+
+
+def test_recovery_that_the_law_ignores_is_said():
+    points = [*power_series(-0.6), *power_series(-0.5, tokens=64e3, recovery="lora@64k")]
+    said = "the law ignores recovery data, which runs from 0 to 64000: fit each alone with --by series"
+    assert said in fit("pruning-law", points).report().remarks
+    assert said not in fit("compression-law", points).report().remarks
+    assert not any("recover" in r for r in fit("pruning-law", power_series(-0.6)).report().remarks)
+
+
+def test_methods_and_recoveries_in_one_curve_are_said():
+    points = [*power_series(-0.6), *power_series(-0.5, recovery="50k samples"), *power_series(-0.4, method="drop")]
+    for law in ("pruning-law", "compression-law"):
+        remarks = fit(law, points).report().remarks
+        assert "one curve for 2 methods (cut, drop): fit each alone with --by method" in remarks
+        assert "one curve for 2 recoveries (none, 50k samples): fit each alone with --by recovery" in remarks
+
+
 # Intervals
 
 
@@ -165,7 +217,19 @@ def test_status_of_the_critical_ratio():
     assert (inside.status, inside.r) == ("ok", pytest.approx(1 - 1.1 ** (-1 / 0.6)))
     beyond = fitted.critical(1.9)
     assert (beyond.status, beyond.r) == ("beyond_box", pytest.approx(1 - 1.9 ** (-1 / 0.6)))
-    assert "extrapolated: the data run from 0.1 to 0.5" in beyond.note
+    assert beyond.note.startswith("extrapolated: ratio 0.65")
+    assert beyond.note.endswith(" (the data run from 0.1 to 0.5)")
+    other = fitted.critical(1.1, base=2.5)
+    assert (other.status, other.note) == ("beyond_box", "extrapolated: the dense value 2.5 (the data run from 2 to 2)")
+
+
+def test_unlimited_recovery_is_named_where_the_law_uses_it():
+    law = find("compression-law")
+    found = fit(law, synthetic(law)).critical(1.3, "law", level=0.5)
+    assert found.status == "beyond_box"
+    assert found.note.startswith("extrapolated: unlimited recovery tokens (the data run from 0 to 9); not calibrated")
+    # Of a law that ignores them there is nothing to extrapolate.
+    assert fit("pruning-law", power_series(-0.6)).critical(1.1, "law").status == "ok"
 
 
 def test_a_target_behind_the_start_or_never_reached_is_unreachable():
@@ -229,6 +293,28 @@ def test_what_differs_in_kind_is_never_pooled(name: str, value: str):
         fit("pruning-law", points)
 
 
+@pytest.mark.parametrize(("value", "base"), [(1e308, 2.0), (2.0, 1e-320), (2.0, 1e300), (-1e200, 2.0)])
+def test_numbers_that_overflow_are_refused(value: float, base: float):
+    with pytest.raises(FitError, match="too large or too small to compute with"):
+        point(0.1, value, base=base)
+
+
+@pytest.mark.parametrize("law", ["line", "pruning-law", "compression-law", "persist"])
+@pytest.mark.parametrize("values", [(1e99, 1e-99, 1e99), (1e99, 1e99, 1e99), (1e-99, 1e-99, 1e-98)])
+def test_extreme_numbers_give_finite_answers_or_a_sentence(law: str, values: tuple[float, ...]):
+    points = [point(r, v, base=1e-90) for r, v in zip((0.1, 0.1 + 1e-9, 0.9), values, strict=True)]
+    rolling(points)
+    try:
+        fitted = fit(law, points)
+    except FitError as error:
+        said = str(error)
+    else:
+        said = ""
+        json.dumps(dataclasses.asdict(fitted.report()), allow_nan=False)
+        assert 0 <= fitted.predict(0.99, level=0.5).mean <= 30
+    assert said == "" or said.endswith("leave out the extreme ones")
+
+
 def test_unknown_law():
     with pytest.raises(UnknownNameError, match="no law named 'prunning-law'; did you mean 'pruning-law'"):
         fit("prunning-law", power_series(-0.6))
@@ -269,11 +355,64 @@ def test_a_changed_point_changes_the_hash():
         ("{}", "has no 'facts'"),
         ('{"format": 9, "facts": {}}', "layout 9, this version reads 1"),
         ('{"format": 1, "facts": {"law": "line"}}', "incomplete or damaged"),
+        ('{"format": [1], "facts": 5}', r"layout \[1\], this version reads 1"),
+        ('{"format": 1, "facts": 5}', "incomplete or damaged"),
+        ("[" * 100_000, "this is none"),
+        ("1" * 5000, "this is none"),
+        (b"SQLite format 3\x00\xff\xfe", "this is none"),
+        (b"\xff\xfe\xfd", "this is none"),
     ],
 )
-def test_what_is_no_fit_is_refused_in_a_sentence(text: str, said: str):
-    with pytest.raises(FitError, match=said):
+def test_what_is_no_fit_is_refused_in_a_sentence(text: str | bytes, said: str):
+    with pytest.raises(FitError, match=said) as caught:
         Fit.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+JUNK = [None, 5, -5, 0, "x", "", True, math.nan, math.inf, -math.inf, [], [1], {}, {"a": 1}, [[]]]
+
+
+def paths(value: object, before: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Where a JSON value holds others, at any depth."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, each in inner for path in ((*before, key), *paths(each, (*before, key)))]
+
+
+def test_a_damaged_fit_is_refused_or_still_predicts_numbers():
+    """Every value of a stored fit is replaced by everything, or removed: never a traceback, never NaN."""
+    text = fit("pruning-law", many_clusters(4)[:12]).to_json()
+    refused: list[str] = []
+    for *inside, last in paths(json.loads(text)):
+        for junk in (*JUNK, "remove it"):
+            stored = json.loads(text)
+            holder = stored
+            for key in inside:
+                holder = holder[key]
+            if junk == "remove it":
+                del holder[last]
+            else:
+                holder[last] = junk
+            try:
+                found = Fit.from_json(json.dumps(stored)).predict(0.3, base=2.1, tokens=5, level=0.5)
+            except (FitError, UnknownNameError) as error:
+                refused.append(str(error))
+            else:
+                assert all(math.isfinite(n) for n in (found.mean, found.lo or 0.0, found.hi or 0.0))
+    assert len(refused) > 500
+    assert not any("\n" in sentence for sentence in refused)
+
+
+def test_a_fit_of_another_law_than_its_numbers_is_damaged():
+    text = fit("line", power_series(-0.6)).to_json()
+    with pytest.raises(FitError, match="pruning-law has the parameters P0, α"):
+        Fit.from_json(text.replace('"law": "line"', '"law": "pruning-law"'))
+
+
+def test_a_fit_read_back_is_equal():
+    fitted = fit("compression-law", many_clusters(5))
+    assert Fit.from_json(fitted.to_json()) == fitted
+    assert Fit.from_json(fitted.to_json().encode()) == fitted
+    assert fitted != fit("line", many_clusters(5))
 
 
 # Hold-out and choice
@@ -310,6 +449,7 @@ def test_a_law_that_cannot_be_fitted_is_recorded_not_hidden():
     scores = [point(r, max(0.0, 0.4 - r), base=0.8, metric="top1") for r in (0.1, 0.4, 0.5)]
     held_out = rolling(scores, ["line", "pruning-law"])
     (refusal,) = held_out.refusals
+    assert held_out.refused() == [("pruning-law", 1, refusal.reason)]
     assert refusal.law == "pruning-law"
     assert "above 0" in refusal.reason
     assert held_out.scores(before_collapse=False) == []
@@ -326,6 +466,22 @@ def test_series_too_short_for_a_choice():
     with pytest.raises(FitError, match="needs a series with at least 3 ratios"):
         analyse(short)
     assert analyse(short, law="line").fits[""].theta == pytest.approx([1.9, 2.0])
+
+
+def test_kinds_of_ratio_can_be_fitted_apart():
+    points = [*power_series(-0.6), *power_series(-0.5, ratio_kind="neurons")]
+    assert list(analyse(points, law="line", by="ratio_kind").fits) == ["neurons", "parameters"]
+
+
+def test_refused_folds_are_in_the_answer():
+    scores = [
+        point(r, v, base=0.8, metric="top1") for r, v in ((0.1, 0.7), (0.2, 0.6), (0.3, 0.5), (0.4, 0.0), (0.5, 0.0))
+    ]
+    (refused,) = analyse(scores, law="line", keep_collapsed=True).to_dict()["hold_out"]["refused"][:1]
+    assert refused["law"] == "compression-law"
+    assert refused["trained_on"] == 4
+    assert "above 0" in refused["reason"]
+    assert refused["series"]["model"] == "m"
 
 
 def test_losses_and_scores_are_not_compared():

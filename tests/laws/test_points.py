@@ -127,6 +127,69 @@ def test_perplexities_enter_as_logarithms():
     assert point.params == pytest.approx(1.3e9)
 
 
+@pytest.mark.parametrize("metric", ["log_ppl", "ln_ppl", "wiki_log_perplexity", "LogPPL", "ln ppl", "ppl (ln)"])
+def test_logarithms_of_perplexities_are_not_taken_again(metric: str):
+    (point,) = from_table(table(row(0.2, 2.5, metric=metric, base_value=2.3))).points
+    assert (point.value, point.base, point.kind) == (2.5, 2.3, "loss")
+
+
+@pytest.mark.parametrize("metric", ["logiqa_ppl", "ppl", "wikitext2_ppl", "Perplexity", "blogs_ppl"])
+def test_other_perplexities_are(metric: str):
+    (point,) = from_table(table(row(0.2, 12.0, metric=metric))).points
+    assert point.value == pytest.approx(math.log(12.0))
+
+
+@pytest.mark.parametrize("empty", [None, "", math.nan])
+def test_a_row_without_a_metric_is_left_out(empty: object):
+    reading = from_table(table(row(0.2, 12.0), row(0.3, 13.0, metric=empty)))
+    assert reading.metric == "wikitext2_ppl"
+    assert reading.skipped == {"without the name of a metric": 1}
+
+
+def test_a_model_that_was_only_recovered_is_not_the_dense_one():
+    records = [
+        record("dense", method=None, family=None, unit=None, amount=None, obtained=None),
+        record("lora@4k", method=None, family=None, unit=None, amount=None, obtained=None, recovery_tokens=4000),
+        record("slice@0.3"),
+    ]
+    expected = {"of the dense model": 1, "without compression, only recovered": 1}
+    assert from_records(records).skipped == expected
+    assert from_table(records_table(records), metric="loss").skipped == expected
+    published = table(row(0.0, 10.0), row(0.0, 9.0, recovery_tokens="1e6"), row(0.2, 12.0))
+    assert from_table(published).skipped == expected
+
+
+def test_the_chance_of_a_score_is_in_its_protocol():
+    metrics = {"top1": 0.5, "heldout_top1": 0.4, "mrr": 0.6}
+    one = record("slice@0.3", metrics=metrics, base=metrics, protocol={"chance_top1": 0.25})
+    for metric, chance in (("top1", 0.25), ("heldout_top1", 0.25), ("mrr", None)):
+        assert from_records([one], metric=metric).points[0].chance == chance
+        assert from_table(records_table([one]), metric=metric).points[0].chance == chance
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("protocol", "no JSON", "is not as 'mariotte export' wrote it"),
+        ("protocol", "[]", "its protocol is no JSON object"),
+        ("protocol", None, "is not as 'mariotte export' wrote it"),
+        ("recovery_tokens", "many", "could not convert"),
+        ("base_params", None, "is not as 'mariotte export' wrote it"),
+        ("chain", "dense", "the chain of the dense model"),
+    ],
+)
+def test_an_exported_table_that_was_changed_is_refused_in_a_sentence(column: str, value: object, said: str):
+    changed = records_table([record("slice@0.3")]).astype(object)
+    changed[column] = [value] * len(changed)
+    with pytest.raises(FitError, match=said):
+        from_table(changed, metric="loss")
+
+
+def test_an_exported_table_keeps_its_columns():
+    with pytest.raises(FitError, match=r"unit is missing.*marks an exported store"):
+        from_table(records_table([record("slice@0.3")]).drop(columns="unit"))
+
+
 def test_rows_that_no_law_describes_are_counted():
     reading = from_table(
         table(

@@ -25,15 +25,23 @@ _PLAIN_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 
 
 def say(text: str) -> None:
-    """Print text on stdout as it is: no markup, no colour, no wrapping."""
+    """Print text on stdout: no markup, no colour, no wrapping; lines are kept, other control characters are escaped."""
     if sys.stdout is not None:
-        print(text, file=sys.stdout)
+        print("\n".join(map(one_line, text.split("\n"))), file=sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print one line on stderr, for what the user should know although the command goes on."""
     if sys.stderr is not None:
-        print(f"mariotte: {text}", file=sys.stderr)
+        print(f"mariotte: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Text in which nothing can command the terminal: line breaks are spaces, control characters are escaped.
+
+    Names in a store, a table or on a command line may come from anyone.
+    """
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str | None = None) -> None:
@@ -73,13 +81,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         assert len(row) == len(columns), f"a row must have {len(columns)} cells, got {len(row)}: {row}"
         table.add_row(*map(Text, row))
     if title:
-        say(title)
+        say(one_line(title))
     if terminal:
         _rich(out).print(table)
     else:
         say(_unwrapped(table))
     if note:
-        say(note)
+        say(one_line(note))
 
 
 def print_json(value: object) -> None:
@@ -89,7 +97,9 @@ def print_json(value: object) -> None:
     ----------
     value : JSON values, and within them dataclasses, paths, numpy numbers and arrays; NaN and infinities become null
     """
-    say(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON escapes the control characters below a space, and leaves those that `say` would change.
+    say("".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text))
 
 
 def format_cell(value: object) -> str:
@@ -98,8 +108,7 @@ def format_cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:.0f}"
-    # Names in a store may come from anyone: a control character must not reach the terminal.
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in str(value))
+    return one_line(str(value))
 
 
 class Update(Protocol):
@@ -169,7 +178,7 @@ def _bar(description: str, total: float | None, stream: TextIO) -> Generator[Upd
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=_rich(stream)) as bar:
-        task = bar.add_task(escape(description), total=total, text="")
+        task = bar.add_task(escape(one_line(description)), total=total, text="")
 
         def update(
             advance: float = 1,
@@ -179,7 +188,7 @@ def _bar(description: str, total: float | None, stream: TextIO) -> Generator[Upd
             text: str | None = None,
         ) -> None:
             if text is not None:
-                bar.update(task, text=escape(text))
+                bar.update(task, text=escape(one_line(text)))
             if total is not None:
                 bar.update(task, total=total)
             if completed is not None:
@@ -197,7 +206,7 @@ def _lines(description: str, total: float | None) -> Generator[Update]:
 
     def line(text: str) -> None:
         if sys.stderr is not None:
-            print(f"{description}: {text}", file=sys.stderr, flush=True)
+            print(one_line(f"{description}: {text}"), file=sys.stderr, flush=True)
 
     def amount() -> str:
         return f"{done:g}" if goal is None else f"{done:g} of {goal:g}"
@@ -258,6 +267,10 @@ def _unwrapped(table: Table) -> str:
     buffer = io.StringIO()
     Console(file=buffer, width=100_000, color_system=None, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
+
+
+def _json_escape(character: str) -> str:
+    return json.dumps(character)[1:-1]  # ensure_ascii: \u00xx, in two halves where it must be
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ __all__ = ["export"]
 
 
 def export(
-    file: Annotated[Path, typer.Argument(help="Where to write: a name ending in .csv, .parquet or .json.")],
+    file: Annotated[str, typer.Argument(help="Where to write: a name ending in .csv, .parquet or .json.")],
     store: Annotated[
         str | None, typer.Option(help="File or URL of the store; default: $MARIOTTE_STORE, or mariotte.db.")
     ] = None,

@@ -26,7 +26,7 @@ def fit(
     by: Annotated[
         str | None,
         typer.Option(
-            help="One fit for each model, method, family, source, protocol, recovery, cluster or series.",
+            help="One fit for each model, method, family, source, protocol, ratio_kind, recovery, cluster or series.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +51,8 @@ def fit(
         typer.Option("--keep-collapsed", help="Fit to points beyond collapse too (loss over twice the dense one)."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write the fit here, for 'mariotte predict'.", show_default=False)
+        str | None,
+        typer.Option(metavar="PATH", help="Write the fit here, for 'mariotte predict'.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -62,7 +63,7 @@ def fit(
     printed with its coefficients and the ratio at which 5 % are lost. Metrics, protocols and kinds of ratio are never
     pooled.
     """
-    from mariotte.cli.console import print_json, say
+    from mariotte.cli.console import one_line, print_json, say
     from mariotte.errors import FitError
     from mariotte.laws import points
     from mariotte.laws.analysis import analyse
@@ -75,11 +76,13 @@ def fit(
             raise FitError(f"--where must be FIELD=TEXT, such as method=slice, got {text!r}: add the text to look for")
         conditions[field] = wanted
     kept = points.where(reading.points, conditions)
+    if out == "":  # as a path it would be the working folder
+        raise FitError("--out needs the name of a file, got an empty one: give one, such as fit.json")
     found = analyse(kept, law=law, by=by, keep_collapsed=keep_collapsed)
     if out is not None:
         if len(found.fits) > 1:
             raise FitError(f"--out keeps one fit, --by {by} gives {len(found.fits)}: choose one with --where {by}=...")
-        out.write_text(next(iter(found.fits.values())).to_json(), encoding="utf-8")
+        Path(out).write_text(next(iter(found.fits.values())).to_json(), encoding="utf-8")
     if as_json:
         print_json({**found.to_dict(), "skipped": dict(reading.skipped)})
         return
@@ -87,15 +90,16 @@ def fit(
         say(f"left out: {n} {reason}")
     _print(found)
     if out is not None:
-        say(f"fit written to {out}")
+        say(one_line(f"fit written to {out}"))
 
 
 def _print(found: Analysis) -> None:
-    from mariotte.cli.console import format_cell, print_table, say
+    from mariotte.cli.console import format_cell, one_line, print_table, say
     from mariotte.laws.analysis import LEVEL, TOLERANCE
+    from mariotte.laws.base import metric_unit
     from mariotte.laws.points import is_perplexity
 
-    unit = "nats" if found.kind == "loss" else "fraction"
+    unit = metric_unit(found.metric)
     name = f"ln {found.metric}" if is_perplexity(found.metric) else found.metric
     scores = found.held_out.scores()
     following = {s.law: s.mean for s in found.held_out.scores(next_step=True)}
@@ -110,6 +114,8 @@ def _print(found: Analysis) -> None:
         print_table(title, ["law", "mean", "median", "s.e.", "next step", "all ratios"], rows)
     else:
         say("no hold-out: it needs a series with at least 3 ratios before collapse")
+    for law, n, reason in found.held_out.refused():
+        say(one_line(f"{n} folds left out: {law}: {reason}"))
     label = [found.by] if found.by else []
     rows = [
         [*([group] if found.by else []), c.name, c.estimate, c.se, _interval(c.lo, c.hi), c.dropped or ""]
@@ -117,7 +123,7 @@ def _print(found: Analysis) -> None:
         for c in fitted.report().coefficients
     ]
     any_fit = next(iter(found.fits.values())).report()
-    say(f"{found.law} ({found.why}): {any_fit.formula}")
+    say(one_line(f"{found.law} ({found.why}): {any_fit.formula}"))
     print_table(
         "Coefficients (classical errors, points taken as independent; 95 % intervals)",
         [*label, "parameter", "estimate", "s.e.", "interval", "left out because"],
@@ -144,19 +150,20 @@ def _print(found: Analysis) -> None:
         report = fitted.report()
         prefix = f"{group}: " if found.by else ""
         ratios = report.box["ratio"]
-        say(
-            f"{prefix}{report.n_points} points, {report.n_series} series, {report.n_clusters} clusters, "
+        lines = [
+            f"{report.n_points} points, {report.n_series} series, {report.n_clusters} clusters, "
             f"ratios {ratios[0]:.3g} to {ratios[1]:.3g}; in-sample adjusted R² "
             f"{format_cell(report.adj_r2_centred)} centred, {format_cell(report.adj_r2_uncentred)} uncentred, "
-            f"R² of ln(L/L0) {format_cell(report.r2_log_ratio)}"
-        )
-        for remark in report.remarks:
-            say(f"{prefix}{remark}")
+            f"R² of ln(L/L0) {format_cell(report.r2_log_ratio)}",
+            *report.remarks,
+        ]
+        for line in lines:
+            say(one_line(prefix + line))
     for group, n in found.left_out.items():
         prefix = f"{group}: " if found.by else ""
-        say(f"{prefix}{n} points beyond collapse are not fitted to; --keep-collapsed fits to them too")
+        say(one_line(f"{prefix}{n} points beyond collapse are not fitted to; --keep-collapsed fits to them too"))
     for group, reason in found.refused.items():
-        say(f"not fitted: {group}: {reason}")
+        say(one_line(f"not fitted: {group}: {reason}"))
 
 
 def _interval(lo: float | None, hi: float | None) -> str:

@@ -16,6 +16,10 @@ SHORT = 8
 """Characters of an id that are shown, more where they would not tell two experiments apart."""
 
 
+FIRST = ("loss", "top1")
+"""Metrics that stand for their measure."""
+
+
 def ls(
     store: Annotated[
         str | None, typer.Option(help="File or URL of the store; default: $MARIOTTE_STORE, or mariotte.db.")
@@ -88,21 +92,34 @@ def metrics_text(records: Sequence[Record], most: int = 6) -> str:
     Parameters
     ----------
     records : of one experiment; standard errors (``loss_se``) are left to `mariotte show`
-    most : how many are shown; a knowledge measure alone may have dozens
+    most : how many are shown; a knowledge measure alone may have dozens. Every measure shows its first one before any
+        shows a second
     """
     from mariotte.cli.console import format_cell
 
-    names = [name for record in records for name in record.metrics if not name.endswith("_se")]
+    shown = [
+        (rank, record, name)
+        for record in records
+        for rank, name in enumerate(sorted(set(record.metrics) - _errors(record), key=_importance))
+    ]
+    names = [name for _, _, name in shown]
     parts: list[str] = []
-    for record in records:
-        for name, value in record.metrics.items():
-            if name not in names:
-                continue
-            label = name if names.count(name) == 1 else f"{record.measure} {name}"
-            base = record.base.get(name)
-            parts.append(f"{label} {format_cell(value)}" + ("" if base is None else f" ({format_cell(base)})"))
+    for _, record, name in sorted(shown, key=lambda entry: entry[0]):
+        label = name if names.count(name) == 1 else f"{record.measure} {name}"
+        base = record.base.get(name)
+        text = f"{label} {format_cell(record.metrics[name])}"
+        parts.append(text + ("" if base is None else f" ({format_cell(base)})"))
     more = len(parts) - most
     return ", ".join(parts[:most]) + (f", {more} more" if more > 0 else "")
+
+
+def _errors(record: Record) -> set[str]:
+    return {f"{name}_se" for name in record.metrics}
+
+
+def _importance(name: str) -> tuple[bool, str]:
+    """The order of a measure's metrics: a store keeps them by name, which would put bits_per_byte before loss."""
+    return name not in FIRST, name
 
 
 def prefix_length(ids: Sequence[str]) -> int:

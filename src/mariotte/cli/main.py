@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 import mariotte
+from mariotte.cli.console import warn
 from mariotte.errors import MariotteError
 
 __all__ = ["app", "main"]
@@ -75,6 +76,9 @@ def load_command(name: str, file: Path) -> Any:
     if isinstance(command, typer.Typer):
         group = typer.main.get_group(command)
         group.name = name
+        for each in group.commands.values():
+            # Said in whole, as on the page of all commands: click would cut a help line to the width that is left.
+            each.short_help = each.short_help or (each.help or "").strip().partition("\n")[0]
         return group
     alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name)(command)
@@ -123,7 +127,7 @@ class LazyGroup(TyperGroup):
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 raise
-            _complain("interrupted; what was stored is kept")
+            warn("interrupted; what was stored is kept")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             _forget_stdout()
@@ -131,7 +135,7 @@ class LazyGroup(TyperGroup):
         except (MariotteError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            _complain(str(error) if isinstance(error, MariotteError) else os_sentence(error))
+            warn(str(error) if isinstance(error, MariotteError) else os_sentence(error))
             if isinstance(error, OSError) and error.filename is None:
                 _forget_stdout()  # it may be what could not be written; the interpreter would try again and complain
             raise typer.Exit(USER_ERROR) from None
@@ -146,11 +150,6 @@ def os_sentence(error: OSError) -> str:
     what = (error.strerror or str(error)).lower()
     where = "" if error.filename is None else f" {os.fspath(error.filename)!r}:"
     return f"{where} {what}; {_OS_ADVICE.get(error.errno, 'run again with --debug for the traceback')}".strip()
-
-
-def _complain(sentence: str) -> None:
-    if sys.stderr is not None:
-        print(f"mariotte: {sentence}", file=sys.stderr)
 
 
 def _forget_stdout() -> None:
@@ -185,7 +184,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """The compression laws of language models: compress, recover, measure what was lost, fit the law, plan by it.
+    """The compression laws of language models: compress, recover, measure what was lost, fit the law, predict by it.
 
     `mariotte COMMAND --help` explains a command; `mariotte quickstart` shows the whole on models that come with it.
     """
@@ -208,5 +207,5 @@ def main() -> None:
         _forget_stdout()
         if isinstance(error, BrokenPipeError):
             sys.exit(CLOSED_PIPE)
-        _complain(os_sentence(error))
+        warn(os_sentence(error))
         sys.exit(USER_ERROR)

@@ -12,7 +12,7 @@ __all__ = ["predict"]
 
 
 def predict(
-    fit: Annotated[Path, typer.Argument(metavar="FIT", help="A file written by 'mariotte fit --out'.")],
+    fit: Annotated[str, typer.Argument(metavar="FIT", help="A file written by 'mariotte fit --out'.")],
     ratio: Annotated[float, typer.Option(help="How much is compressed, as a fraction.", show_default=False)],
     tokens: Annotated[str | None, typer.Option(help="Recovery tokens, such as 64k or 10M.", show_default=False)] = None,
     base: Annotated[
@@ -26,7 +26,8 @@ def predict(
 ) -> None:
     """Predict the metric of a compressed model from a fit.
 
-    Marks what lies outside the data of the fit, and what lies beyond collapse. An interval comes from errors on
+    Marks what lies outside the data of the fit, what lies beyond collapse, and what was asked for although the law
+    ignores it. An interval comes from errors on
     points that the law had not seen; where there are too few of them the answer is 'not calibrated'.
     """
     from mariotte.chain import parse_number
@@ -34,9 +35,9 @@ def predict(
     from mariotte.errors import FitError
     from mariotte.laws.result import Fit
 
-    if not fit.is_file():
-        raise FitError(f"a fit is a file written by 'mariotte fit --out', there is no file {str(fit)!r}: fit first")
-    fitted = Fit.from_json(fit.read_text(encoding="utf-8"))
+    if not Path(fit).is_file():
+        raise FitError(f"a fit is a file written by 'mariotte fit --out', there is no file {fit!r}: fit first")
+    fitted = Fit.from_json(Path(fit).read_bytes())
     found = fitted.predict(
         ratio, base=base, tokens=None if tokens is None else float(parse_number(tokens)), level=level
     )

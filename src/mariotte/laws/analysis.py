@@ -61,6 +61,10 @@ class Analysis:
                 "before_collapse": [asdict(s) for s in self.held_out.scores()],
                 "next_step": [asdict(s) for s in self.held_out.scores(next_step=True)],
                 "all": [asdict(s) for s in self.held_out.scores(before_collapse=False)],
+                "refused": [
+                    {"law": r.law, "series": r.series._asdict(), "trained_on": r.k, "reason": r.reason}
+                    for r in self.held_out.refusals
+                ],
             },
             "law": self.law,
             "why": self.why,

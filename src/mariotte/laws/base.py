@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from mariotte.errors import FitError
 
@@ -26,12 +27,23 @@ COLLAPSE = 2.0
 LIMITS: Mapping[Kind, tuple[float, float]] = {"loss": (0.0, 30.0), "score": (0.0, 1.0)}
 """Predictions are clipped to these: nats, or fractions. The hold-out protocol's own choice."""
 
+LARGEST = 1e100
+"""Sizes of values beyond this, or dense values below its inverse, overflow in the squares that a fit sums."""
+
 _LOSS_WORDS = re.compile(r"loss|ppl|perplexity|nats|nll|entropy|bits_per_byte|bpb")
+_BITS_WORDS = re.compile(r"bits|bpb|log_?2")
 
 
 def metric_kind(metric: str) -> Kind:
-    """Whether compression raises the metric (a loss, in nats) or lowers it (a score, a fraction)."""
+    """Whether compression raises the metric (a loss) or lowers it (a score, a fraction)."""
     return "loss" if _LOSS_WORDS.search(metric.lower()) else "score"
+
+
+def metric_unit(metric: str) -> str:
+    """What a metric counts, as its name says: fraction for a score, bits or nats for a loss."""
+    if metric_kind(metric) == "score":
+        return "fraction"
+    return "bits" if _BITS_WORDS.search(metric.lower()) else "nats"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +96,12 @@ class Point:
             )
         if self.base <= 0:
             raise FitError(f"the dense value of {self.metric!r} must be positive, got {self.base:g}")
-        if not self.tokens >= 0:
+        if abs(self.value) > LARGEST or not 1 / LARGEST < self.base < LARGEST:
+            raise FitError(
+                f"{self.metric!r} has {self.value:g} and the dense value {self.base:g}, too large or too small to "
+                "compute with: correct the number or leave it out"
+            )
+        if not 0 <= self.tokens < math.inf:
             raise FitError(f"recovery tokens must be 0 or more, got {self.tokens:g}")
         if self.kind == "score" and not (0 <= self.value <= 1 and self.base <= 1):
             raise FitError(
@@ -183,14 +200,11 @@ class Param:
     Parameters
     ----------
     name : the paper's symbol
-    lo, hi : open bounds that the estimator respects
     typical : a plausible value for a loss: what conformance tests generate data with
     log : whether it is estimated through its logarithm (and so is positive)
     """
 
     name: str
-    lo: float = -math.inf
-    hi: float = math.inf
     typical: float = 1.0
     log: bool = False
 
@@ -222,7 +236,7 @@ class Estimate:
 
 
 class Law(ABC):
-    """A stateless description of a law; fitting one changes nothing here."""
+    """A stateless description of a law; fitting one changes nothing here, and two of one class are equal."""
 
     name: ClassVar[str]
     formula: ClassVar[str]
@@ -242,6 +256,14 @@ class Law(ABC):
     """Whether it only exists to be beaten; never chosen by ``auto``."""
     defects: ClassVar[tuple[str, ...]] = ()
     """What is known to be wrong with it, one sentence each."""
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    @override
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     @abstractmethod
     def f(self, theta: Array, x: Inputs) -> Array:

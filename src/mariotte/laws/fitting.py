@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -44,14 +45,24 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     ordered = sorted(points, key=lambda p: canonical_json(asdict(p)))
     _check(law, ordered)
     x, y_M = Inputs.of(ordered), values(ordered)
-    estimate = law.estimate(x, y_M)
-    coefficients = _coefficients(law, estimate)
-    residual_sd, uncentred, centred, log_ratio = _goodness(law, estimate, x, y_M)
-    correlation, pair = _strongest_correlation(law, estimate)
+    with np.errstate(all="ignore"):  # what overflows is refused below, in words
+        estimate = law.estimate(x, y_M)
+        coefficients = _coefficients(law, estimate)
+        residual_sd, uncentred, centred, log_ratio = _goodness(law, estimate, x, y_M)
+        correlation, pair = _strongest_correlation(law, estimate)
+    numbers = [n for c in coefficients for n in (c.estimate, c.se, c.lo, c.hi)]
+    numbers += [residual_sd, uncentred, centred, log_ratio, estimate.f_statistic, estimate.condition, correlation]
+    if not all(math.isfinite(n) for n in numbers if n is not None):
+        raise FitError(
+            f"{law.name}: the fit to these {len(ordered)} points is not finite, their values run from "
+            f"{np.min(y_M):.3g} to {np.max(y_M):.3g} and ratios from {np.min(x.ratio_M):.3g} to "
+            f"{np.max(x.ratio_M):.3g}: leave out the extreme ones"
+        )
     first = ordered[0]
     chances = {p.chance for p in ordered}
     remarks = [f"{name} is not identified and was left out: {why}" for name, why in estimate.dropped.items()]
     remarks += law.remarks(estimate, x, first.kind)
+    remarks += _pooled(law, ordered)
     if correlation is not None and correlation > STRONG_CORRELATION:
         remarks.append(f"{pair} are correlated at {correlation:.3f}: neither means much alone")
     for c in coefficients:
@@ -97,6 +108,31 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         versions={"mariotte": __version__, "numpy": np.__version__, "python": platform.python_version()},
     )
     return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool))
+
+
+def _pooled(law: Law, points: Sequence[Point]) -> list[str]:
+    """What differs between the points and is the same to the law: it draws one curve through all of them."""
+    said: list[str] = []
+    tokens = [p.tokens for p in points]
+    if "tokens" not in law.inputs and min(tokens) < max(tokens):
+        said.append(
+            f"the law ignores recovery data, which runs from {min(tokens):g} to {max(tokens):g}: "
+            "fit each alone with --by series"
+        )
+    if len(methods := sorted({p.method for p in points})) > 1:
+        said.append(f"one curve for {len(methods)} methods ({_some(methods)}): fit each alone with --by method")
+    # Recoveries that differ in their tokens alone are what a law of tokens is for (and the first remark otherwise).
+    by_tokens: dict[float, set[str]] = {}
+    for p in points:
+        by_tokens.setdefault(p.tokens, set()).add(p.recovery)
+    if recoveries := sorted({r for found in by_tokens.values() if len(found) > 1 for r in found}):
+        names = _some([r or "none" for r in recoveries])
+        said.append(f"one curve for {len(recoveries)} recoveries ({names}): fit each alone with --by recovery")
+    return said
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _check(law: Law, points: Sequence[Point]) -> None:

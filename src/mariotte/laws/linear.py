@@ -37,8 +37,9 @@ class LinearLaw(Law):
 
     @override
     def f(self, theta: Array, x: Inputs) -> Array:
-        linear_M = self.offset(x) + self.terms(x) @ self.to_linear(theta)
-        return np.exp(linear_M) if self.log_link else linear_M
+        with np.errstate(all="ignore"):  # far outside the data the exponential is infinite, and clipped where printed
+            linear_M = self.offset(x) + self.terms(x) @ self.to_linear(theta)
+            return np.exp(linear_M) if self.log_link else linear_M
 
     @override
     def jac(self, theta: Array, x: Inputs) -> Array:
@@ -62,6 +63,8 @@ class LinearLaw(Law):
             )
         design_MP = self.terms(x)[:, kept]
         target_M = (np.log(y_M) if self.log_link else y_M) - self.offset(x)
+        if not (np.all(np.isfinite(design_MP)) and np.all(np.isfinite(target_M))):
+            raise FitError(f"{self.name} cannot be computed at some of these points: leave out the extreme ones")
         scale_P = np.sqrt(np.sum(design_MP**2, axis=0))
         scale_P = np.where(scale_P > 0, scale_P, 1.0)
         # Columns are scaled to unit length first: ln(1 + 1/(D+1)) is 1e-5 for a few thousand tokens and would

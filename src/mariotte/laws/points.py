@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from mariotte import chain
 from mariotte.errors import FitError, unknown
 from mariotte.laws.base import Point, metric_kind
+from mariotte.store.tables import REQUIRED, SUFFIXES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -37,8 +38,16 @@ _RATIO_KIND: Mapping[str, str] = {
 # "(= 6.51% of all parameters)" converts the ratio of that row; the kind is what stands before it.
 _CONVERSION = re.compile(r"\s*\(=.*\)$")
 
-_REQUIRED = ("model", "method", "ratio", "metric", "base_value", "value")
-_TABLES = (".csv", ".parquet", ".json")
+# "log_ppl" and "ln perplexity" are logarithms already; "logiqa_ppl" is not.
+_LOGARITHM = re.compile(r"(?<![a-z])(log|ln)(?=ppl|perplexity|[^a-z]|$)")
+
+_EXPORTED = ("measure", "protocol", "unit", "family", "recovery_tokens", "base_params")
+"""Columns that a table with a chain has besides `REQUIRED`, as `records_table` writes them."""
+
+
+_DENSE = "of the dense model"
+_RECOVERED = "without compression, only recovered"
+_NO_RECOVERY = ("", "0", "0.0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,7 @@ def read(source: str, *, metric: str | None = None, covariate: str | None = None
     StoreError
         When the table or the store cannot be read.
     """
-    if source.lower().endswith(_TABLES):
+    if source.lower().endswith(SUFFIXES):
         from mariotte.store.tables import read_table
 
         return from_table(read_table(source), metric=metric, covariate=covariate)
@@ -109,7 +118,7 @@ def from_records(records: Iterable[Record], *, metric: str | None = None, covari
         if metric not in record.metrics:
             continue
         if record.method is None:
-            _count(skipped, "of the dense model")
+            _count(skipped, _DENSE if record.chain == "dense" else _RECOVERED)
         elif metric not in record.base:
             _count(skipped, "no dense value")
         elif (ratio := getattr(record, covariate)) is None:
@@ -146,11 +155,12 @@ def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | 
     FitError
         When a column is missing, the metric does not exist, or no points are left.
     """
-    if missing := [c for c in _REQUIRED if c not in table.columns]:
-        raise FitError(
-            f"a table needs the columns {', '.join(_REQUIRED)}; {', '.join(missing)} is missing: rename or add it"
-        )
     exported = "chain" in table.columns
+    if missing := [c for c in (*REQUIRED, *(_EXPORTED if exported else ())) if c not in table.columns]:
+        raise FitError(
+            f"a table needs the columns {', '.join(REQUIRED)}; {', '.join(missing)} is missing: rename or add it"
+            + (" (a column 'chain' marks an exported store, which has it)" if exported else "")
+        )
     if covariate is not None and not exported:
         raise FitError(f"a table of published numbers states its own ratio, got covariate {covariate!r}: leave it out")
     covariate = covariate or ("removed" if exported else "ratio")
@@ -158,23 +168,26 @@ def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | 
     # Empty cells are None, NaN or pandas' NA, by column: make them None, all of them.
     plain = table.astype(object).where(table.notna(), None)
     rows = cast("list[dict[str, Any]]", plain.to_dict(orient="records"))
-    metric = _choose_metric({str(row["metric"]) for row in rows}, metric)
+    metric = _choose_metric({_text(row["metric"]) for row in rows} - {""}, metric)
     points: list[Point] = []
     skipped: dict[str, int] = {}
     for row in rows:
-        if str(row["metric"]) != metric:
+        if not _text(row["metric"]):
+            _count(skipped, "without the name of a metric")
+        if _text(row["metric"]) != metric:
             continue
         bits, ratio = _number(row.get("bits")), _number(row.get(covariate))
         base, value = _number(row["base_value"]), _number(row["value"])
         # A ratio of 0 is an own record's fact (quantisation removes nothing) but a published table's dense row.
         if not _text(row["method"]) if exported else ratio == 0:
-            _count(skipped, "of the dense model")
+            dense = row["chain"] == "dense" if exported else _text(row.get("recovery_tokens")) in _NO_RECOVERY
+            _count(skipped, _DENSE if dense else _RECOVERED)
         elif base is None or value is None:
             _count(skipped, "no dense value" if base is None else "no value")
         elif ratio is None:
             _count(skipped, f"no {covariate}")
         elif exported:
-            own = {**row, "protocol": json.loads(row["protocol"])}
+            own = _exported_fields(row)
             se = _number(row.get("stderr"))
             point = _own_point(own, metric=metric, value=value, base=base, se=se, ratio=ratio, covariate=covariate)
             points.append(point)
@@ -208,8 +221,27 @@ def where(points: Iterable[Point], conditions: Mapping[str, str]) -> list[Point]
 
 
 def is_perplexity(metric: str) -> bool:
-    """Whether a metric is a perplexity, which enters as its logarithm."""
-    return any(word in metric.lower() for word in ("ppl", "perplexity"))
+    """Whether a metric is a perplexity, which enters as its logarithm; not one whose name says that it is one."""
+    name = metric.lower()
+    return any(word in name for word in ("ppl", "perplexity")) and not _LOGARITHM.search(name)
+
+
+def _exported_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's fields as a record has them; texts that a table's file made of them are read back."""
+    try:
+        protocol = json.loads(row["protocol"])
+        numbers = {name: float(row[name]) for name in ("recovery_tokens", "base_params")}
+    except (TypeError, ValueError, RecursionError) as error:
+        protocol, numbers, why = None, {}, str(error)
+    else:
+        why = "its protocol is no JSON object"
+    if not isinstance(protocol, dict):
+        raise FitError(
+            f"the row of chain {_text(row['chain'])!r} and metric {_text(row['metric'])!r} is not as 'mariotte export' "
+            f"wrote it ({why}): export the table again"
+        )
+    texts = {name: _text(row[name]) for name in ("model", "chain", "measure", "unit", "family")}
+    return {**texts, **numbers, "protocol": cast("dict[str, Any]", protocol)}
 
 
 def _own_point(
@@ -225,7 +257,10 @@ def _own_point(
     """The point of a record, from its fields by name."""
     from mariotte.store.record import digest
 
-    first, *rest = chain.parse(fields["chain"]).links
+    links = chain.parse(fields["chain"]).links
+    if not links:
+        raise FitError(f"a record of {fields['model']!r} has a method and the chain of the dense model: correct it")
+    first, *rest = links
     return Point(
         value=_logarithm(metric, value),
         base=_logarithm(metric, base),
@@ -237,11 +272,21 @@ def _own_point(
         tokens=float(fields["recovery_tokens"]),
         params=float(fields["base_params"]),
         se=se,
+        chance=_chance(fields["protocol"], metric),
         model=fields["model"],
         method=str(dataclasses.replace(first, amount=None)),
         family=_text(fields["family"]) or None,
         recovery=" | ".join(map(str, rest)),
     )
+
+
+def _chance(protocol: Mapping[str, Any], metric: str) -> float | None:
+    """What a guesser scores, as the protocol says: ``chance_top1`` is that of ``top1`` and of ``heldout_top1``."""
+    for name, value in protocol.items():
+        scored = name.removeprefix("chance_")
+        if scored != name and (metric == scored or metric.endswith(f"_{scored}")):
+            return _number(value)
+    return None
 
 
 def _row_point(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from mariotte.laws.uncertainty import Calibration, clusters_needed
 
 FORMAT = 1
 """Number of the layout of a fit's JSON."""
+
+_WORDS = {"ratio": "ratio", "base": "the dense value", "tokens": "recovery tokens"}
 
 Status = Literal["ok", "beyond_box", "unreachable", "not_identified"]
 
@@ -29,9 +31,10 @@ class Prediction:
     ----------
     mean : nats or a fraction, clipped to what is possible
     lo, hi : interval at the level asked for; None when none was asked for or there is nothing to calibrate it on
-    inside_box : whether ratio, base and tokens lie within the data of the fit
+    inside_box : whether ratio, base and tokens lie within the data of the fit. A base or tokens that were asked for and
+        that the law ignores count as inside only where all of the data share that value
     collapsed : whether the model is beyond what laws describe there (loss above twice the dense one)
-    note : why an interval is missing, empty when none is
+    note : why an interval is missing, and what was asked for that the law ignores; empty for neither
     """
 
     mean: float
@@ -52,7 +55,7 @@ class Ratio:
     lo, hi : from the interval of the prediction, None as there
     status : ``ok``; ``beyond_box``: an extrapolation; ``unreachable``: no ratio in [0, 1) gives the target;
         ``not_identified``: the data do not say how the metric moves with the ratio
-    note : the reason in words, empty for ok
+    note : the reason in words, and why an interval is missing; empty for neither
     """
 
     r: float | None
@@ -136,6 +139,17 @@ class FitReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What a fit's JSON holds."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
+    format: int
+    facts: FitReport
+    calibration: Calibration | str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """A law with its parameters, immutable.
 
@@ -162,7 +176,14 @@ class Fit:
     def curve(self, ratio_M: Array, base: float | None = None, tokens: float | None = None) -> Array:
         """(M,) predictions at several ratios, clipped to what is possible."""
         base, tokens = self._defaults(base, tokens)
-        return np.clip(self.law.f(self.theta, Inputs.at(base, ratio_M, tokens)), *LIMITS[self.facts.kind])
+        with np.errstate(all="ignore"):
+            curve_M = np.clip(self.law.f(self.theta, Inputs.at(base, ratio_M, tokens)), *LIMITS[self.facts.kind])
+        if np.any(np.isnan(curve_M)):
+            raise FitError(
+                f"{self.law.name} gives no number for dense value {base:g} and {tokens:g} tokens at some ratio between "
+                f"{np.min(ratio_M):g} and {np.max(ratio_M):g}: ask nearer to the data of the fit"
+            )
+        return curve_M
 
     def predict(
         self, ratio: float, *, base: float | None = None, tokens: float | None = None, level: float | None = None
@@ -179,30 +200,33 @@ class Fit:
         Raises
         ------
         FitError
-            When an argument is out of range.
+                When an argument is out of range, or the law gives no number there.
         """
         if not -1.0 < ratio < 1.0:
             raise FitError(f"a ratio must lie in (-1, 1), got {ratio:g}: give the share removed as a fraction")
+        ignored = self._ignored(base, tokens)
         base, tokens = self._defaults(base, tokens)
         mean = float(self.curve(np.array([ratio]), base, tokens)[0])
-        inside = self._inside("ratio", ratio) and self._inside("base", base) and self._inside("tokens", tokens)
+        outside = self._outside(ratio, base, tokens, ignored)
         lo: float | None = None
         hi: float | None = None
-        note = ""
+        notes: list[str] = []
         if level is not None:
-            width, note = self._half_width(level, ratio, base, tokens)
+            width, note = self._half_width(level, ratio, base, tokens, ignored)
+            notes += [note] if note else []
             if width is not None:
                 lo, hi = (
                     min(max(v, LIMITS[self.facts.kind][0]), LIMITS[self.facts.kind][1])
                     for v in self._shift(mean, width)
                 )
+        notes += [f"{self.law.name} ignores {_WORDS[name]}: any value gives the same prediction" for name in ignored]
         return Prediction(
             mean=mean,
             lo=lo,
             hi=hi,
-            inside_box=inside,
+            inside_box=not outside,
             collapsed=collapsed(mean, base, self.facts.kind, self.facts.chance),
-            note=note,
+            note="; ".join(notes),
         )
 
     def invert(
@@ -224,6 +248,7 @@ class Fit:
             raise FitError(
                 f"a target must be a positive number, got {target}: give nats for a loss, a fraction for a score"
             )
+        ignored = self._ignored(base, tokens)
         base, tokens = self._defaults(base, tokens)
         if reason := self._why_not_identified(base, tokens):
             return Ratio(r=None, lo=None, hi=None, status="not_identified", note=reason)
@@ -240,7 +265,7 @@ class Fit:
         hi: float | None = None
         note = ""
         if level is not None:
-            width, note = self._half_width(level, r, base, tokens)
+            width, note = self._half_width(level, r, base, tokens, ignored)
             if width is not None:
                 # A prediction too low by the half width reaches the target earlier: solve at the two shifted targets.
                 sides = (self._solve(t, base, tokens) for t in self._shift(target, width))
@@ -249,15 +274,9 @@ class Fit:
                     for s, t in zip(sides, self._shift(target, width), strict=True)
                 ]
                 lo, hi = min(ends), max(ends)
-        if not (self._inside("ratio", r) and self._inside("base", base) and self._inside("tokens", tokens)):
-            low, high = self.facts.box["ratio"]
-            return Ratio(
-                r=r,
-                lo=lo,
-                hi=hi,
-                status="beyond_box",
-                note=note or f"extrapolated: the data run from {low:g} to {high:g}",
-            )
+        if outside := self._outside(r, base, tokens, ignored):
+            note = f"extrapolated: {', '.join(outside)}" + (f"; {note}" if note else "")
+            return Ratio(r=r, lo=lo, hi=hi, status="beyond_box", note=note)
         return Ratio(r=r, lo=lo, hi=hi, status="ok", note=note)
 
     def critical(
@@ -274,8 +293,9 @@ class Fit:
         Parameters
         ----------
         sigma : above 1 for a loss, below 1 for a score
-        relative_to : ``base``: the dense value; ``law``: the law's own value with nothing removed and unlimited
-            recovery data, at unlimited recovery data: L0^α in the compression law, whose Corollary 3.2 this is
+        relative_to : ``base``: the dense value; ``law``: the law's own value with nothing removed. For ``law`` recovery
+            data are unlimited, in the reference and at the ratio alike: the reference of the compression law is then
+            L0^α, and the ratio that of its Corollary 3.2
         base, tokens, level : as in `predict`; `tokens` has no part in ``law``
 
         Raises
@@ -289,7 +309,9 @@ class Fit:
         if relative_to == "base":
             return self.invert(sigma * self._defaults(base, tokens)[0], base=base, tokens=tokens, level=level)
         base = self._defaults(base, None)[0]
-        return self.invert(sigma * self._raw(0.0, base, math.inf), base=base, tokens=math.inf, level=level)
+        unlimited = math.inf if "tokens" in self.law.inputs else None
+        target = sigma * self._raw(0.0, base, math.inf)
+        return self.invert(target, base=base if "base" in self.law.inputs else None, tokens=unlimited, level=level)
 
     def to_json(self) -> str:
         """The fit as JSON; `from_json` gives one that predicts the same bits."""
@@ -299,49 +321,72 @@ class Fit:
                 {"format": FORMAT, "facts": asdict(self.facts), "calibration": calibration},
                 indent=1,
                 ensure_ascii=False,
+                allow_nan=False,
             )
             + "\n"
         )
 
     @classmethod
-    def from_json(cls, text: str) -> Fit:
-        """The fit that `to_json` wrote.
+    def from_json(cls, text: str | bytes) -> Fit:
+        """The fit that `to_json` wrote, equal to it.
 
         Raises
         ------
         FitError
-            When the text is no fit, or one of a newer layout.
+            When the text is no fit, a damaged one, or one of a newer layout.
         UnknownNameError
             When its law does not exist here.
         """
+        import pydantic  # only here: reading a fit needs it, fitting does not
+
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # neither JSON nor, for bytes, text
             raise FitError(f"a fit is a JSON file written by 'mariotte fit --out', this is none: {error}") from error
         if not isinstance(values, dict) or "facts" not in values:
             raise FitError(
                 "a fit is a JSON file written by 'mariotte fit --out', this one has no 'facts': write it again"
             )
-        stored = cast("dict[str, Any]", values)
-        if stored.get("format") != FORMAT:
-            raise FitError(f"the fit has layout {stored.get('format')!r}, this version reads {FORMAT}: fit again")
-        facts: dict[str, Any] = stored["facts"]
+        layout = cast("dict[str, Any]", values).get("format")
+        if layout != FORMAT:
+            raise FitError(f"the fit has layout {layout!r:.40}, this version reads {FORMAT}: fit again")
         try:
-            # JSON knows no tuples: what was one becomes one again, so that the result equals what was written.
-            changed: dict[str, Any] = {
-                "box": {name: (low, high) for name, (low, high) in facts["box"].items()},
-                "coefficients": tuple(Coefficient(**c) for c in facts["coefficients"]),
-                "remarks": tuple(facts["remarks"]),
-                "f_dof": None if facts["f_dof"] is None else tuple(facts["f_dof"]),
-            }
-            report = FitReport(**{**facts, **changed})
-            calibration: Calibration | str | dict[str, Any] = stored["calibration"]
-            if isinstance(calibration, dict):
-                lists: dict[str, Any] = {name: tuple(calibration[name]) for name in ("errors", "weights")}
-                calibration = Calibration(**{**calibration, **lists})
-        except (KeyError, TypeError) as error:
-            raise FitError(f"the fit is incomplete or damaged ({error}): fit again") from error
-        return cls(law=find(report.law), facts=report, calibration=calibration)
+            # From the text and not from the values: JSON knows no tuples, and in a text an array may be one.
+            stored = pydantic.TypeAdapter(_Stored).validate_json(text, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise FitError(f"the fit is incomplete or damaged ({where}: {first['msg']}): fit again") from error
+        fitted = cls(law=find(stored.facts.law), facts=stored.facts, calibration=stored.calibration)
+        if why := fitted._why_damaged():
+            raise FitError(f"the fit is incomplete or damaged ({why}): fit again")
+        return fitted
+
+    def _why_damaged(self) -> str:
+        """What of the numbers cannot have been fitted; the empty text for a whole fit."""
+        facts, calibration = self.facts, self.calibration
+        if [c.name for c in facts.coefficients] != [p.name for p in self.law.params]:
+            return f"{self.law.name} has the parameters {', '.join(p.name for p in self.law.params)}"
+        if any(p.log and not c.estimate > 0 for p, c in zip(self.law.params, facts.coefficients, strict=True)):
+            return "a parameter that is positive is not"
+        if set(facts.box) != {"ratio", "base", "tokens"} or any(low > high for low, high in facts.box.values()):
+            return "the box must have a smallest and a largest ratio, base and tokens"
+        low, high = facts.box["ratio"]
+        if not (low > -1 and high < 1 and facts.box["base"][0] > 0 and facts.box["tokens"][0] >= 0):
+            return "the box holds what no point can have"
+        if not (facts.base > 0 and facts.tokens >= 0):
+            return f"no fit has dense value {facts.base:g} and {facts.tokens:g} tokens"
+        if facts.kind not in self.law.metric_kinds:
+            return f"{self.law.name} does not describe a {facts.kind}"
+        if isinstance(calibration, Calibration) and not (
+            len(calibration.errors) == len(calibration.weights) >= calibration.clusters >= 1
+            and list(calibration.errors) == sorted(calibration.errors)
+            and min(calibration.errors) >= 0
+            and min(calibration.weights) > 0
+            and calibration.reach >= 0
+        ):
+            return "the calibration's errors must ascend from 0, with a positive weight each"
+        return ""
 
     def _defaults(self, base: float | None, tokens: float | None) -> tuple[float, float]:
         base = self.facts.base if base is None else base
@@ -353,16 +398,30 @@ class Fit:
         return base, tokens
 
     def _raw(self, ratio: float, base: float, tokens: float) -> float:
-        return float(self.law.f(self.theta, Inputs.at(base, ratio, tokens))[0])
+        with np.errstate(all="ignore"):
+            value = float(self.law.f(self.theta, Inputs.at(base, ratio, tokens))[0])
+        if math.isnan(value):
+            raise FitError(f"{self.law.name} gives no number at ratio {ratio:g}: ask nearer to the data of the fit")
+        return value
 
-    def _inside(self, name: str, value: float) -> bool:
-        if name not in self.law.inputs and name != "ratio":
-            return True
-        if name == "tokens" and any(c.dropped for c in self.facts.coefficients) and value == self.facts.tokens:
-            return True
-        low, high = self.facts.box[name]
-        slack = 1e-9 * max(abs(low), abs(high))
-        return low - slack <= value <= high + slack
+    def _ignored(self, base: float | None, tokens: float | None) -> list[str]:
+        """Which of base and tokens were asked for although the law does not use them."""
+        asked = {"base": base, "tokens": tokens}
+        return [name for name, value in asked.items() if value is not None and name not in self.law.inputs]
+
+    def _outside(self, ratio: float, base: float, tokens: float, ignored: Sequence[str]) -> list[str]:
+        """What of a question lies outside the data, each with where the data are; empty inside."""
+        said: list[str] = []
+        for name, value in (("ratio", ratio), ("base", base), ("tokens", tokens)):
+            if name in ("base", "tokens") and name not in (*self.law.inputs, *ignored):
+                continue  # the law does not use it and nobody asked
+            low, high = self.facts.box[name]
+            slack = 1e-9 * max(abs(low), abs(high))
+            shared = high - low <= slack  # a law that ignores what varies says nothing about one value of it
+            if not low - slack <= value <= high + slack or (name in ignored and not shared):
+                asked = "unlimited recovery tokens" if math.isinf(value) else f"{_WORDS[name]} {value:.4g}"
+                said.append(f"{asked} (the data run from {low:g} to {high:g})")
+        return said
 
     def _why_not_identified(self, base: float, tokens: float) -> str:
         if self.law.ratio_param is None:
@@ -384,7 +443,8 @@ class Fit:
             return r if r is not None and -1e-12 <= r < 1.0 else None
         # Grid, then bisection of the first cell that crosses: a form need not be monotone everywhere.
         grid_M = np.concatenate([np.linspace(0.0, 0.99, 100), [0.995, 0.999]])
-        above_M = self.law.f(self.theta, Inputs.at(base, grid_M, tokens)) >= target
+        with np.errstate(all="ignore"):
+            above_M = self.law.f(self.theta, Inputs.at(base, grid_M, tokens)) >= target
         crossing = np.flatnonzero(above_M[1:] != above_M[:-1])
         if len(crossing) == 0:
             return None
@@ -401,7 +461,9 @@ class Fit:
             (value * math.exp(-width), value * math.exp(width)) if self.law.log_link else (value - width, value + width)
         )
 
-    def _half_width(self, level: float, ratio: float, base: float, tokens: float) -> tuple[float | None, str]:
+    def _half_width(
+        self, level: float, ratio: float, base: float, tokens: float, ignored: Sequence[str]
+    ) -> tuple[float | None, str]:
         if not 0 < level < 1:
             raise FitError(f"a level must lie in (0, 1), got {level:g}: 0.9 asks for a 90 % interval")
         if isinstance(self.calibration, str):
@@ -419,6 +481,6 @@ class Fit:
                 None,
                 f"not calibrated at ratio {ratio:.3g}: no error was measured that far outside {low:g} to {high:g}",
             )
-        if not (self._inside("base", base) and self._inside("tokens", tokens)):
-            return None, "not calibrated: base or tokens lie outside the data"
+        if outside := self._outside(low, base, tokens, ignored):
+            return None, f"not calibrated for {', '.join(outside)}"
         return width, ""

@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from mariotte.errors import FitError
-from mariotte.laws.base import LIMITS, Array, Inputs, Law, Point, values
+from mariotte.laws.base import Array, Law, Point, values
+from mariotte.laws.validation import folds, predicted
 
 Method = Literal["leave one cluster out", "rolling hold-out of other clusters"]
 
@@ -95,25 +96,19 @@ def _roll(law: Law, pool: Sequence[Point]) -> Calibration | str:
         )
     errors: dict[str, list[Array]] = {}
     reach = 0.0
-    for series in sorted({p.series for p in pool}):
-        curve = sorted((p for p in pool if p.series == series), key=lambda p: p.ratio)
-        ratios = sorted({p.ratio for p in curve})
-        for k in range(2, len(ratios)):
-            train = [p for p in curve if p.ratio <= ratios[k - 1]]
-            test = [p for p in curve if p.ratio > ratios[k - 1]]
-            try:
-                errors.setdefault(curve[0].group, []).append(_errors(law, train, test))
-            except FitError:
-                continue  # a beginning too short for this law calibrates nothing
-            reach = max(reach, ratios[-1] - ratios[k - 1])
+    for fold in folds(pool):
+        try:
+            errors.setdefault(fold.train[0].group, []).append(_errors(law, fold.train, fold.test))
+        except FitError:
+            continue  # a beginning too short for this law calibrates nothing
+        reach = max(reach, fold.test[-1].ratio - fold.train[-1].ratio)
     if not errors:
         return "no other series is long enough to hold some of it out"
     return _collect("rolling hold-out of other clusters", {g: np.concatenate(e) for g, e in errors.items()}, reach)
 
 
 def _errors(law: Law, train: Sequence[Point], test: Sequence[Point]) -> Array:
-    theta = law.estimate(Inputs.of(train), values(train)).theta
-    predicted_M = np.clip(law.f(theta, Inputs.of(test)), *LIMITS[test[0].kind])
+    predicted_M = predicted(law, train, test)
     truth_M = values(test)
     if not law.log_link:
         return np.abs(truth_M - predicted_M)

@@ -7,16 +7,16 @@ folds. It is the only thing that laws are chosen by here; R² and the like are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mariotte.errors import FitError
-from mariotte.laws.base import LIMITS, Inputs, Kind, Law, Point, Series, values
+from mariotte.laws.base import LIMITS, Array, Inputs, Kind, Law, Point, Series, values
 from mariotte.laws.catalogue import applicable, find
 
-BY = ("model", "method", "family", "source", "metric", "protocol", "recovery", "cluster", "series")
+BY = ("model", "method", "family", "source", "metric", "protocol", "ratio_kind", "recovery", "cluster", "series")
 """Fields of a point by which folds and fits can be grouped."""
 
 
@@ -118,6 +118,13 @@ class HoldOut:
             scores += sorted(found, key=lambda s: s.mean)
         return scores
 
+    def refused(self) -> list[tuple[str, int, str]]:
+        """Each law that could not be fitted in some folds, in how many, and why in the first of them."""
+        found: dict[str, list[Refusal]] = {}
+        for refusal in self.refusals:
+            found.setdefault(refusal.law, []).append(refusal)
+        return [(law, len(own), own[0].reason) for law, own in found.items()]
+
     def winner(self) -> str:
         """The law chosen by hold-out before collapse: the simplest within one standard error of the best mean.
 
@@ -138,6 +145,52 @@ class HoldOut:
         best = scores[0]
         within = [s for s in scores if s.mean <= best.mean + (best.se or 0.0)]
         return min(within, key=lambda s: (len(find(s.law).params), s.mean)).law
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """One cut of a series.
+
+    Parameters
+    ----------
+    series, k : which, and how many of its ratios are trained on
+    train, test : the points up to the cut and beyond it, by ratio
+    """
+
+    series: Series
+    k: int
+    train: tuple[Point, ...]
+    test: tuple[Point, ...]
+
+
+def folds(points: Iterable[Point], min_train: int = 2) -> Iterator[Fold]:
+    """Every cut of every series that leaves `min_train` ratios before it and one after it."""
+    curves: dict[Series, list[Point]] = {}
+    for point in points:
+        curves.setdefault(point.series, []).append(point)
+    for series in sorted(curves):
+        curve = sorted(curves[series], key=lambda p: (p.ratio, p.value))
+        ratios = sorted({p.ratio for p in curve})
+        for k in range(min_train, len(ratios)):
+            train = tuple(p for p in curve if p.ratio <= ratios[k - 1])
+            test = tuple(p for p in curve if p.ratio > ratios[k - 1])
+            yield Fold(series=series, k=k, train=train, test=test)
+
+
+def predicted(law: Law, train: Sequence[Point], test: Sequence[Point]) -> Array:
+    """(M,) what a law fitted to `train` expects of `test`, clipped to what is possible.
+
+    Raises
+    ------
+    FitError
+        When the law cannot be fitted, or gives no number.
+    """
+    with np.errstate(all="ignore"):
+        theta = law.estimate(Inputs.of(train), values(train)).theta
+        found_M = np.clip(law.f(theta, Inputs.of(test)), *LIMITS[test[0].kind])
+    if np.any(np.isnan(found_M)):
+        raise FitError(f"{law.name} fitted to {len(train)} points gives no number beyond them")
+    return found_M
 
 
 def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *, min_train: int = 2) -> HoldOut:
@@ -162,26 +215,19 @@ def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *,
     chosen = applicable(kind) if laws is None else [find(law) if isinstance(law, str) else law for law in laws]
     rows: list[HeldOut] = []
     refusals: list[Refusal] = []
-    curves: dict[Series, list[Point]] = {}
-    for point in points:
-        curves.setdefault(point.series, []).append(point)
-    for series in sorted(curves):
-        curve = sorted(curves[series], key=lambda p: (p.ratio, p.value))
-        ratios = sorted({p.ratio for p in curve})
-        for k in range(min_train, len(ratios)):
-            train = [p for p in curve if p.ratio <= ratios[k - 1]]
-            test = [p for p in curve if p.ratio > ratios[k - 1]]
-            predictions: list[dict[str, float]] = [{} for _ in test]
-            for law in chosen:
-                try:
-                    theta = law.estimate(Inputs.of(train), values(train)).theta
-                except FitError as error:
-                    refusals.append(Refusal(law=law.name, series=series, k=k, reason=str(error)))
-                    continue
-                for row, value in zip(predictions, np.clip(law.f(theta, Inputs.of(test)), *LIMITS[kind]), strict=True):
-                    row[law.name] = float(value)
-            for point, row in zip(test, predictions, strict=True):
-                rows.append(HeldOut(point=point, k=k, step=ratios.index(point.ratio) - k + 1, predictions=row))
+    for fold in folds(points, min_train):
+        predictions: list[dict[str, float]] = [{} for _ in fold.test]
+        for law in chosen:
+            try:
+                predicted_M = predicted(law, fold.train, fold.test)
+            except FitError as error:
+                refusals.append(Refusal(law=law.name, series=fold.series, k=fold.k, reason=str(error)))
+                continue
+            for row, value in zip(predictions, predicted_M, strict=True):
+                row[law.name] = float(value)
+        steps = {ratio: step for step, ratio in enumerate(sorted({p.ratio for p in fold.test}), 1)}
+        for point, row in zip(fold.test, predictions, strict=True):
+            rows.append(HeldOut(point=point, k=fold.k, step=steps[point.ratio], predictions=row))
     return HoldOut(kind=kind, laws=tuple(law.name for law in chosen), rows=tuple(rows), refusals=tuple(refusals))
 
 

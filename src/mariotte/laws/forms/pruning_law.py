@@ -33,7 +33,7 @@ class PruningLaw(LinearLaw):
     formula: ClassVar[str] = "L = L0 · P0 · (1 - r)^α"
     reference: ClassVar[str] = "pruninglaws2026"
     inputs: ClassVar[tuple[str, ...]] = ("base", "ratio")
-    params: ClassVar[tuple[Param, ...]] = (Param("P0", lo=0.0, typical=0.98, log=True), Param("α", typical=-0.6))
+    params: ClassVar[tuple[Param, ...]] = (Param("P0", typical=0.98, log=True), Param("α", typical=-0.6))
     anchored: ClassVar[bool] = False
     ratio_param: ClassVar[str | None] = "α"
     intercept: ClassVar[bool] = True
