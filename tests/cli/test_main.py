@@ -391,3 +391,10 @@ def test_a_terminal_gets_a_table_that_fits_it(store: Path) -> None:
 
 def test_durations_are_said_as_people_do() -> None:
     assert [console.duration(s) for s in (0.4, 59, 185, 9660)] == ["0 s", "59 s", "3:05 min", "2:41 h"]
+
+
+def test_narrow_spaces_are_printed_as_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    from mariotte.cli.console import say
+
+    say("within +5\N{NARROW NO-BREAK SPACE}%\x1b[31m")
+    assert capsys.readouterr().out == "within +5 %\\x1b[31m\n"

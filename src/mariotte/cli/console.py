@@ -37,11 +37,11 @@ def warn(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Text in which nothing can command the terminal: line breaks are spaces, control characters are escaped.
+    """Text in which nothing can command the terminal: spaces of all kinds are plain, control characters are escaped.
 
     Names in a store, a table or on a command line may come from anyone.
     """
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], note: str | None = None) -> None:
