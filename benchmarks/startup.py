@@ -15,6 +15,18 @@ import time
 from pathlib import Path
 
 RUNS = 7
+COLUMNS = (
+    "source",
+    "model",
+    "method",
+    "ratio",
+    "ratio_kind",
+    "recovery_tokens",
+    "metric",
+    "base_value",
+    "value",
+    "protocol",
+)
 
 
 def best(command: list[str]) -> float:
@@ -29,15 +41,15 @@ def best(command: list[str]) -> float:
 
 def write_table(path: Path) -> None:
     """A small table of made-up losses in the published layout, for timing alone."""
-    columns = "source model method ratio ratio_kind recovery_tokens metric base_value value protocol".split()
     with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(columns)
+        rows = csv.DictWriter(file, COLUMNS)
+        rows.writeheader()
         for model in range(4):
             for step in range(1, 10):
                 ratio = step / 10
                 value = (2 + model / 10) * (1 - ratio) ** -0.3
-                rows.writerow(["made up", f"m{model}", "width", ratio, "parameters", 0, "loss", 2 + model / 10, value, "p"])
+                values = ["made up", f"m{model}", "width", ratio, "parameters", 0, "loss", 2 + model / 10, value, "p"]
+                rows.writerow(dict(zip(COLUMNS, values, strict=True)))
 
 
 def main() -> None:
