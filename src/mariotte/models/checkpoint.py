@@ -96,11 +96,16 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ModelError
-        When it holds something already.
+        When it holds something already, or nothing can be written there.
     """
     target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not empty: give a new folder for the checkpoint")
+    there = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ModelError(
+            f"the checkpoint cannot be written to {target}: {there} is no folder that can be written; give another"
+        )
     return target
 
 

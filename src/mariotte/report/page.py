@@ -144,7 +144,9 @@ def write(
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise MariotteError(f"the report cannot be written to {target}: {error.strerror or error}") from error
+        raise MariotteError(
+            f"the report cannot be written to {target}: {error.strerror or error}; name another file"
+        ) from error
     return target
 
 
