@@ -126,16 +126,29 @@ def _print_recovery(records: Sequence[Record]) -> None:
 
 
 def _print_law(records: Sequence[Record]) -> None:
-    """The law that predicts best, how well against the naive baselines, and what it says of each series."""
-    from mariotte.laws.analysis import analyse
-    from mariotte.laws.points import from_records
+    """How well each law predicts cuts that it has not seen, and the best one fitted to the largest model."""
+    from mariotte.report.lawtable import law_reports
 
-    found = analyse([p for p in from_records(records, metric="loss").points if not p.tokens], by="series")
-    scores = found.held_out.scores()
-    errors = ", ".join(f"{score.law} {score.mean:.3f}" for score in scores)
-    formula = next(iter(found.fits.values())).report().formula
-    say(f"The law: {found.law}, {formula} ({found.why}).")
-    say(
-        f"Its error on larger ratios than it was fitted to: {next(s.mean for s in scores if s.law == found.law):.3f} "
-        f"nats (mean RMSE before collapse, {scores[0].n_folds} folds of {scores[0].n_series} series; {errors})."
-    )
+    largest = max(records, key=lambda record: record.base_params).model
+    for report in law_reports(records, allowance=ALLOWANCE):
+        print_table(
+            f"Laws fitted to the mild cuts of a series, judged on the harder ones: error in {report.unit}",
+            ["law", "before collapse", "next cut", "all"],
+            [[row.law, row.before_collapse, row.next_step, row.all] for row in report.holdout],
+            note=f"{report.series} series, {report.holdout[0].folds} forecasts" if report.holdout else None,
+        )
+        fits = [fit for fit in report.fits if fit.series.startswith(largest)]
+        if not fits:
+            continue  # every series of this model has too few cuts before collapse; the report says it of each
+        print_table(
+            f"The best one, {fits[0].formula}, fitted to {largest.removeprefix('testbed/')}",
+            ["method", "coefficients", f"share at +{ALLOWANCE:.0%} loss (80 % interval)"],
+            [
+                [
+                    fit.series.rpartition(" × ")[2],
+                    ", ".join(f"{c.name} = {c.value:.3g}" for c in fit.coefficients),
+                    fit.critical,
+                ]
+                for fit in fits
+            ],
+        )
