@@ -262,7 +262,7 @@ def _facts_section(
         name="facts",
         title="Facts known against the share removed",
         short="Facts",
-        text="Share of facts whose answer the model ranks first. Facts go before the loss shows it.",
+        text="Share of facts whose answer the model ranks first.",
         figure=figures.facts_figure(views, palette),
         caption=_HOW,
         tables=[relations] if relations else [],

@@ -18,7 +18,7 @@
       },
       axisY: { titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleY: -9, titleX: -34, domain: false, ticks: false },
       axisX: { titleAnchor: "middle", titlePadding: 7, grid: false },
-      style: { reference: { stroke: variable("--faint") }, "reference-label": { fill: soft } },
+      style: { reference: { color: variable("--soft") }, "reference-label": { color: soft } },
     };
   }
 
