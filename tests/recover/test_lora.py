@@ -25,9 +25,10 @@ from mariotte.models.load import load
 from mariotte.models.model import Done, Model
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Prepared, prepare_once
-from mariotte.recover import RECOVERIES
+from mariotte.recover import RECOVERIES, stream
 from mariotte.recover.methods import lora
-from mariotte.recover.methods.lora import Course, LoRA, Stream, course, delta, matrices
+from mariotte.recover.methods.lora import LoRA, delta, matrices
+from mariotte.recover.stream import Course, Stream, course
 from mariotte.testing import recoveries
 from mariotte.testing.recoveries import (
     BLOCK,
@@ -157,7 +158,7 @@ def test_the_tokens_of_a_smaller_amount_are_the_first_of_a_larger_one(
 def test_text_of_many_windows_is_read_as_far_as_needed_and_no_amount_depends_on_it(
     model: Model, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "_WINDOW_TOKENS", 40 * BLOCK)
+    monkeypatch.setattr(stream, "_WINDOW_TOKENS", 40 * BLOCK)
     read: list[int] = []
     real = tokens.blocks
 
@@ -166,11 +167,11 @@ def test_text_of_many_windows_is_read_as_far_as_needed_and_no_amount_depends_on_
         return rows
 
     monkeypatch.setattr(tokens, "blocks", recording)
-    lora._rows.cache_clear()  # other tests have read the same text
+    stream._rows.cache_clear()  # other tests have read the same text
     amounts = [600, 1_500, 9_000]  # 37, 93 and 562 rows, of about 310
     together = recovered(STEP, model, context_of(model, tmp_path / "all", corpus), amounts[::-1])
     assert len(read) == 1
-    lora._rows.cache_clear()
+    stream._rows.cache_clear()
     read.clear()
     for amount in amounts:
         alone = recovered(STEP, model, context_of(model, tmp_path / str(amount), corpus), [amount])[amount]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -21,14 +20,13 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from mariotte.chain import print_number
-from mariotte.data import corpora, tokens
+from mariotte.data import tokens
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Model
 from mariotte.models.step import MANIFEST, Context, Prepared, Step
+from mariotte.recover.stream import Source, Stream, course, find_source
 from mariotte.training.loop import Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
 
@@ -39,134 +37,6 @@ _LATEST = "latest"
 _RUN = "trunk.json"
 _SAVE_SECONDS = 30.0
 """A killed trunk loses at most this much; chosen by us: a save of the 8B models' adapters takes about a second."""
-
-_WINDOW_TOKENS = 1 << 16
-"""Text shuffled at once, and so the least that is read: tokenizing it takes a fraction of a second, and rows of about
-twenty long articles, or of hundreds of stories, mix."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Course:
-    """What a number of recovery tokens means in rows and steps.
-
-    Parameters
-    ----------
-    rows : rows of T tokens seen in all; the last batch holds what is left of them
-    steps : steps in all
-    leave : step at which the branch leaves the trunk, the last whole batch within 0.9 of the rows
-    """
-
-    rows: int
-    steps: int
-    leave: int
-
-    @property
-    def decay(self) -> int:
-        """Steps with a falling learning rate; at least one."""
-        return self.steps - self.leave
-
-
-def course(recovery_tokens: int, block: int, batch: int) -> Course:
-    """Rows and steps of a run that sees `recovery_tokens`, rounded down to whole rows.
-
-    Parameters
-    ----------
-    recovery_tokens : D, tokens seen, decay included
-    block : tokens of a row
-    batch : rows of a batch
-
-    Raises
-    ------
-    ChainError
-        When there is not one row.
-    """
-    rows = recovery_tokens // block
-    if rows < 1:
-        raise ChainError(
-            f"lora must see at least one row of {block} tokens, got {print_number(recovery_tokens)}: "
-            f"write lora@{block} or more, or a shorter block"
-        )
-    return Course(rows=rows, steps=-(-rows // batch), leave=rows * 9 // (10 * batch))
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Rows of text in the order of training: a function of the position alone, whatever is read later.
-
-    Parameters
-    ----------
-    tokens_NT : (N, T) rows of the training split from its beginning
-    window : rows that are shuffled among themselves
-    permutation : of (epoch, window, rows in the window)
-    """
-
-    tokens_NT: Tensor
-    window: int
-    permutation: Callable[[int, int, int], Tensor]
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The rows at positions from `start` up to `stop`, (stop - start, T)."""
-        n = len(self.tokens_NT)
-        found: list[Tensor] = []
-        while start < stop:
-            epoch, index = divmod(start, n)
-            window, offset = divmod(index, self.window)
-            size = min(self.window, n - window * self.window)
-            taken = min(stop - start, size - offset)
-            order = self.permutation(epoch, window, size)[offset : offset + taken]
-            found.append(self.tokens_NT[window * self.window + order])
-            start += taken
-        return torch.cat(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Text to train on, not read yet.
-
-    Parameters
-    ----------
-    name, corpus, tokenizer : what to read, and with what
-    text : fingerprint of the training split; another one once the text was edited
-    tokenizer_sha256 : of the tokenizer
-    """
-
-    name: str
-    corpus: corpora.Corpus
-    tokenizer: PreTrainedTokenizerBase
-    text: str
-    tokenizer_sha256: str
-
-
-@dataclass
-class _Rows:
-    """The rows of a training split, read from its beginning as far as they were asked for."""
-
-    block: int
-    tokens_NT: Tensor | None = None
-    ended: bool = False
-
-    def first(self, rows: int, source: _Source) -> Tensor:
-        """The first rows, or the whole split where it holds fewer, (N, T)."""
-        known = 0 if self.tokens_NT is None else len(self.tokens_NT)
-        if self.tokens_NT is None or (known < rows and not self.ended):
-            # At least twice as many as before: amounts that grow one by one read the text twice, not over and over.
-            wanted = max(rows, 2 * known)
-            self.tokens_NT = tokens.blocks(source.corpus, "train", source.tokenizer, self.block, wanted, at_most=True)
-            self.ended = len(self.tokens_NT) < wanted
-        return self.tokens_NT[:rows]
-
-
-@functools.lru_cache(maxsize=2)
-def _rows(text: str, tokenizer_sha256: str, block: int) -> _Rows:
-    """The rows of a text with this fingerprint, kept from call to call.
-
-    Every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
-    """
-    return _Rows(block)
-
-
-_tokenizer_sha256 = functools.lru_cache(maxsize=8)(tokens.tokenizer_hash)
-"""Asked for with every fingerprint of an experiment, and slow for a large vocabulary."""
 
 
 class _Masked(LoraVariant):
@@ -441,40 +311,17 @@ class LoRA(Step):
             "tokenizer": source.tokenizer_sha256,
         }
 
-    def _source(self, model: Model, context: Context) -> _Source:
-        """The text to train on.
-
-        Raises
-        ------
-        DataError
-            When there is none, or no tokenizer to read it with.
-        """
-        name = self.corpus or context.corpus
-        if name is None:
-            raise DataError("lora needs text to train on, got none: name a corpus, such as lora@1M(corpus=wikitext2)")
-        if model.tokenizer is None:
-            raise DataError(f"lora cannot read {name!r} without a tokenizer: put tokenizer.json into the model folder")
-        corpus = corpora.find(name)
-        return _Source(
-            name=name,
-            corpus=corpus,
-            tokenizer=model.tokenizer,
-            text=corpus.fingerprint("train"),
-            tokenizer_sha256=_tokenizer_sha256(model.tokenizer),
-        )
+    def _source(self, model: Model, context: Context) -> Source:
+        return find_source(self.name(), self.corpus or context.corpus, model)
 
     def _stream(self, model: Model, context: Context, rows: int) -> Stream:
-        """The training text, at least as much of it as `rows` need."""
+        """The text of training, read as far as `rows` rows need."""
         block = self.block or context.block
-        window = max(1, _WINDOW_TOKENS // block)
-        source = self._source(model, context)
-        tokens_NT = _rows(source.text, source.tokenizer_sha256, block).first(-(-rows // window) * window, source)
 
-        @functools.lru_cache(maxsize=2)
-        def permutation(epoch: int, window: int, size: int) -> Tensor:
-            return torch.randperm(size, generator=context.generator("lora", "rows", epoch, window))
+        def generator(epoch: int, window: int) -> torch.Generator:
+            return context.generator("lora", "rows", epoch, window)
 
-        return Stream(tokens_NT, window, permutation)
+        return self._source(model, context).stream(block, rows, generator)
 
     def _batches(self, stream: Stream, rows: int) -> Callable[[int], Tensor]:
         return lambda step: stream.rows(step * self.batch, min((step + 1) * self.batch, rows))
