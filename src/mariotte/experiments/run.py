@@ -191,6 +191,9 @@ def run(
         )
         if not summary.failures:
             _remove(folder)
+            if work is None:
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # unless another study's work is in it
     if all(failure.stage == "setup" for failure in summary.failures) and len(summary.failures) == len(tasks):
         # Not one model could be begun with: that is the user's to mend, and no study that went on without a part.
         raise StudyError(f"study {study.name!r} cannot be run: {summary.failures[0].error}")
@@ -222,14 +225,12 @@ def _alone(study: str, folder: Path) -> Generator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a study's folder, and that of all studies after the last one; a kill half-way leaves nothing half."""
+    """Remove a study's folder; a kill half-way leaves nothing that looks whole."""
     going = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(going, ignore_errors=True)
     folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()  # another study's work may be in it
 
 
 def run_study(path: str | Path, store: str | Path | None = None) -> Summary:
