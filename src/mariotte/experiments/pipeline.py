@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mariotte.experiments.study import Calibration
 from mariotte.experiments.tree import Group, Node, grow
 from mariotte.models.load import load
 from mariotte.models.model import Model
-from mariotte.models.step import Context, Counters, Step, prepare_once, silent
+from mariotte.models.step import Context, Counters, Step, apply_at, prepare_once, silent
 from mariotte.store.record import Failure, Record, digest
 
 
@@ -89,7 +89,8 @@ class Bench:
         """What a step may use on the state that `parts` lead to; its folder depends on all but the amounts."""
         # The calibration once more: the dense model's id leaves it out, and what is learned from it there must not.
         text = None if self.calibration is None else [self.calibration.corpus, self.calibration.sha256]
-        step = identity.step_identity(group.step, self._reads(group.step))
+        # Amounts of the dense model's parameters are served by the same preparation as those in the step's own unit.
+        step = identity.step_identity(replace(group.step, of=None), self._reads(group.step))
         return self._context(self.work / digest([self.experiment_id(parts), self.seed, text, step])[:32])
 
     def _reads(self, step: Step) -> Mapping[str, str]:
@@ -133,7 +134,7 @@ class Bench:
                 child = group.children[amount]
                 started = time.perf_counter()
                 try:
-                    compressed = group.step.apply(model, prepared, amount, context)
+                    compressed = apply_at(group.step, model, prepared, amount, context)
                 except Exception as error:
                     for below in filter(needed, child.walk()):
                         yield Broken(below, f"apply {group.step.link(amount)}", error)
@@ -363,7 +364,7 @@ class _Recorder:
             flops_per_token=counts.flops_per_token,
             method=None if first is None else first.step.name(),
             family=None if first is None else first.step.family,
-            unit=None if first is None else first.step.unit,
+            unit=None if first is None else first.step.counts,
             amount=None if first is None else float(first.amount),
             obtained=None if done is None else done.obtained,
             ratio=1 - counts.n_params / base_params,

@@ -197,6 +197,11 @@ class Model:
             derived=self.derived,
         )
 
+    def rewritten(self, done: Done) -> Model:
+        """The same model, with the last entry of its history told otherwise."""
+        self.done = self.done[:-1]
+        return self.after(done)
+
     def after(self, done: Done) -> Model:
         """The same model, with one more entry in its history."""
         return Model(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,11 @@ from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Done, Model
 
 MANIFEST = "manifest.json"
+OF_MODEL = "model"
+"""The value of ``of`` that makes an amount a share of the dense model's parameters."""
+
+_HALVINGS = 40
+"""Of the interval of amounts: finer than one parameter of any model."""
 
 
 @dataclass
@@ -142,15 +148,18 @@ class Step(ABC):
     * ``reference``: a key of ``references.bib``
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
     * ``version``: goes up when a correction changes numbers
+    * ``plain``: whether the result is an ordinary transformers checkpoint of the same family
 
     Parameters
     ----------
     scope : one of ``scopes``; empty takes the first
+    of : what an amount is a share of. None: of the step's own unit, in the model that enters it, as the papers count;
+        model: of the dense model's parameters, for steps that can say what they remove
 
     Raises
     ------
     ChainError
-        When the step has no such scope.
+        When the step has no such scope, or cannot count its amounts so.
     """
 
     unit: ClassVar[str]
@@ -158,8 +167,10 @@ class Step(ABC):
     reference: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     version: ClassVar[int] = 1
+    plain: ClassVar[bool] = True
 
     scope: str = ""
+    of: str | None = None
 
     def __post_init__(self) -> None:
         """Check the fields and settle the scope; subclasses with choices extend it and raise `ChainError`."""
@@ -168,6 +179,10 @@ class Step(ABC):
             object.__setattr__(self, "scope", self.scopes[0])
         if self.scope not in self.scopes:
             raise ChainError(f"{self.name()} has no scope {self.scope!r}; it has {', '.join(self.scopes)}")
+        if self.of not in (None, OF_MODEL):
+            raise ChainError(f"{self.name()}: of must be {OF_MODEL}, or left out, got {self.of!r}")
+        if self.of is not None and type(self).removes is Step.removes:
+            raise ChainError(f"{self.name()} removes no parameters, so that it has no amount of={OF_MODEL}")
 
     @classmethod
     def name(cls) -> str:
@@ -198,7 +213,7 @@ class Step(ABC):
         return Done(
             step=str(self.link(amount)),
             name=self.name(),
-            unit=self.unit,
+            unit=self.counts,
             family=self.family,
             amount=amount,
             obtained=obtained,
@@ -208,6 +223,11 @@ class Step(ABC):
             tokens=tokens,
             facts=facts,
         )
+
+    @property
+    def counts(self) -> str:
+        """What an amount counts: the step's unit, or parameters of the dense model."""
+        return self.unit if self.of is None else "parameters"
 
     @classmethod
     def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
@@ -242,6 +262,18 @@ class Step(ABC):
         """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""
         return {}
 
+    def removes(self, model: Model, amount: int | float) -> int:
+        """Parameters that this step takes away from `model`, or sets to zero in it, at an amount in its own unit.
+
+        Known from shapes alone, never falling as the amount grows, negative where more is added than removed.
+
+        Raises
+        ------
+        ChainError
+            When the step removes none.
+        """
+        raise ChainError(f"{self.name()} removes no parameters")
+
     @abstractmethod
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``."""
@@ -255,13 +287,74 @@ class Step(ABC):
         return True
 
 
+def own_amount(step: Step, model: Model, amount: int | float, context: Context) -> int | float:
+    """An amount in the step's own unit: itself, or what removes that share of the dense model's parameters.
+
+    Of the amounts between which the share lies, the one that comes nearer; of equally near ones the smaller.
+
+    Raises
+    ------
+    ChainError
+        When the step cannot remove so much.
+    """
+    if step.of is None:
+        return amount
+    wanted = amount * context.dense.counts.n_params
+    below, above = 0.0, 1.0 - 2.0**-_HALVINGS
+    most = step.removes(model, above)
+    # Half a per cent is what rounding may leave undone at the end; more is a request that cannot be met.
+    if wanted > most + 0.005 * context.dense.counts.n_params:
+        raise ChainError(
+            f"{step.name()} can remove at most {most / context.dense.counts.n_params:.1%} of the parameters of "
+            f"{model.name}, got {amount:.1%}: ask for less, or combine methods as auto does"
+        )
+    if not amount or wanted >= most:
+        return above if amount else 0.0
+    for _ in range(_HALVINGS):
+        middle = (below + above) / 2
+        below, above = (middle, above) if step.removes(model, middle) < wanted else (below, middle)
+    return min((below, above), key=lambda x: (abs(step.removes(model, x) - wanted), x))
+
+
 def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
-    """The preparation in ``context.scratch`` if it is finished and covers `amounts`; else a new one."""
+    """The preparation in ``context.scratch`` if it is finished and covers `amounts`; else a new one.
+
+    Amounts of the dense model's parameters that cannot be had are left out: `apply_at` refuses them, and the others do
+    not suffer.
+    """
+    possible: list[int | float] = []
+    for amount in amounts:
+        with contextlib.suppress(ChainError):
+            possible.append(own_amount(step, model, amount, context))
     prepared = Prepared.open(context.scratch)
-    if prepared is not None and step.covers(prepared, amounts):
+    if prepared is not None and step.covers(prepared, possible):
         return prepared
     context.counters.preparations += 1
-    return step.prepare(model, context, amounts)
+    return step.prepare(model, context, possible)
 
 
-__all__ = ["Context", "Counters", "Done", "Prepared", "Step", "prepare_once"]
+def apply_at(step: Step, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+    """The model after a step at one amount, whatever the amount is a share of.
+
+    Raises
+    ------
+    ChainError
+        When the step cannot remove so much.
+    """
+    own = own_amount(step, model, amount, context)
+    found = step.apply(model, prepared, own, context)
+    if step.of is None:
+        return found
+    done = found.done[-1]
+    removed = model.counts.n_params - found.counts.n_params + done.zeros
+    history = replace(
+        done,
+        step=str(step.link(amount)),
+        amount=amount,
+        obtained=removed / context.dense.counts.n_params,
+        facts={**done.facts, "own_amount": own, "own_obtained": done.obtained},
+    )
+    return found.rewritten(history)
+
+
+__all__ = ["Context", "Counters", "Done", "Prepared", "Step", "apply_at", "own_amount", "prepare_once"]

@@ -92,6 +92,16 @@ _SPECIFICATIONS: Final = MappingProxyType(
         specification.name: specification
         for specification in (
             Specification(
+                name="qwen2-46k",
+                family="qwen2",
+                hidden=32,
+                n_layers=2,
+                n_heads=2,
+                n_key_value_heads=1,
+                ffn=96,
+                tied=True,
+            ),
+            Specification(
                 name="qwen2-113k",
                 family="qwen2",
                 hidden=48,
@@ -99,6 +109,26 @@ _SPECIFICATIONS: Final = MappingProxyType(
                 n_heads=3,
                 n_key_value_heads=1,
                 ffn=144,
+                tied=True,
+            ),
+            Specification(
+                name="llama-146k",
+                family="llama",
+                hidden=48,
+                n_layers=3,
+                n_heads=3,
+                n_key_value_heads=3,
+                ffn=128,
+                tied=False,
+            ),
+            Specification(
+                name="qwen2-345k",
+                family="qwen2",
+                hidden=80,
+                n_layers=4,
+                n_heads=5,
+                n_key_value_heads=1,
+                ffn=240,
                 tied=True,
             ),
             Specification(
@@ -120,6 +150,27 @@ _SPECIFICATIONS: Final = MappingProxyType(
                 n_key_value_heads=2,
                 ffn=352,
                 tied=True,
+            ),
+            Specification(
+                name="llama-1m",
+                family="llama",
+                hidden=128,
+                n_layers=7,
+                n_heads=4,
+                n_key_value_heads=2,
+                ffn=344,
+                tied=False,
+            ),
+            Specification(
+                name="qwen2-2m",
+                family="qwen2",
+                hidden=192,
+                n_layers=6,
+                n_heads=6,
+                n_key_value_heads=2,
+                ffn=448,
+                tied=True,
+                recipe=Recipe(tokens=4_000_000),
             ),
         )
     }

@@ -27,7 +27,7 @@ from mariotte.errors import ChainError, DataError
 from mariotte.models import checkpoint
 from mariotte.models.load import load, quiet_transformers
 from mariotte.models.model import Done, Model
-from mariotte.models.step import Context, Prepared, Step, prepare_once
+from mariotte.models.step import Context, Prepared, Step, apply_at, prepare_once
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.9)
@@ -135,6 +135,28 @@ class MethodConformance:
             assert sizes == sorted(sizes, reverse=True)
             if step.unit not in ("weights", "bits"):
                 assert sizes[-1] < sizes[1], "a cut of most of a width removes nothing"
+
+    def test_what_it_says_it_removes_is_what_it_removes(self, step: Step, family: str, tmp_path: Path) -> None:
+        if type(step).removes is Step.removes:
+            with pytest.raises(ChainError, match="removes no parameters"):
+                replace(step, of="model")
+            return
+        model = tiny(family)
+        context = context_of(model, tmp_path)
+        of_model = replace(step, of="model")
+        prepared = prepare_once(step, model, context, amounts(step))
+        for amount in (0.0, *amounts(step)):
+            cut = step.apply(model, prepared, amount, context)
+            removed = model.measured_params() - cut.measured_params() + cut.done[-1].zeros
+            assert step.removes(model, amount) == removed
+            share = removed / model.measured_params()
+            if share > 0:
+                same = apply_at(of_model, model, prepared, share, context)
+                assert same.measured_params() == cut.measured_params()
+                assert same.done[-1].obtained == pytest.approx(share)
+                assert same.done[-1].unit == "parameters"
+        with pytest.raises(ChainError, match="can remove at most"):
+            apply_at(of_model, model, prepared, 0.999, context)
 
     def test_every_amount_comes_from_one_finished_preparation(self, step: Step, family: str, tmp_path: Path) -> None:
         model = tiny(family)

@@ -6,13 +6,14 @@ Shapes: D model width, F neurons of a block (the down projection's inputs), K ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte import accounting
 from mariotte.compress.calibration import second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import cut_width, derive, parameter_names, rounding
@@ -126,6 +127,17 @@ class FFN(Step):
         if self.round_to is not None and self.round_to < 1:
             raise ChainError(f"ffn: round_to must be a positive number of neurons, got {self.round_to}")
 
+    def _width(self, model: Model, amount: int | float) -> tuple[int, int]:
+        """The width that is kept, and the multiple to which it is rounded."""
+        shape = model.shape
+        multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
+        return cut_width(shape.ffn, amount, multiple), multiple
+
+    @override
+    def removes(self, model: Model, amount: int | float) -> int:
+        width, _ = self._width(model, amount)
+        return model.counts.n_params - accounting.count_shape(replace(model.shape, ffn=width)).n_params
+
     @override
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
@@ -166,8 +178,7 @@ class FFN(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape = model.shape
-        multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
-        width = cut_width(shape.ffn, amount, multiple)
+        width, multiple = self._width(model, amount)
         done = self.done(amount, 1 - width / shape.ffn, ffn=[shape.ffn, width], rounding=multiple)
         if width == shape.ffn:
             return model.copy().after(done)

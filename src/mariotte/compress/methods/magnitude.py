@@ -115,6 +115,11 @@ class Magnitude(Step):
         return [matrix for block in model.blocks for part in parts for matrix in getattr(block, part)]
 
     @override
+    def removes(self, model: Model, amount: int | float) -> int:
+        sizes = [matrix.weight.numel() for matrix in self.matrices(model)]
+        return round(amount * sum(sizes)) if self.per == "model" else sum(round(amount * size) for size in sizes)
+
+    @override
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         return Prepared(context.scratch).finish()
 

@@ -6,13 +6,14 @@ Shapes: D model width, d width kept, O outputs and I inputs of a linear layer, M
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mariotte import accounting
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import cut_width, derive, norm_weight, parameter_names, rounding, set_norm_eps_
@@ -123,6 +124,23 @@ class Slice(Step):
             return f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size"
         return None
 
+    def _width(self, model: Model, amount: int | float) -> tuple[int, int]:
+        """The hidden size that is kept, and the multiple to which it is rounded."""
+        shape = model.shape
+        multiple = rounding(
+            shape.hidden,
+            self.round_to,
+            multiple_of=shape.heads if model.entry.hidden_multiple_of_heads else 1,
+        )
+        return cut_width(shape.hidden, amount, multiple), multiple
+
+    @override
+    def removes(self, model: Model, amount: int | float) -> int:
+        shape = model.shape
+        width, _ = self._width(model, amount)
+        after = shape if width == shape.hidden else replace(shape, hidden=width, tied=False)
+        return model.counts.n_params - accounting.count_shape(after).n_params
+
     @override
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
@@ -158,12 +176,7 @@ class Slice(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape = model.shape
-        multiple = rounding(
-            shape.hidden,
-            self.round_to,
-            multiple_of=shape.heads if model.entry.hidden_multiple_of_heads else 1,
-        )
-        width = cut_width(shape.hidden, amount, multiple)
+        width, multiple = self._width(model, amount)
         untied = shape.tied and width < shape.hidden
         done = self.done(
             amount, 1 - width / shape.hidden, hidden=[shape.hidden, width], rounding=multiple, untied=untied
