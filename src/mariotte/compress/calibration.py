@@ -8,13 +8,14 @@ change the result only within the rounding of the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mariotte.errors import ModelError
+from mariotte.errors import DataError, ModelError
 from mariotte.models.model import Model
 from mariotte.models.step import Context
 
@@ -25,6 +26,67 @@ BATCH_TOKENS = 4096
 def rms_normalised(x_MI: Tensor, eps: float) -> Tensor:
     """Each row divided by its root mean square: what an RMSNorm sees before its weights."""
     return x_MI * torch.rsqrt(x_MI.square().mean(-1, keepdim=True) + eps)
+
+
+def outer(x_MI: Tensor) -> Tensor:
+    """The sum of x xᵀ over tokens, (I, I)."""
+    return x_MI.T @ x_MI
+
+
+def squares(x_MI: Tensor) -> Tensor:
+    """The sum of x² over tokens, (I,)."""
+    return x_MI.square().sum(0)
+
+
+class Means:
+    """Means over tokens of a statistic of inputs, for any number of groups; call it with each group's inputs.
+
+    Parameters
+    ----------
+    statistic : the sum over tokens of what is to be averaged, such as `outer` or `squares`, of inputs (M, I) float64
+    """
+
+    def __init__(self, statistic: Callable[[Tensor], Tensor]) -> None:
+        self.statistic = statistic
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def __call__(self, group: str, x_MI: Tensor) -> None:
+        """Add what a module of `group` saw, (M, I)."""
+        found = self.statistic(x_MI.double())
+        if group in self._sums:
+            self._sums[group] += found
+        else:
+            self._sums[group] = found
+        self._tokens[group] = self._tokens.get(group, 0) + len(x_MI)
+
+    def result(self, step: str, model: Model) -> dict[str, Tensor]:
+        """The mean of every group, float64.
+
+        Raises
+        ------
+        ModelError
+            When activations were not finite.
+        """
+        means = {group: total / self._tokens[group] for group, total in self._sums.items()}
+        for group, mean in means.items():
+            check_finite(mean, step, group, model)
+        return means
+
+
+def check_finite(gathered: Tensor, step: str, group: str, model: Model) -> None:
+    """Refuse what was gathered from activations that are not finite.
+
+    Raises
+    ------
+    ModelError
+        When some are not.
+    """
+    if not bool(gathered.isfinite().all()):
+        raise ModelError(
+            f"{step} found activations that are not finite in {group} of {model.name}: "
+            "check the checkpoint, or compute in a wider dtype"
+        )
 
 
 def second_moments(
@@ -62,51 +124,86 @@ def second_moments(
     -----
     Cost: one forward pass, plus I² multiplications a token and module; I² float64 of memory a group.
     """
-    sums: dict[str, Tensor] = {}
-    tokens_seen: dict[str, int] = {}
-
-    def gather(group: str, x_MI: Tensor) -> None:
-        x_MI = x_MI.double()
-        x_MI = x_MI if transform is None else transform(x_MI)
-        if group not in sums:
-            sums[group] = x_MI.new_zeros(x_MI.shape[1], x_MI.shape[1])
-        sums[group].addmm_(x_MI.T, x_MI)
-        tokens_seen[group] = tokens_seen.get(group, 0) + len(x_MI)
-
-    _observe(model, context, step, inputs, gather, batch)
-    moments = {group: total_II / tokens_seen[group] for group, total_II in sums.items()}
-    for group, moment_II in moments.items():
-        if not bool(moment_II.isfinite().all()):
-            raise ModelError(
-                f"{step} found activations that are not finite in {group} of {model.name}: "
-                "check the checkpoint, or compute in a wider dtype"
-            )
-    return moments
+    gather = Means(outer if transform is None else lambda x_MI: outer(transform(x_MI)))
+    observe(model, context, step, inputs, gather, batch=batch)
+    return gather.result(step, model)
 
 
-@torch.no_grad()
-def _observe(
+def mean_squares(
     model: Model,
     context: Context,
     step: str,
     inputs: Mapping[str, Sequence[nn.Module]],
-    gather: Callable[[str, Tensor], None],
-    batch: int | None,
-) -> None:
-    """Run the calibration tokens and hand every group the inputs of its modules, (M, I)."""
-    tokens_NT = context.calibration_for(step)
-    rows = batch or max(1, BATCH_TOKENS // tokens_NT.shape[1])
+    *,
+    batch: int | None = None,
+) -> dict[str, Tensor]:
+    """Mean of x² of each input of modules: the diagonal of `second_moments`, at the cost of a forward pass alone.
+
+    Returns
+    -------
+    (I,) float64 on the model's device for every group; the l2 norm over M tokens is the root of M times that
+    """
+    gather = Means(squares)
+    observe(model, context, step, inputs, gather, batch=batch)
+    return gather.result(step, model)
+
+
+@contextlib.contextmanager
+def watching(inputs: Mapping[str, Sequence[nn.Module]], gather: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it lasts, hand every group the inputs of its modules, (M, I), whenever they run."""
 
     def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, arguments: gather(group, cast(Tensor, arguments[0]).flatten(0, -2))
 
     handles = [module.register_forward_pre_hook(watch(group)) for group, some in inputs.items() for module in some]
-    # The model without its head: no hook sits behind it, and logits are the largest tensor of the pass.
-    body = model.hf.base_model
     try:
-        for start in range(0, len(tokens_NT), rows):
-            body(input_ids=tokens_NT[start : start + rows].to(model.device), use_cache=False)
-            context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tokens_for(context: Context, step: str) -> Tensor:
+    """The calibration tokens, (N, T).
+
+    Raises
+    ------
+    DataError
+        When there are fewer than two: of one nothing can be told from chance.
+    """
+    tokens_NT = context.calibration_for(step)
+    if tokens_NT.numel() < 2:
+        raise DataError(f"{step} needs at least 2 calibration tokens, got {tokens_NT.numel()}: take more text")
+    return tokens_NT
+
+
+def rows_at_once(tokens_NT: Tensor, batch: int | None = None) -> int:
+    """Rows that make a batch: `batch`, or as many as hold about 4096 tokens."""
+    return batch or max(1, BATCH_TOKENS // tokens_NT.shape[1])
+
+
+@torch.no_grad()
+def observe(
+    model: Model,
+    context: Context,
+    step: str,
+    inputs: Mapping[str, Sequence[nn.Module]],
+    gather: Callable[[str, Tensor], None],
+    *,
+    batch: int | None = None,
+) -> None:
+    """Run the calibration tokens and hand every group the inputs of its modules, (M, I).
+
+    Raises
+    ------
+    DataError
+        When the run has no calibration text.
+    """
+    tokens_NT = tokens_for(context, step)
+    rows = rows_at_once(tokens_NT, batch)
+    # The model without its head: no hook sits behind it, and logits are the largest tensor of the pass.
+    body = model.hf.base_model
+    with watching(inputs, gather):
+        for start in range(0, len(tokens_NT), rows):
+            body(input_ids=tokens_NT[start : start + rows].to(model.device), use_cache=False)
+            context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
