@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mariotte.cli._running import run_shown
-from mariotte.cli.console import print_json, print_table, say
+from mariotte.cli.console import duration, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from mariotte.experiments.estimate import Estimate
+    from mariotte.experiments.run import Plan
+    from mariotte.experiments.study import Study
 
 __all__ = ["run"]
 
@@ -24,39 +29,125 @@ def run(
         int | None, typer.Option(min=1, max=1024, help="Threads of torch, instead of the study's.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes, instead of the study's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    keep: Annotated[
+        str | None, typer.Option(help="Checkpoints that stay, instead of the study's: none, best or all.")
+    ] = None,
+    artifacts: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoints that stay.  [default: beside the store]")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and what it would take.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run what is missing of a study; stop it whenever you like and run it again.
 
     Every experiment is recorded as soon as it is measured. Exit code 1 when some experiments failed: the others are
-    recorded, and running again tries those that failed once more.
+    recorded, and what failed is left alone by the next run unless --retry-failed asks for it.
     """
-    from mariotte.experiments.run import check
-    from mariotte.experiments.study import read
+    from mariotte.experiments.study import read, with_run
     from mariotte.store import open_store
 
-    found = read(study)
-    changes = {
-        key: value
-        for key, value in (("device", device), ("threads", threads), ("workers", workers))
-        if value is not None
-    }
-    if changes:
-        found = found.model_copy(update={"run": found.run.model_copy(update=changes)})
+    changes: dict[str, Any] = {"device": device, "threads": threads, "workers": workers, "keep": keep}
+    found = with_run(read(study), **{key: value for key, value in changes.items() if value is not None})
     if dry_run:
-        plan = check(found)
-        if as_json:
-            print_json(asdict(plan))
-        else:
-            print_table(f"{found.name}: what would be done", ["", ""], [[k, v] for k, v in asdict(plan).items()])
+        _say_plan(found, store, as_json)
         return
     with open_store(store, create=True) as opened:
-        summary = run_shown(found, opened, study.read_text(encoding="utf-8"))
+        summary = run_shown(
+            found, opened, study.read_text(encoding="utf-8"), artifacts=artifacts, retry_failed=retry_failed
+        )
         if as_json:
             print_json(asdict(summary))
         else:
             where = "" if store is None else f" --store {store}"
             say(f"records are in {opened.name}; `mariotte report{where}` makes a page of them")
-    if summary.failures:
+    if summary.failures or summary.failed_before:
         raise typer.Exit(1)
+
+
+def _say_plan(study: Study, store: str | None, as_json: bool) -> None:
+    """What a study would do, and take: from its file, from configs that are here, and from what a store holds of it."""
+    from mariotte.errors import MariotteError
+    from mariotte.experiments.estimate import estimate
+    from mariotte.experiments.run import check, plan
+    from mariotte.models.load import peek_config
+    from mariotte.store import open_store
+
+    planned = plan(study)
+    configs = {name: config for name in study.models if (config := peek_config(name)) is not None}
+    records = []
+    if store is not None and "://" not in store and Path(store).exists():
+        with open_store(store) as opened:
+            records = opened.records(study=study.name)
+    expected = estimate(study, configs, records)
+    missing = ""
+    if not expected.unknown:
+        try:
+            check(study)
+        except MariotteError as error:
+            missing = str(error)
+    if as_json:
+        print_json({**asdict(planned), "expected": asdict(expected), "missing": missing or None})
+        return
+    _print_plan(study, planned, expected)
+    if expected.unknown:
+        say(
+            f"not here, so not in time, memory and disk: {', '.join(expected.unknown)}; `mariotte run` fetches them, "
+            "or says that it cannot"
+        )
+    if missing:
+        say(f"the study cannot run yet: {missing}")
+
+
+def _print_plan(study: Study, planned: Plan, expected: Estimate) -> None:
+    total = sum(planned.evaluations.get(kind, 0) for kind in ("loss", "tasks", "knowledge"))
+    kinds = ", ".join(f"{n:,} × {kind}" for kind, n in planned.evaluations.items())
+    print_table(
+        f"{study.name}: what would be done",
+        ["", ""],
+        [
+            ["models", f"{planned.models:,}"],
+            ["cuts", f"{planned.cuts:,}"],
+            ["checkpoints, recovered ones among them", f"{planned.checkpoints:,}"],
+            ["evaluations of their quality", f"{total:,} ({kinds})"],
+            ["records, the dense models' among them", f"{planned.records:,}"],
+        ],
+    )
+    print_table(
+        "Work, shared as the study's tree shares it, and if every chain ran alone",
+        ["", "shared", "alone"],
+        [
+            ["models loaded", f"{planned.loads:,}", f"{planned.unshared_loads:,}"],
+            ["steps prepared", f"{planned.preparations:,}", f"{planned.unshared_applications:,}"],
+            ["steps applied", f"{planned.applications:,}", f"{planned.unshared_applications:,}"],
+            ["tokens of recovery", f"{planned.shared_tokens:,}", f"{planned.recovery_tokens:,}"],
+        ],
+    )
+    if expected.seconds is None or expected.unshared_seconds is None:
+        return
+    workers = f"{study.run.workers} worker{'s' if study.run.workers > 1 else ''}"
+    source = "from what its records took" if expected.measured else "from shapes and this machine's speed"
+    print_table(
+        f"What it would take here, within a factor of about two ({source})",
+        ["", ""],
+        [
+            [f"time, {workers}", duration(expected.seconds)],
+            ["time, one process, every chain alone", duration(expected.unshared_seconds)],
+            ["memory of a worker, beside Python and torch", size(expected.memory_bytes)],
+            ["disk while it runs", size(expected.disk_bytes)],
+            [f"checkpoints that stay (keep = {study.run.keep})", size(expected.kept_bytes)],
+        ],
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as a person says them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"

@@ -44,14 +44,19 @@ class Measure(ABC):
     Notes
     -----
     Subclasses are frozen keyword-only dataclasses, final, one a file. ``metrics`` names what they find, with its kind:
-    a loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises. ``version`` goes up when a
-    correction changes numbers.
+    a loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises, a speed is positive and rises
+    as more is removed. ``version`` goes up when a correction changes numbers.
     """
 
     on: str
 
-    metrics: ClassVar[Mapping[str, Literal["loss", "score"]]]
+    metrics: ClassVar[Mapping[str, Literal["loss", "score", "speed"]]]
     version: ClassVar[int] = 1
+
+    @property
+    def tokens(self) -> int:
+        """About how many tokens a measurement runs through a model, for estimates; 0 where it is not known before."""
+        return 0
 
     def check(self) -> None:
         """Raise what can be told to be wrong before any model is loaded, such as a corpus that is missing."""
@@ -76,3 +81,16 @@ class Measure(ABC):
         model : what to measure
         dense : the same measure of the dense model, for details such as what was lost; None for the dense model itself
         """
+
+    def compare(self, model: Model, reference: Model, dense: Measurement) -> Measurement:
+        """Measure a compressed model with the dense one at hand.
+
+        Parameters
+        ----------
+        model : what to measure
+        reference : the dense model; a measure whose numbers mean something only side by side, such as a time, runs it
+            anew, and any other has no use for it
+        dense : the same measure of the dense model
+        """
+        del reference
+        return self.measure(model, dense)

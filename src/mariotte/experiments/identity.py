@@ -128,6 +128,11 @@ def resolve_measure(text: str) -> Measure:
     return settle(kind, link.name, link.fields, on=link.scope)
 
 
+def measure_name(measure: Measure) -> str:
+    """The name of a measure's kind, such as ``loss``."""
+    return type(measure).__module__.rpartition(".")[2].replace("_", "-")
+
+
 def measure_text(measure: Measure) -> str:
     """The canonical text of a measure."""
     given = {
@@ -135,7 +140,7 @@ def measure_text(measure: Measure) -> str:
         for f in dataclasses.fields(measure)
         if f.name != "on" and getattr(measure, f.name) is not None and getattr(measure, f.name) != f.default
     }
-    return str(Link(type(measure).__module__.rpartition(".")[2].replace("_", "-"), None, measure.on, given))
+    return str(Link(measure_name(measure), None, measure.on, given))
 
 
 def step_identity(step: Step, reads: Mapping[str, str]) -> dict[str, Any]:

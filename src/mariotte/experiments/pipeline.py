@@ -20,6 +20,7 @@ from mariotte.data.tokens import Blocks
 from mariotte.errors import MariotteError, ModelError
 from mariotte.evaluate.base import Measure, Measurement
 from mariotte.experiments import identity
+from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.environment import environment
 from mariotte.experiments.identity import Part
 from mariotte.experiments.study import Calibration
@@ -65,6 +66,7 @@ class Bench:
     work : folder of preparations and trunks; what is finished there is not done again
     counters : of the run
     progress : told the stage and the share of it that is done
+    at : told, before any work, which states it is for
     """
 
     model: Model
@@ -73,6 +75,7 @@ class Bench:
     work: Path
     counters: Counters = field(default_factory=Counters)
     progress: Callable[[str, float], None] = silent
+    at: Callable[[Sequence[Node]], None] = lambda nodes: None
 
     def experiment_id(self, parts: Sequence[Part]) -> str:
         """Fingerprint of what these steps make of this model.
@@ -119,6 +122,7 @@ class Bench:
             if not amounts:
                 continue
             context = self.context(node.parts, group)
+            self.at([below for amount in amounts for below in group.children[amount].walk() if needed(below)])
             started = time.perf_counter()
             try:
                 if reason := group.step.refuse(model):
@@ -133,6 +137,7 @@ class Bench:
             for amount in amounts:
                 child = group.children[amount]
                 started = time.perf_counter()
+                self.at([below for below in child.walk() if needed(below)])
                 try:
                     compressed = apply_at(group.step, model, prepared, amount, context)
                 except Exception as error:
@@ -142,6 +147,7 @@ class Bench:
                 self.counters.applications += 1
                 cost = {"prepare_s": round(prepare_s, 4), "apply_s": round(time.perf_counter() - started, 4)}
                 if needed(child):
+                    self.at([child])
                     yield Built(child, compressed, cost)
                 yield from self.walk(child, compressed, needed)
 
@@ -171,18 +177,21 @@ class Task:
     study : which study asks
     model, device, dtype, threads : what to load and how to compute
     chains : canonical texts
-    measures : canonical texts
+    measures : canonical texts, each with the chains that it is for: all, or cuts
     seeds : of everything random; each goes through all chains
     calibration : text that steps may look at
     work : folder of preparations
     done : ids of the records that exist
+    failed : ids of experiments that are not tried again
+    settled : ids of experiments whose outcome was told already, and is not told again
+    shelf : where compressed checkpoints are kept, None for nowhere
     dense : records of the dense model that exist, by id
     """
 
     study: str
     model: str
     chains: tuple[str, ...]
-    measures: tuple[str, ...]
+    measures: Mapping[str, str]
     seeds: tuple[int, ...]
     calibration: Calibration | None
     work: Path
@@ -190,7 +199,19 @@ class Task:
     dtype: str | None = None
     threads: int | None = None
     done: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    settled: frozenset[str] = frozenset()
+    shelf: Shelf | None = None
     dense: Mapping[str, Record] = field(default_factory=lambda: dict[str, Record]())
+
+
+@dataclass(frozen=True)
+class Serving:
+    """An experiment that work is being done for: what is lost when the process that does it is killed."""
+
+    experiment: str
+    chain: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -199,20 +220,32 @@ class Outcome:
 
     Parameters
     ----------
-    model, chain : which experiment
+    model, chain, experiment : which experiment, in words and by its id
     ids : of all its records, new and old
     records : the new ones
-    failure : why there are none
+    failure : why there are none; beside records, why its checkpoint was not kept
+    before : whether it failed in an earlier run and was not tried again
     """
 
     model: str
     chain: str
+    experiment: str
     ids: tuple[str, ...] = ()
     records: tuple[Record, ...] = ()
     failure: Failure | None = None
+    before: bool = False
 
 
-def perform(task: Task, counters: Counters, progress: Callable[[str, float], None] = silent) -> Iterator[Outcome]:
+def nobody(served: tuple[Serving, ...]) -> None:
+    """Told what is being worked on; nobody listens."""
+
+
+def perform(
+    task: Task,
+    counters: Counters,
+    progress: Callable[[str, float], None] = silent,
+    serving: Callable[[tuple[Serving, ...]], None] = nobody,
+) -> Iterator[Outcome]:
     """Do what is missing of a task; the caller stores what comes back.
 
     A model that cannot be loaded or measured is one failure, of the stage ``setup``: the study's other models go on.
@@ -230,26 +263,43 @@ def perform(task: Task, counters: Counters, progress: Callable[[str, float], Non
         benches = [Bench(model, seed, calibration, task.work, counters, progress) for seed in task.seeds]
         recorders = [_Recorder(task, bench, measures, protocols) for bench in benches]
         for node in root.walk():
-            recorders[0].record_ids(node)  # now, so that text which is missing is missed before the work
+            recorders[0].bench.experiment_id(node.parts)  # now, so that text which is missing is missed before the work
         dense, measured = recorders[0].measure_dense(root)
     except MariotteError as error:
         failure = _failure(task, digest([task.study, task.model]), str(chains.Chain()), task.seeds[0], "setup", error)
-        yield Outcome(task.model, str(chains.Chain()), failure=failure)
+        yield Outcome(task.model, str(chains.Chain()), failure.experiment, failure=failure)
         return
-    yield measured
+    if measured.experiment not in task.settled:
+        yield measured
     for bench, recorder in zip(benches, recorders, strict=True):
         missing: dict[int, list[str]] = {}
+        lacking: set[int] = set()
         for node in root.walk():
             if not node.wanted or not node.parts:
                 continue
+            experiment = bench.experiment_id(node.parts)
+            if experiment in task.settled:
+                continue
             ids = recorder.record_ids(node)
             missing[id(node)] = [text for text, key in ids.items() if key not in task.done]
-            if not missing[id(node)]:
-                yield Outcome(task.model, str(node.chain), tuple(ids.values()))
+            if task.shelf is not None and task.shelf.lacks(experiment):
+                lacking.add(id(node))
+            if experiment in task.failed and (missing[id(node)] or id(node) in lacking):
+                missing[id(node)] = []
+                lacking.discard(id(node))
+                yield Outcome(task.model, str(node.chain), experiment, before=True)
+            elif not missing[id(node)] and id(node) not in lacking:
+                yield Outcome(task.model, str(node.chain), experiment, tuple(ids.values()))
 
-        def needed(node: Node, missing: Mapping[int, list[str]] = missing) -> bool:
-            return bool(missing.get(id(node)))
+        def needed(
+            node: Node, missing: Mapping[int, list[str]] = missing, lacking: frozenset[int] = frozenset(lacking)
+        ) -> bool:
+            return bool(missing.get(id(node))) or id(node) in lacking
 
+        def at(nodes: Sequence[Node], bench: Bench = bench) -> None:
+            serving(tuple(Serving(bench.experiment_id(n.parts), str(n.chain), bench.seed) for n in nodes))
+
+        bench.at = at
         for reached in bench.walk(root, model, needed):
             if isinstance(reached, Broken):
                 yield recorder.failed(reached)
@@ -287,9 +337,11 @@ class _Recorder:
     def record_ids(self, node: Node) -> dict[str, str]:
         """The id of the record of each measure of one state, by the measure's text."""
         experiment = self.bench.experiment_id(node.parts)
+        recovered = any(part.recovers for part in node.parts)
         return {
             text: identity.record_id(experiment, measure, self.protocols[text])
             for text, measure in self.measures.items()
+            if not (recovered and self.task.measures[text] == "cuts")
         }
 
     def measure_dense(self, root: Node) -> tuple[dict[str, Measurement], Outcome]:
@@ -307,7 +359,8 @@ class _Recorder:
             self.bench.counters.dense_evaluations += 1
             cost = {"measure_s": round(time.perf_counter() - started, 4)}
             records.append(self._record(Built(root, self.bench.model, cost), text, key, found[text], found[text]))
-        return found, Outcome(self.task.model, str(root.chain), tuple(self.record_ids(root).values()), tuple(records))
+        ids = tuple(self.record_ids(root).values())
+        return found, Outcome(self.task.model, str(root.chain), self.bench.experiment_id(()), ids, tuple(records))
 
     def measured(self, built: Built, missing: Sequence[str], dense: Mapping[str, Measurement]) -> Outcome:
         """Measure what is missing of one state."""
@@ -316,17 +369,32 @@ class _Recorder:
         for text in missing:
             self.bench.progress(f"measuring {built.node.chain}", 0.0)
             started = time.perf_counter()
-            found = self.measures[text].measure(built.model, dense[text])
+            found = self.measures[text].compare(built.model, self.bench.model, dense[text])
             self.bench.counters.evaluations += 1
             cost = {**built.cost, "measure_s": round(time.perf_counter() - started, 4)}
             records.append(self._record(Built(built.node, built.model, cost), text, ids[text], found, dense[text]))
-        return Outcome(self.task.model, str(built.node.chain), tuple(ids.values()), tuple(records))
+        failure = self._shelve(built, records)
+        experiment = self.bench.experiment_id(built.node.parts)
+        return Outcome(self.task.model, str(built.node.chain), experiment, tuple(ids.values()), tuple(records), failure)
+
+    def _shelve(self, built: Built, records: Sequence[Record]) -> Failure | None:
+        """Keep the checkpoint if it is wanted; what stands in the way of that loses no record."""
+        if self.task.shelf is None:
+            return None
+        first = next(iter(self.measures))
+        value = next((next(iter(record.metrics.values())) for record in records if record.measure == first), None)
+        experiment = self.bench.experiment_id(built.node.parts)
+        try:
+            self.task.shelf.offer(built.model, experiment, built.node.parts, value, self.bench.model)
+        except Exception as error:
+            return self.failed(Broken(built.node, "keep", error)).failure
+        return None
 
     def failed(self, broken: Broken) -> Outcome:
         """Write down a failure."""
         experiment, chain = self.bench.experiment_id(broken.node.parts), str(broken.node.chain)
         failure = _failure(self.task, experiment, chain, self.bench.seed, broken.stage, broken.error)
-        return Outcome(self.task.model, chain, failure=failure)
+        return Outcome(self.task.model, chain, experiment, failure=failure)
 
     def _record(self, built: Built, text: str, key: str, found: Measurement, base: Measurement) -> Record:
         parts, model, dense = built.node.parts, built.model, self.bench.model

@@ -6,16 +6,17 @@ import contextlib
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mariotte import architectures
+from mariotte import accounting, architectures
 from mariotte import chain as chains
 from mariotte.data import corpora
 from mariotte.errors import StudyError
 from mariotte.experiments import identity
+from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.environment import environment
 from mariotte.experiments.pipeline import Outcome, Task, now
 from mariotte.experiments.runners.inline import inline
@@ -35,21 +36,34 @@ class Plan:
 
     Parameters
     ----------
-    models, chains, seeds, measures : how many of each
-    experiments : chains on models, seeds counted, and one dense model each
+    models, seeds : how many
+    cuts : compressions without recovery, models and seeds counted
+    checkpoints : compressed models, recovered ones among them
+    experiments : checkpoints, and one dense model each
+    evaluations : checkpoints times kinds of measure (loss, tasks, ...): three corpora are one evaluation of the loss
     records : experiments times measures
-    preparations : steps prepared, each once a state
-    applications : steps applied
+    loads : models loaded
+    preparations, applications : steps prepared, each once a state, and applied
+    unshared_loads, unshared_applications : what they would be if every chain were run alone; as many would be prepared
+        as applied
+    recovery_tokens : seen by all recoveries together, with what each shares with a longer one
+    shared_tokens : the same when a longer recovery goes on from a shorter one's trunk
     """
 
     models: int
-    chains: int
     seeds: int
-    measures: int
+    cuts: int
+    checkpoints: int
     experiments: int
+    evaluations: dict[str, int]
     records: int
+    loads: int
     preparations: int
     applications: int
+    unshared_loads: int
+    unshared_applications: int
+    recovery_tokens: int
+    shared_tokens: int
 
 
 @dataclass
@@ -59,6 +73,7 @@ class Summary:
     study: str
     experiments: int = 0
     skipped: int = 0
+    failed_before: int = 0
     records: int = 0
     failures: list[Failure] = field(default_factory=lambda: list[Failure]())
     counters: Counters = field(default_factory=Counters)
@@ -73,10 +88,9 @@ def check(study: Study) -> Plan:
     MariotteError
         For the first thing that is not there or not possible; better now than after an hour.
     """
-    expanded = study.expanded()
-    root = grow(identity.resolve(chain) for chain in expanded)
-    for text in study.measures:
-        identity.resolve_measure(text).check()
+    measures = [(identity.resolve_measure(entry.measure), entry.of) for entry in study.measured()]
+    for measure, _ in measures:
+        measure.check()
     if study.calibration is not None:
         corpora.find(study.calibration.corpus)
     find_device(study.run.device)
@@ -86,18 +100,61 @@ def check(study: Study) -> Plan:
         folder = locate(name)
         architectures.shape(read_config(folder))
         weight_files(folder)
-    nodes = list(root.walk())
-    times = len(study.models) * len(set(study.seeds))
-    experiments = len(study.models) + times * sum(node.wanted for node in nodes if node.parts)
+    return plan(study)
+
+
+def plan(study: Study) -> Plan:
+    """What a study asks for, counted from its file alone: models and text need not be here.
+
+    Raises
+    ------
+    MariotteError
+        For a chain or a measure that nothing defines.
+    """
+    seeds = len(set(study.seeds))
+    measures = {
+        identity.measure_text(measure): (identity.measure_name(measure), entry.of)
+        for entry in study.measured()
+        for measure in [identity.resolve_measure(entry.measure)]
+    }
+    cuts = checkpoints = records = preparations = applications = unshared = tokens = shared = 0
+    evaluations: dict[str, int] = {name: 0 for name, _ in measures.values()}
+    for model in study.models:
+        nodes = list(grow(identity.resolve(chain) for chain in study.expanded(model)).walk())
+        wanted = [node for node in nodes if node.wanted and node.parts]
+        recovered = [node for node in wanted if any(part.recovers for part in node.parts)]
+        cuts += seeds * (len(wanted) - len(recovered))
+        checkpoints += seeds * len(wanted)
+        for name in evaluations:
+            of_all = any(kind == name and of == "all" for kind, of in measures.values())
+            evaluations[name] += seeds * (len(wanted) - (0 if of_all else len(recovered)))
+        for _, of in measures.values():
+            records += seeds * (len(wanted) - (0 if of == "all" else len(recovered))) + 1
+        groups = [group for node in nodes for group in node.groups]
+        preparations += seeds * len(groups)
+        applications += seeds * (len(nodes) - 1)
+        unshared += seeds * sum(len(node.parts) for node in wanted)
+        tokens += seeds * sum(int(part.amount) for node in recovered for part in node.parts if part.recovers)
+        shared += seeds * sum(
+            round(group.step.training_tokens([int(amount) for amount in group.children]))
+            for group in groups
+            if group.step.family == "recovery"
+        )
     return Plan(
         models=len(study.models),
-        chains=len(expanded),
-        seeds=len(set(study.seeds)),
-        measures=len(study.measures),
-        experiments=experiments,
-        records=experiments * len(study.measures),
-        preparations=times * sum(len(node.groups) for node in nodes),
-        applications=times * (len(nodes) - 1),
+        seeds=seeds,
+        cuts=cuts,
+        checkpoints=checkpoints,
+        experiments=checkpoints + len(study.models),
+        evaluations=evaluations,
+        records=records,
+        loads=len(study.models),
+        preparations=preparations,
+        applications=applications,
+        unshared_loads=checkpoints,
+        unshared_applications=unshared,
+        recovery_tokens=tokens,
+        shared_tokens=shared,
     )
 
 
@@ -107,12 +164,24 @@ def work_folder(store: Store) -> Path:
     return Path(f"{name}.work") if "://" not in name else Path.cwd() / "mariotte.work"
 
 
+def artifacts_folder(store: Store) -> Path:
+    """Where the checkpoints that a store's studies keep are, unless another folder is asked for."""
+    return work_folder(store).with_suffix(".artifacts")
+
+
+def by_size(models: Sequence[str]) -> list[str]:
+    """Models with the most weights first: what takes longest must not begin last, with nobody else at work."""
+    return sorted(models, key=lambda name: -accounting.count(read_config(locate(name))).n_params)
+
+
 def run(
     study: Study,
     store: Store,
     *,
     toml: str = "",
     work: Path | None = None,
+    artifacts: Path | None = None,
+    retry_failed: bool = False,
     progress: Callable[[str, float], None] = lambda stage, done: None,
     finished: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Summary:
@@ -125,6 +194,9 @@ def run(
     toml : text of the study file, kept with the run
     work : folder of preparations and trunks, which an interrupted run leaves and the next one goes on from; None puts
         it beside the store. It is removed when the study is complete
+    artifacts : folder of the checkpoints that the study keeps; None puts it beside the store
+    retry_failed : try again what failed in an earlier run; without it only models that could not even be begun with
+        are
     progress : told the stage and the share of it that is done
     finished : told every experiment when it is stored
 
@@ -137,14 +209,25 @@ def run(
     check(study)
     folder = work or work_folder(store) / study.name
     summary = Summary(study.name)
-    texts = tuple(str(chain) for chain in study.expanded())
-    measures = tuple(identity.measure_text(identity.resolve_measure(text)) for text in study.measures)
+    measures = {
+        identity.measure_text(measure): (measure, entry.of)
+        for entry in study.measured()
+        for measure in [identity.resolve_measure(entry.measure)]
+    }
+    shelves = artifacts or artifacts_folder(store)
+    rising = next(iter(next(iter(measures.values()))[0].metrics.values())) != "loss"
+    # What stopped a model before its first experiment is the user's to mend, and cheap to try again.
+    failed = (
+        frozenset[str]()
+        if retry_failed
+        else frozenset(failure.experiment for failure in store.failures(study=study.name) if failure.stage != "setup")
+    )
     tasks = [
         Task(
             study=study.name,
             model=name,
-            chains=texts,
-            measures=measures,
+            chains=tuple(str(chain) for chain in study.expanded(name)),
+            measures={text: of for text, (_, of) in measures.items()},
             seeds=tuple(dict.fromkeys(study.seeds)),
             calibration=study.calibration,
             work=folder,
@@ -152,13 +235,19 @@ def run(
             dtype=study.run.dtype,
             threads=study.run.threads,
             done=frozenset(store.ids()),
+            failed=failed,
+            shelf=None
+            if study.run.keep == "none"
+            else Shelf(folder=shelves / study.name, model=name, keep=study.run.keep, rising=rising),
             dense={record.id: record for record in store.records(chain=str(chains.Chain()))},
         )
-        for name in study.models
+        for name in by_size(study.models)
     ]
     workers = min(study.run.workers, len(tasks))
     with _alone(study.name, folder):
-        store.clear_failures(study=study.name)
+        for failure in store.failures(study=study.name):
+            if failure.experiment not in failed:
+                store.clear_failures(study=study.name, experiment=failure.experiment)
         outcomes = (
             processes(tasks, summary.counters, progress, workers)
             if workers > 1
@@ -166,13 +255,14 @@ def run(
         )
         for outcome in outcomes:
             summary.experiments += 1
-            if outcome.failure is not None:
-                store.add_failure(outcome.failure)
-                summary.failures.append(outcome.failure)
-            else:
+            summary.failed_before += outcome.before
+            if outcome.ids:
                 summary.records += store.add(outcome.records) if outcome.records else 0
                 summary.skipped += not outcome.records
                 store.share(study.name, outcome.ids)
+            if outcome.failure is not None:
+                store.add_failure(outcome.failure)
+                summary.failures.append(outcome.failure)
             finished(outcome)
         summary.seconds = time.perf_counter() - began
         store.add_run(
@@ -189,7 +279,7 @@ def run(
                 "failures": len(summary.failures),
             }
         )
-        if not summary.failures:
+        if not summary.failures and not summary.failed_before:
             _remove(folder)
             if work is None:
                 with contextlib.suppress(OSError):

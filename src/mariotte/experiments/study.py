@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -50,12 +50,28 @@ class Run(_Part):
     dtype : in which they compute; None takes float32 on a CPU, the checkpoint's own elsewhere
     threads : of torch, in each worker; None leaves torch's own choice
     workers : processes that share the models and seeds among them; 1 works in this process
+    keep : which compressed checkpoints stay on disk: none; best: of each model and asked amount the one that the
+        study's first measure likes best; all
     """
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     threads: int | None = Field(default=None, ge=1, le=1024)
     workers: int = Field(default=1, ge=1, le=1024)
+    keep: Literal["none", "best", "all"] = "none"
+
+
+class Measured(_Part):
+    """A measure, and of which chains.
+
+    Parameters
+    ----------
+    measure : such as ``speed:testbed``
+    of : all: of every chain; cuts: of those without recovery, for what recovery cannot change, such as speed
+    """
+
+    measure: str
+    of: Literal["all", "cuts"] = "all"
 
 
 class Chains(BaseModel):
@@ -64,11 +80,13 @@ class Chains(BaseModel):
     Parameters
     ----------
     chain : the pattern, such as ``{method}@{amount}``
+    models : those of the study's models that they are for; None for all
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     chain: str
+    models: list[str] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -79,7 +97,7 @@ class Chains(BaseModel):
             return cast(object, value)
         given = cast("dict[str, Any]", value)
         wanted = set(_PLACEHOLDER.findall(given["chain"]))
-        if strange := sorted(set(given) - wanted - {"chain"}):
+        if strange := sorted(set(given) - wanted - {"chain", "models"}):
             raise ValueError(f"unknown key {strange[0]!r}: the pattern {given['chain']!r} has no {{{strange[0]}}}")
         if absent := sorted(wanted - set(given)):
             raise ValueError(f"the pattern {given['chain']!r} asks for a list called {absent[0]!r}, and there is none")
@@ -115,7 +133,7 @@ class Study(_Part):
     title, description : for the report
     models : hub ids, folders, ``testbed/NAME``
     chains : patterns and their lists
-    measures : such as ``loss:wikitext2(block=512)``
+    measures : such as ``loss:wikitext2(block=512)``, or a table that also says of which chains
     seeds : of calibration order, random choices and recovery
     calibration : text that steps may look at
     run : how to run
@@ -127,15 +145,27 @@ class Study(_Part):
     description: str = ""
     models: list[str] = Field(min_length=1)
     chains: list[Chains] = Field(min_length=1)
-    measures: list[str] = Field(min_length=1)
+    measures: list[str | Measured] = Field(min_length=1)
     seeds: list[Annotated[int, Field(ge=0, le=MOST_SEED)]] = Field(default=[0], min_length=1)
     calibration: Calibration | None = None
     run: Run = Run()
 
-    def expanded(self) -> list[chains.Chain]:
-        """Every chain asked for, each once, in the order of the file."""
+    @model_validator(mode="after")
+    def _chains_are_for_models_of_the_study(self) -> Self:
+        for part in self.chains:
+            if strange := [name for name in part.models or [] if name not in self.models]:
+                raise ValueError(str(unknown("model of this study", strange[0], self.models)))
+        return self
+
+    def measured(self) -> list[Measured]:
+        """The measures, each with the chains that it is for."""
+        return [Measured(measure=entry) if isinstance(entry, str) else entry for entry in self.measures]
+
+    def expanded(self, model: str | None = None) -> list[chains.Chain]:
+        """Every chain asked for, of one model or of any, each once, in the order of the file."""
+        wanted = [part for part in self.chains if model is None or part.models is None or model in part.models]
         try:
-            return list(dict.fromkeys(chain for part in self.chains for chain in part.expanded()))
+            return list(dict.fromkeys(chain for part in wanted for chain in part.expanded()))
         except MariotteError as error:
             raise StudyError(f"study {self.name!r}: {error}") from error
 
@@ -190,6 +220,20 @@ def read(path: str | Path) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StudyError(f"the study {path} cannot be read: {reason}") from error
+
+
+def with_run(study: Study, **changes: object) -> Study:
+    """A study that runs otherwise than its file says.
+
+    Raises
+    ------
+    StudyError
+        When a setting cannot be so.
+    """
+    try:
+        return study.model_copy(update={"run": Run.model_validate({**study.run.model_dump(), **changes})})
+    except ValidationError as error:
+        raise _sentence(error, "run") from error
 
 
 def embedded(name: str) -> Path:

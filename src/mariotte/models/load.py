@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+from huggingface_hub import hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 
 from mariotte import architectures
 from mariotte.errors import ModelError, UnknownNameError, unknown
+from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -81,6 +82,22 @@ def locate(name: str) -> Path:
             f"no model {name!r}: it is no folder here and the hub did not give it ({type(error).__name__}: {reason}); "
             "check the name, or download it where there is a network"
         ) from error
+
+
+def peek_config(name: str) -> dict[str, Any] | None:
+    """A model's config without its weights: from its folder, or the hub's file alone; None when neither can be had.
+
+    Raises
+    ------
+    ModelError, UnknownNameError
+        When a folder or a testbed model is named that is not there, or its config cannot be read.
+    """
+    if name.startswith(("testbed/", ".", "~", "/")) or Path(name).is_dir():
+        return read_config(locate(name))
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json")).parent)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -212,7 +229,8 @@ def load(
     name_or_path : a folder, ``testbed/NAME``, or a hub id such as ``Qwen/Qwen2.5-0.5B``
     device : where to put it
     dtype : to compute in; None takes float32 on the CPU (bfloat16 is slow there) and the checkpoint's own elsewhere
-    trust_remote_code : run modelling code that the checkpoint carries; off unless you ask
+    trust_remote_code : run modelling code that the checkpoint carries; off unless you ask. Irregular checkpoints of ours
+        need none: their class is known here, and the copy in the folder is not run
 
     Raises
     ------
@@ -281,4 +299,5 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
     ):
         if names := sorted(loading[kind]):
             raise ModelError(f"{what} {said}, such as {names[0]}: config and weights do not belong together")
+    freeze_shortcuts_(hf)
     return hf.eval()

@@ -274,6 +274,10 @@ class Step(ABC):
         """
         raise ChainError(f"{self.name()} removes no parameters")
 
+    def training_tokens(self, amounts: Sequence[int]) -> float:
+        """Tokens seen in serving these amounts, before rounding to rows; fewer than their sum where they share some."""
+        return float(sum(amounts))
+
     @abstractmethod
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``."""

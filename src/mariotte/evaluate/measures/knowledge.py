@@ -136,6 +136,11 @@ class Knowledge(Measure):
                 )
         return facts, ids(f.seen[0] for f in facts), ids(f.heldout for f in facts), [found[0] for found in answers]
 
+    @property
+    @override
+    def tokens(self) -> int:
+        return 2 * 8 * (self.facts or len(_all_facts()))  # asked in two patterns of about eight words
+
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
         facts, seen, heldout, answers = self._questions(model)

@@ -64,6 +64,12 @@ class Loss(Measure):
             if value is not None and value < least:
                 raise ChainError(f"loss: {name} must be at least {least}, got {value}")
 
+    @property
+    @override
+    def tokens(self) -> int:
+        corpus = corpora.find(self.on)
+        return (self.rows or 400) * (self.block or corpus.block)  # a test split has some hundred blocks
+
     @override
     def check(self) -> None:
         corpora.find(self.on).fingerprint(cast(Split, self.split))

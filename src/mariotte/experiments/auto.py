@@ -1,0 +1,520 @@
+"""A share of a model's parameters, spread over depth, heads, feed-forward and hidden width by a small search.
+
+Sizes are what is kept: layers L, groups of heads K, feed-forward neurons F, hidden width D.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+from torch import Tensor
+from typing_extensions import override
+
+from mariotte import accounting
+from mariotte import chain as chains
+from mariotte.architectures import Shape
+from mariotte.chain import Chain
+from mariotte.compress import METHODS
+from mariotte.errors import ChainError, DataError
+from mariotte.models.model import Model
+from mariotte.models.nll import token_nll
+from mariotte.models.step import OF_MODEL, Context, Counters, Prepared, Step, apply_at, prepare_once
+from mariotte.store.record import digest
+
+__all__ = ["Auto"]
+
+DIMENSIONS: Mapping[str, str] = {"shortgpt": "layers", "heads": "kv_heads", "ffn": "ffn", "slice": "hidden"}
+"""The methods that a search combines, in the order of the chain, and the size of a model that each reduces."""
+
+PROFILE = (0.125, 0.25, 0.375, 0.5, 0.75)
+"""Shares of one size removed alone, all others whole: what the first guess is made from."""
+
+ROUNDED = 5e-4
+"""Share of the dense model that may be missing from what was asked for: nothing, to a tenth of a per cent."""
+
+THINNED = 32
+"""Sizes of one dimension that are combined with those of the others; the finest dimension has all its sizes."""
+
+NEAR = 0.1
+"""Distance, in shares removed, over which what a trial found corrects the estimate of its neighbours."""
+
+KEPT_BYTES = 4 << 30
+"""Preparations of trials that are kept for later ones, beside those of the last."""
+
+_BATCH_TOKENS = 4096
+
+State = tuple[int, ...]
+"""What is kept of each dimension."""
+
+
+class _Sketch(Model):
+    """A model that says it has another shape: enough to ask a step what it would remove."""
+
+    def __init__(self, model: Model, shape: Shape) -> None:
+        super().__init__(
+            model.hf,
+            model.tokenizer,
+            name=model.name,
+            fingerprint=model.fingerprint,
+            stored_dtype=model.stored_dtype,
+            done=model.done,
+            derived=True,
+        )
+        self._shape = shape
+
+    @property
+    @override
+    def shape(self) -> Shape:
+        return self._shape
+
+
+def cut_shape(shape: Shape, name: str, kept: int) -> Shape:
+    """The shape after one dimension was cut to `kept`; heads go in groups that share a key, and slicing unties."""
+    if name == "heads":
+        return replace(shape, kv_heads=kept, heads=shape.heads // shape.kv_heads * kept)
+    if name == "slice":
+        return replace(shape, hidden=kept, tied=shape.tied and kept == shape.hidden)
+    return replace(shape, **{DIMENSIONS[name]: kept})
+
+
+def _params(shape: Shape) -> int:
+    return accounting.count_shape(shape).n_params
+
+
+@dataclass(frozen=True)
+class Space:
+    """All the ways of taking parameters from one model.
+
+    Parameters
+    ----------
+    model : what is cut
+    steps : one for each dimension, in the order of the chain
+    """
+
+    model: Model
+    steps: tuple[Step, ...]
+
+    @functools.cached_property
+    def whole(self) -> State:
+        """The state that keeps everything."""
+        return tuple(self._size(step.name(), self.model.shape) for step in self.steps)
+
+    @staticmethod
+    def _size(name: str, shape: Shape) -> int:
+        return cast(int, getattr(shape, DIMENSIONS[name]))
+
+    def shapes(self, state: State) -> Iterator[Shape]:
+        """The shape that enters each step, and at the end the one that leaves the last."""
+        shape = self.model.shape
+        yield shape
+        for step, kept in zip(self.steps, state, strict=True):
+            if kept < self._size(step.name(), shape):
+                shape = cut_shape(shape, step.name(), kept)
+            yield shape
+
+    def removed(self, state: State) -> int:
+        """Parameters that a state has fewer than the model."""
+        *_, last = self.shapes(state)
+        return _params(self.model.shape) - _params(last)
+
+    def removed_share(self, state: State) -> float:
+        """The same as a share of the model."""
+        return self.removed(state) / _params(self.model.shape)
+
+    @functools.cache  # noqa: B019  (a space lives as long as one search)
+    def _sizes(self, index: int, shape: Shape) -> tuple[int, ...]:
+        step = self.steps[index]
+        name, sketch = step.name(), _Sketch(self.model, shape)
+        size, total = self._size(name, shape), _params(shape)
+        left = {_params(cut_shape(shape, name, kept)): kept for kept in range(1, size)}
+        removed = {step.removes(sketch, n / size) for n in range(1, size)}
+        return (size, *sorted({left[total - r] for r in removed if total - r in left}, reverse=True))
+
+    def sizes(self, index: int, state: State) -> tuple[int, ...]:
+        """Sizes that one step can reach from the state that the steps before it lead to, the whole one first."""
+        # Of the cuts before it, a step's rounding depends on widths only: a few shapes instead of thousands.
+        head = tuple(
+            self.whole[i] if self.steps[i].name() in ("shortgpt", "ffn") else kept for i, kept in enumerate(state)
+        )
+        *shapes, _ = self.shapes((*head[:index], *self.whole[index:]))
+        return self._sizes(index, shapes[index])
+
+    @functools.cached_property
+    def finest(self) -> int:
+        """The dimension whose smallest step removes least, and most evenly: it makes up what the others leave."""
+        names = [step.name() for step in self.steps]
+        if "ffn" in names:
+            return names.index("ffn")
+        return max(range(len(names)), key=lambda i: len(self.sizes(i, self.whole)))
+
+    def states(self, wanted: float) -> list[State]:
+        """States that remove at least `wanted` parameters, and that would not if one of their sizes were larger."""
+        finest = self.finest
+        others = [i for i in range(len(self.steps)) if i != finest]
+        found: list[State] = []
+
+        def grow(state: State, rest: Sequence[int]) -> None:
+            if rest:
+                for kept in _thinned(self.sizes(rest[0], state)):
+                    grow((*state[: rest[0]], kept, *state[rest[0] + 1 :]), rest[1:])
+                return
+            sizes = self.sizes(finest, state)
+            low, high = 0, len(sizes)
+            while low < high:  # the first, that is the largest, with which enough is removed
+                middle = (low + high) // 2
+                enough = self.removed((*state[:finest], sizes[middle], *state[finest + 1 :])) >= wanted
+                low, high = (low, middle) if enough else (middle + 1, high)
+            if low < len(sizes):
+                found.append((*state[:finest], sizes[low], *state[finest + 1 :]))
+
+        grow(self.whole, others)
+        return [state for state in found if not self._wasteful(state, wanted)]
+
+    def _wasteful(self, state: State, wanted: float) -> bool:
+        """Whether a larger size in some dimension would still remove enough."""
+        for i in range(len(state)):
+            sizes = _thinned(self.sizes(i, state)) if i != self.finest else self.sizes(i, state)
+            place = sizes.index(state[i]) if state[i] in sizes else 0
+            if place and self.removed((*state[:i], sizes[place - 1], *state[i + 1 :])) >= wanted:
+                return True
+        return False
+
+    def chain(self, state: State, steps: Sequence[Step] | None = None) -> Chain:
+        """The chain that leads to a state, each amount the shortest number that gives exactly its size.
+
+        Parameters
+        ----------
+        steps : to take instead of the space's own, of the same names in the same order
+        """
+        links: list[chains.Link] = []
+        for i, (step, (before, after)) in enumerate(
+            zip(steps or self.steps, itertools.pairwise(self.shapes(state)), strict=True)
+        ):
+            if before == after:
+                continue
+            sketch, removed = _Sketch(self.model, before), _params(before) - _params(after)
+            share = 1 - state[i] / self._size(step.name(), before)
+            amount = next((a for d in range(1, 17) if step.removes(sketch, a := round(share, d)) == removed), share)
+            assert step.removes(sketch, amount) == removed, f"{step.link(amount)} does not lead to {state}"
+            links.append(step.link(amount))
+        return Chain(tuple(links))
+
+
+def _thinned(sizes: Sequence[int]) -> Sequence[int]:
+    """At most `THINNED` sizes, evenly spread, the whole one among them."""
+    every = -(-len(sizes) // THINNED)
+    return sizes[::every]
+
+
+@dataclass
+class Trials:
+    """Chains tried on one model: each run as it would be in earnest, on fewer rows, and scored on rows apart from them.
+
+    Parameters
+    ----------
+    model : that the chains start from
+    context : of the steps, with the rows that they may look at
+    held_NT : rows that score
+    folder : of what the steps prepare, and of the losses
+    """
+
+    model: Model
+    context: Context
+    held_NT: Tensor
+    folder: Path
+    losses: dict[str, float] = field(default_factory=lambda: dict[str, float]())
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._store.is_file():
+            self.losses = json.loads(self._store.read_text(encoding="utf-8"))
+
+    @property
+    def _store(self) -> Path:
+        return self.folder / "losses.json"
+
+    def loss(self, chain: Chain) -> float:
+        """Mean loss in nats a token on the rows kept apart; infinite where the model computes nothing finite."""
+        text = str(chain)
+        if text not in self.losses:
+            cut = execute(chain, self.model, self.context, self.folder)
+            batch = max(1, _BATCH_TOKENS // self.held_NT.shape[1])
+            found = float(token_nll(cut, self.held_NT, batch=batch).double().mean())
+            self.losses[text] = found if math.isfinite(found) else math.inf
+            temporary = self._store.with_suffix(".part")
+            temporary.write_text(json.dumps(self.losses), encoding="utf-8")
+            temporary.replace(self._store)
+            self._forget(chain)
+        return self.losses[text]
+
+    def _forget(self, chain: Chain) -> None:
+        """Remove the oldest preparations over `KEPT_BYTES`, but none of the last chain's."""
+        last = {_folder(self.folder, chain.links[:depth]) for depth in range(len(chain.links))}
+        folders = sorted((f for f in self.folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+        sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in folders}
+        total = sum(sizes.values())
+        for folder in folders:
+            if total > KEPT_BYTES and not any(folder.name.startswith(kept.name) for kept in last):
+                shutil.rmtree(folder)
+                total -= sizes[folder]
+
+
+def _folder(root: Path, before: Sequence[chains.Link], step: Step | None = None) -> Path:
+    """Where a step's preparation after some links lies."""
+    name = digest([str(link) for link in before])[:16]
+    return root / (name if step is None else f"{name}-{digest(str(step.link()))[:16]}")
+
+
+def execute(chain: Chain, model: Model, context: Context, folder: Path) -> Model:
+    """The model after an ordinary chain, each step prepared on what the steps before it left.
+
+    Parameters
+    ----------
+    context : its counters count none of this: to the one who asks it is one step
+    folder : where preparations are kept, by what came before them
+    """
+    # Imported now: what a chain means is settled there, and this step is among what it may mean.
+    from mariotte.experiments import identity
+
+    for part, before in zip(
+        identity.resolve(chain), itertools.accumulate(((link,) for link in chain.links), initial=()), strict=False
+    ):
+        own = replace(context, scratch=_folder(folder, before, part.step), counters=Counters())
+        model = apply_at(part.step, model, prepare_once(part.step, model, own, [part.amount]), part.amount, own)
+    return model
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a state probably costs, from what each dimension costs alone, corrected by what was tried.
+
+    Parameters
+    ----------
+    whole : the state that keeps everything
+    curves : for each dimension, sizes kept in falling order and the loss that each adds alone
+
+    Notes
+    -----
+    Added losses of the dimensions are summed: what independent small errors would do. A state that was tried tells the
+    logarithm of the factor by which that is wrong; others take the mean of these, weighted by exp(-(d / `NEAR`)^2 / 2)
+    in their distance d, and by a little for all, so that the first trials correct everything.
+    """
+
+    whole: State
+    curves: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+    tried: dict[State, float] = field(default_factory=lambda: dict[State, float]())
+
+    def alone(self, states: Sequence[State]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Sum of what each dimension costs alone, nats, (n,)."""
+        kept = np.asarray(states, np.float64)
+        total = np.zeros(len(states))
+        for i, (sizes, costs) in enumerate(self.curves):
+            # Never falling: a curve that dips from noise would draw the search into it.
+            rising = np.maximum.accumulate(np.maximum(costs, 0.0))
+            found = np.interp(-kept[:, i], [-size for size in sizes], rising)
+            if len(sizes) > 1:  # beyond the last size that was measured as steep as before it
+                slope = (rising[-1] - rising[-2]) / (sizes[-2] - sizes[-1])
+                found += np.maximum(0.0, sizes[-1] - kept[:, i]) * slope
+            total += found
+        return total + 1e-4
+
+    def added(self, states: Sequence[State]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The loss that states add, nats, (n,)."""
+        guess = self.alone(states)
+        known = [state for state, found in self.tried.items() if math.isfinite(found)]
+        if not known:
+            return guess
+        wrong = np.log(np.maximum([self.tried[s] for s in known], 1e-4) / self.alone(known))
+        whole = np.asarray(self.whole, np.float64)
+        away = (np.asarray(states)[:, None] - np.asarray(known)[None]) / whole
+        weight = np.exp(-np.square(away).sum(-1) / (2 * NEAR**2)) + 1e-3
+        return guess * np.exp((weight * wrong).sum(1) / weight.sum(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Step):
+    """Remove a share of the dense model's parameters, spread over depth, heads, feed-forward and hidden width.
+
+    Parameters
+    ----------
+    over : names of the methods that may be combined, joined by +; those that refuse the model are left out
+    search : chains tried for one amount
+    held : share of the calibration rows that score the trials, and that the trials' steps do not see
+    rows : calibration rows used in the search; None takes all. The chain found is carried out with all rows
+    round_to : as for the methods that round widths
+
+    Raises
+    ------
+    ChainError
+        When `over` names none of these methods, `search` is below 1, or `held` is not between 0 and 1.
+
+    Notes
+    -----
+    The result is what an ordinary chain makes of the model, depth first, then heads, feed-forward and hidden width: the
+    facts of the step hold it as ``chain``, and giving that chain instead gives the same weights to the bit. At least the
+    share asked for is removed, and no more than the coarseness of the widths asks for.
+
+    The search measures what each dimension costs alone at a few sizes (`PROFILE`), adds these costs up for every state
+    with enough parameters removed, and tries the most promising one: the chain's steps, prepared one after the other on
+    a part of the calibration rows, and the loss on the others. What a trial finds corrects the estimate in its
+    neighbourhood, which makes the search an exchange between dimensions at constant parameters. Each method alone is
+    among the trials where it can remove enough, so that no single one is better on the rows that score.
+
+    Cost: a trial prepares its steps on the model cut so far, and scores the rows held; preparations are kept for chains
+    that begin alike. What each dimension costs alone is measured once for all amounts.
+
+    References
+    ----------
+    [muralidharan2024compact]_ for combining depth, heads and widths at a given number of parameters.
+    """
+
+    unit: ClassVar[str] = "parameters"
+    family: ClassVar[str] = "mixed"
+    reference: ClassVar[str] = "muralidharan2024compact"
+
+    over: str = "+".join(DIMENSIONS)
+    search: int = 32
+    held: float = 0.25
+    rows: int | None = None
+    round_to: int | None = None
+
+    @override
+    def __post_init__(self) -> None:
+        if self.of == OF_MODEL:
+            object.__setattr__(self, "of", None)  # what its amounts are anyway
+        super().__post_init__()
+        names = self.over.split("+")
+        if not set(names) <= set(DIMENSIONS):
+            raise ChainError(f"auto: over must be some of {'+'.join(DIMENSIONS)}, got {self.over!r}")
+        # One spelling: the order of the chain.
+        object.__setattr__(self, "over", "+".join(name for name in DIMENSIONS if name in names))
+        if self.search < 1:
+            raise ChainError(f"auto: search must be at least 1 trial, got {self.search}")
+        if not 0 < self.held < 1:
+            raise ChainError(f"auto: held must be a share of the calibration rows in (0, 1), got {self.held}")
+        if self.rows is not None and self.rows < 2:
+            raise ChainError(f"auto: rows must be at least 2, some to look at and some to score, got {self.rows}")
+        if self.round_to is not None and self.round_to < 1:
+            raise ChainError(f"auto: round_to must be a positive number, got {self.round_to}")
+
+    def _steps(self) -> list[Step]:
+        kinds = [cast("type[Step]", METHODS.find(name)) for name in self.over.split("+") if name in METHODS]
+        return [
+            kind(**({"round_to": self.round_to} if "round_to" in {f.name for f in fields(kind)} else {}))
+            for kind in kinds
+        ]
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        reasons = {step.name(): step.refuse(model) for step in self._steps()}
+        if None in reasons.values():
+            return None
+        return "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+
+    def _space(self, model: Model) -> Space:
+        return Space(model, tuple(step for step in self._steps() if step.refuse(model) is None))
+
+    def _trials(self, model: Model, context: Context) -> Trials:
+        tokens_NT = context.calibration_for(self.name())[: self.rows]
+        if len(tokens_NT) < 2:
+            raise DataError(
+                f"auto needs at least 2 rows of calibration text, some to look at and some to score, got "
+                f"{len(tokens_NT)}: give it more rows, or shorter ones"
+            )
+        count = min(max(1, round(self.held * len(tokens_NT))), len(tokens_NT) - 1)
+        # Spread over the text: its end may be of another kind than its beginning.
+        held = {(2 * i + 1) * len(tokens_NT) // (2 * count) for i in range(count)}
+        seen = [row for row in range(len(tokens_NT)) if row not in held]
+        return Trials(
+            model, replace(context, calibration=tokens_NT[seen]), tokens_NT[sorted(held)], context.scratch / "trials"
+        )
+
+    @override
+    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        space, trials = self._space(model), self._trials(model, context)
+        base = trials.loss(Chain())
+        profile: dict[str, list[list[float]]] = {}
+        for i, step in enumerate(space.steps):
+            sizes = space.sizes(i, space.whole)
+            size = sizes[0]
+            chosen = [min(sizes, key=lambda kept: (abs(1 - kept / size - share), kept)) for share in PROFILE]
+            profile[step.name()] = [[size, 0.0]]
+            for kept in sorted({*chosen} - {size}, reverse=True):
+                state = (*space.whole[:i], kept, *space.whole[i + 1 :])
+                profile[step.name()].append([kept, trials.loss(space.chain(state)) - base])
+            context.progress("each dimension alone", (i + 1) / len(space.steps))
+        return Prepared(context.scratch).finish(loss=base, profile=profile)
+
+    @override
+    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+        if not amount:
+            return model.copy().after(self.done(amount, 0.0, chain=str(Chain()), steps=[]))
+        found = self._found(model, prepared, amount, context)
+        chain = chains.parse(found["chain"])
+        cut = execute(chain, model, context, context.scratch / "chain")
+        steps = [asdict(done) for done in cut.done[len(model.done) :]]
+        removed = (model.counts.n_params - cut.counts.n_params) / context.dense.counts.n_params
+        whole = Model(
+            cut.hf,
+            cut.tokenizer,
+            name=cut.name,
+            fingerprint=cut.fingerprint,
+            stored_dtype=cut.stored_dtype,
+            done=model.done,
+        )
+        return whole.after(self.done(amount, removed, **found, steps=steps))
+
+    def _found(self, model: Model, prepared: Prepared, amount: float, context: Context) -> dict[str, Any]:
+        """The chain found for an amount and what is known of the search, from the folder if it was searched before."""
+        file = context.scratch / f"found-{amount!r}.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        found = self._search(model, prepared, amount, context)
+        temporary = file.with_suffix(".part")
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        temporary.replace(file)
+        return found
+
+    def _search(self, model: Model, prepared: Prepared, amount: float, context: Context) -> dict[str, Any]:
+        space, trials = self._space(model), self._trials(model, context)
+        dense = context.dense.counts.n_params
+        states = space.states((amount - ROUNDED) * dense)
+        if not states:
+            least = tuple(space.sizes(i, space.whole)[-1] for i in range(len(space.steps)))
+            raise ChainError(
+                f"auto can remove at most {space.removed(least) / dense:.1%} of the parameters of {model.name} over "
+                f"{self.over}, got {amount:.1%}: ask for less"
+            )
+        base = cast(float, prepared.facts["loss"])
+        profile = cast("dict[str, list[tuple[int, float]]]", prepared.facts["profile"])
+        curves = [tuple(zip(*profile[step.name()], strict=True)) for step in space.steps]
+        estimate = Estimate(space.whole, cast(Any, tuple(curves)))
+        alone = [s for s in states if sum(kept < size for kept, size in zip(s, space.whole, strict=True)) == 1]
+        for number in range(self.search):
+            left = [state for state in states if state not in estimate.tried]
+            if not left:
+                break
+            added = estimate.added(left)
+            state = alone[number] if number < len(alone) else left[int(added.argmin())]
+            context.progress(f"trial {number + 1} of at most {self.search}: {space.chain(state)}", number / self.search)
+            estimate.tried[state] = trials.loss(space.chain(state)) - base
+        best = min(estimate.tried, key=lambda s: (estimate.tried[s], s))
+        return {
+            "chain": str(space.chain(best)),
+            "sizes": {
+                DIMENSIONS[step.name()]: [size, kept]
+                for step, size, kept in zip(space.steps, space.whole, best, strict=True)
+            },
+            "trials": len(estimate.tried),
+            "held_rows": len(trials.held_NT),
+            "held_loss": [base, base + estimate.tried[best]],
+        }
