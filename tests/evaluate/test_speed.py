@@ -26,6 +26,7 @@ from mariotte.evaluate.measures.speed import (
     timer,
     verdict,
 )
+from mariotte.experiments.identity import measure_text, resolve_measure
 from mariotte.models.model import Model
 from mariotte.testing.tiny import random_tokens, tiny
 
@@ -263,6 +264,11 @@ def test_the_protocol_says_where_and_that_it_cannot_be_repeated(dense: Model) ->
     assert (found["batch"], found["prompt"], found["new"], found["dtype"]) == (2, 8, 4, "float32")
     assert SPEED.measure(dense).protocol == found
     assert dataclasses.replace(SPEED, new=5).protocol(dense) != found
+
+
+def test_what_it_is_measured_on_goes_without_saying() -> None:
+    assert resolve_measure("speed(batch=2)") == resolve_measure("speed:random(batch=2)") == Speed(batch=2)
+    assert measure_text(Speed(batch=2)) == "speed:random(batch=2)"
 
 
 @pytest.mark.parametrize("clock", ["wall", "cpu"])

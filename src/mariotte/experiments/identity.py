@@ -123,9 +123,9 @@ def resolve_measure(text: str) -> Measure:
         raise ChainError(
             f"the measure {link.name} takes no amount, got @{link.amount}: write {link.name}:WHAT(field=value)"
         )
-    if not link.scope:
+    if not link.scope and not hasattr(kind, "on"):  # the class has a default that its instances start with
         raise ChainError(f"the measure {link.name} must say what it is measured on: write {link.name}:WHAT")
-    return settle(kind, link.name, link.fields, on=link.scope)
+    return settle(kind, link.name, link.fields, **({"on": link.scope} if link.scope else {}))
 
 
 def measure_name(measure: Measure) -> str:

@@ -255,6 +255,11 @@ class Speed(Measure):
         if self.clock not in ("wall", "cpu"):
             raise ChainError(f"speed: clock must be wall or cpu, got {self.clock!r}")
 
+    @property
+    @override
+    def tokens(self) -> int:
+        return 2 * (WARM_UP + self.rounds) * self.batch * (self.prompt + self.new)  # two models, the fewest rounds
+
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
         check_block(self.prompt + self.new, model, "speed")
