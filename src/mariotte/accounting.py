@@ -24,6 +24,7 @@ class Counts:
     n_bytes : bytes of the parameters in the stated dtype
     flops_per_token : forward FLOPs a token (a multiply and an add are two), output head included, embedding look-up not
     attention, ffn, embeddings : parameters of all attention projections, of all MLPs, of embedding and head
+    shortcuts : of the matrices through which the blocks of a sliced model hand on their input
     """
 
     n_params: int
@@ -33,6 +34,7 @@ class Counts:
     attention: int
     ffn: int
     embeddings: int
+    shortcuts: int = 0
 
 
 def count(config: Mapping[str, Any], *, context: int = 0, dtype: str | None = None) -> Counts:
@@ -67,14 +69,17 @@ def count_shape(s: Shape, *, context: int = 0, bytes_per_param: float = 4) -> Co
     attention_matrices = s.hidden * (2 * query + 2 * keys)
     attention_biases = (query + 2 * keys) * s.attention_bias + s.hidden * s.output_bias
     ins = 2 if s.gated else 1
-    ffn_matrices = s.hidden * s.ffn * (ins + 1)
-    ffn_biases = (ins * s.ffn + s.hidden) * s.mlp_bias
-    norms = 2 * s.hidden * s.layers + s.hidden
-    embeddings = s.vocab * s.hidden * (1 if s.tied else 2)
+    widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
+    ffn_matrices = sum(ffn * (ins * s.hidden + written) for ffn, written in widths)
+    ffn_biases = sum(ins * ffn + written for ffn, written in widths) * s.mlp_bias
+    # Norms have weights, or are folded into the matrices behind them.
+    norms = 0 if s.shortcuts else 2 * s.hidden * s.layers + s.final_size
+    shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
+    embeddings = s.vocab * (s.hidden + (0 if s.tied else s.final_size))
     attention = s.layers * (attention_matrices + attention_biases)
-    ffn = s.layers * (ffn_matrices + ffn_biases)
-    non_embedding = attention + ffn + norms
-    matrices = s.layers * (attention_matrices + ffn_matrices) + s.vocab * s.hidden
+    ffn = ffn_matrices + ffn_biases
+    non_embedding = attention + ffn + norms + shortcuts
+    matrices = s.layers * attention_matrices + ffn_matrices + shortcuts + s.vocab * s.final_size
     return Counts(
         n_params=non_embedding + embeddings,
         n_params_non_embedding=non_embedding,
@@ -83,4 +88,5 @@ def count_shape(s: Shape, *, context: int = 0, bytes_per_param: float = 4) -> Co
         attention=attention,
         ffn=ffn,
         embeddings=embeddings,
+        shortcuts=shortcuts,
     )

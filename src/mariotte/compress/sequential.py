@@ -96,6 +96,10 @@ class Walk:
         for start in range(0, len(self.stream_NTD), self._rows):
             yield slice(start, start + self._rows)
 
+    def beside(self, block: nn.Module) -> dict[str, Any]:
+        """What the family gives a block beside the stream."""
+        return self._beside[block]
+
     @torch.no_grad()
     def run(self, block: nn.Module, rows: slice) -> Tensor:
         """What the block makes of some rows of the stream, (B, T, D); the stream stays."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mariotte.models.irregular import freeze_shortcuts_, skeleton
 from mariotte.models.model import Model
 
 
@@ -77,6 +78,7 @@ def derive(
     config: Mapping[str, Any] | None = None,
     *,
     untie: bool = False,
+    irregular: bool = False,
 ) -> Model:
     """A model with some weights replaced, perhaps by ones of another shape; the given one stays as it is.
 
@@ -86,6 +88,8 @@ def derive(
     weights : new values by parameter name, cast to the dtype and device of the parameter that they replace
     config : what the config must say now; it has to describe the new shapes
     untie : give the head a weight of its own, which must be among `weights`
+    irregular : make it a model of the class for sizes that the family's config cannot state (``models/irregular.py``),
+        whose own sizes `config` then states too; parameters that the model did not have must be among `weights`
 
     Returns
     -------
@@ -97,10 +101,18 @@ def derive(
     """
     shared: dict[str, nn.Parameter] = dict(model.hf.named_parameters())
     names = parameter_names(model)
-    # Handing deepcopy the parameters as already copied makes it copy the modules around them only.
-    hf = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in shared.values()})
-    for key, value in (config or {}).items():
-        setattr(hf.config, key, value)
+    head = f"{model.entry.head}.weight"
+    tied = model.head.weight is model.embeddings.weight
+    if irregular:
+        sizes = {**(config or {}), model.entry.tied: tied and not untie}
+        hf = skeleton(model, sizes)
+        wanted = [name for name, _ in hf.named_parameters()]
+    else:
+        # Handing deepcopy the parameters as already copied makes it copy the modules around them only.
+        hf = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in shared.values()})
+        for key, value in (config or {}).items():
+            setattr(hf.config, key, value)
+        wanted = list(shared)
     derived = Model(
         hf,
         model.tokenizer,
@@ -109,22 +121,24 @@ def derive(
         stored_dtype=model.stored_dtype,
         done=model.done,
     )
-    head = f"{model.entry.head}.weight"
-    tied = derived.head.weight is derived.embeddings.weight
-    unknown = set(weights) - set(shared) - ({head} if untie else set())
+    unknown = set(weights) - set(wanted) - ({head} if untie else set())
     assert not unknown, f"no parameters {sorted(unknown)}; the head needs untie=True when it is tied"
-    for name, old in shared.items():
-        new = weights.get(name)
+    embedded = shared[names[model.embeddings.weight]]
+    for name in wanted:
+        if name == head and tied:
+            continue
+        old, new = shared.get(name, embedded), weights.get(name)
+        assert new is not None or name in shared, f"{name} is new and has no value"
         value = old.detach().clone() if new is None else new.detach().to(old.device, old.dtype, copy=True)
         _set_parameter(hf, name, value.contiguous(), old)
     if untie and tied:
-        old = shared[names[model.embeddings.weight]]
-        _set_parameter(hf, head, weights[head].to(old.device, old.dtype, copy=True), old)
+        _set_parameter(hf, head, weights[head].to(embedded.device, embedded.dtype, copy=True), embedded)
         setattr(hf.config, model.entry.tied, False)
     elif tied:
         derived.head.weight = derived.embeddings.weight
     for module in hf.modules():
         _restate_sizes(module)
+    freeze_shortcuts_(hf)
     if untie:
         # transformers keeps the list of tied keys from when the model was made, and would tie them again when saving.
         hf.all_tied_weights_keys = {}
@@ -143,7 +157,9 @@ def _restate_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
     else:
-        for name in ("hidden_size", "intermediate_size"):
-            config = cast(Any, getattr(module, "config", None))
+        config = cast(Any, getattr(module, "config", None))
+        # Widths that differ by layer are the modules' own, and not the config's.
+        by_layer = getattr(config, "ffn_sizes", None) is not None
+        for name in ("hidden_size",) if by_layer else ("hidden_size", "intermediate_size"):
             if isinstance(getattr(module, name, None), int) and hasattr(config, name):
                 setattr(module, name, getattr(config, name))

@@ -55,6 +55,15 @@ def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = 
         f"| `{done.step}` | {done.unit} | {number(done.amount)} | {number(done.obtained)} | {done.zeros:,} |"
         for done in model.done
     )
+    irregular = model.entry.irregular
+    trust = ", trust_remote_code=True" if irregular else ""
+    how = (
+        "A `transformers` checkpoint with sizes that its family's config cannot state. Its class is in "
+        "`modeling_mariotte.py` beside\nthe weights, which `trust_remote_code=True` lets `transformers` run: read it "
+        "first. `mariotte.load` knows the class and\nruns no code of this folder."
+        if irregular
+        else "An ordinary `transformers` checkpoint:"
+    )
     return f"""---
 library_name: transformers
 base_model: {json.dumps(model.name)}
@@ -77,11 +86,11 @@ Compressed with Mariotte {__version__}. The licence and the terms of use of the 
 |---|---|---|---|---|
 {rows}
 
-An ordinary `transformers` checkpoint:
+{how}
 
 ```python
 from transformers import AutoModelForCausalLM, {tokenizer}
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
 tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")
 ```
 
@@ -112,9 +121,10 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
 def save(
     model: Model, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, dense_params: int | None = None
 ) -> Path:
-    """Save a model so that plain ``transformers`` loads it, and prove it.
+    """Save a model so that ``transformers`` loads it, and prove it.
 
-    The folder appears only when it is whole: everything is written beside it, loaded back, compared and renamed.
+    The folder appears only when it is whole: everything is written beside it, loaded back, compared and renamed. With
+    an irregular model goes the file of its class, which transformers runs only when told ``trust_remote_code=True``.
 
     Parameters
     ----------

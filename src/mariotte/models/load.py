@@ -229,8 +229,8 @@ def load(
     name_or_path : a folder, ``testbed/NAME``, or a hub id such as ``Qwen/Qwen2.5-0.5B``
     device : where to put it
     dtype : to compute in; None takes float32 on the CPU (bfloat16 is slow there) and the checkpoint's own elsewhere
-    trust_remote_code : run modelling code that the checkpoint carries; off unless you ask. Irregular checkpoints of ours
-        need none: their class is known here, and the copy in the folder is not run
+    trust_remote_code : run modelling code that the checkpoint carries; off unless you ask. Irregular checkpoints of
+        ours need none: their class is known here, and the copy in the folder is not run
 
     Raises
     ------

@@ -101,6 +101,20 @@ class Block:
         return self._linear(self.entry.down)
 
     @property
+    def attention_shortcut(self) -> nn.Linear | None:
+        """(D, D), what the stream passes beside attention, or None where it is added as it is."""
+        return self._shortcut(self.entry.attention_shortcut)
+
+    @property
+    def mlp_shortcut(self) -> nn.Linear | None:
+        """(D, D), or (final, D) in the last block: what the stream passes beside the MLP; None as above."""
+        return self._shortcut(self.entry.mlp_shortcut)
+
+    def _shortcut(self, path: str) -> nn.Linear | None:
+        found = self.module.get_submodule(path) if self.entry.irregular else None
+        return found if isinstance(found, nn.Linear) else None
+
+    @property
     def attention(self) -> tuple[nn.Linear, ...]:
         """The matrices of attention: query, key, value, output."""
         return (self.query, self.key, self.value, self.output)

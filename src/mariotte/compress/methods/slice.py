@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
+from mariotte.compress.rotation import principal_directions
 from mariotte.compress.surgery import cut_width, derive, norm_weight, parameter_names, rounding, set_norm_eps_
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -28,28 +29,6 @@ EPS = "rms_norm_eps"
 
 FACTOR = "factor"
 """Key of the Cholesky factor beside the matrices that read through one norm."""
-
-
-def principal_directions(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal directions of a second moment, the largest first.
-
-    Parameters
-    ----------
-    moment_DD : (D, D) float64, symmetric
-
-    Returns
-    -------
-    (D, D) with a direction in each column, and (D,) the energy along each
-
-    Notes
-    -----
-    float64: in float32 the directions of a wide covariance lose orthogonality, and the rotated model drifts. A
-    direction has no sign of its own; ours makes its largest entry positive, so that equal moments give equal models.
-    """
-    energy_D, directions_DD = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(moment_DD))
-    energy_D, directions_DD = energy_D.flip(0), directions_DD.flip(1)
-    largest_1D = torch.gather(directions_DD, 0, directions_DD.abs().argmax(0, keepdim=True))
-    return directions_DD * (1 - 2 * (largest_1D < 0).double()), energy_D
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +101,8 @@ class Slice(Step):
             return f"needs norms that feed the matrices, and {entry.model_type} has norms after them"
         if not entry.head_dim:
             return f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size"
+        if model.shape.shortcuts:
+            return "needs one stream through all blocks, and this one is handed on through shortcut matrices"
         return None
 
     def _width(self, model: Model, amount: int | float) -> tuple[int, int]:

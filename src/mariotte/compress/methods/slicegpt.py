@@ -1,0 +1,336 @@
+"""SliceGPT: the stream in front of each norm is turned to its principal directions and cut; shortcuts join the turns.
+
+Shapes: N rows, T tokens of a row, B rows at once, M tokens at once, L layers, D width of the stream, d width kept, O
+outputs and I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mariotte import accounting
+from mariotte.architectures import Shape
+from mariotte.compress.calibration import Means, outer
+from mariotte.compress.rotation import principal_directions, random_rotation
+from mariotte.compress.sequential import Walk
+from mariotte.compress.surgery import derive, parameter_names
+from mariotte.errors import ChainError, ModelError
+from mariotte.models.irregular import CLASSES
+from mariotte.models.model import Block, Model
+from mariotte.models.step import Context, Prepared, Step
+
+__all__ = ["SliceGPT"]
+
+ORIENTATIONS = ("pca", "random")
+
+DIRECTIONS = "directions"
+"""Key of the principal directions in front of one norm, most energy first."""
+
+
+class HalfWalk(Walk):
+    """The stream of the calibration rows, held in front of one norm and moved on by half a block."""
+
+    real_NT: Tensor | None = None
+    """True where a token is text; None where all are."""
+
+    @torch.no_grad()
+    def directions(self, step: str, model: Model, place: str) -> Tensor:
+        """Principal directions of the stream where it is held, (D, D) float64, the strongest first.
+
+        Raises
+        ------
+        ModelError
+            When the stream is not finite.
+        """
+        gather = Means(outer)
+        for rows in self.batches():
+            x_MD = self.stream_NTD[rows].flatten(0, 1)
+            gather(place, x_MD if self.real_NT is None else x_MD[self.real_NT[rows].flatten()])
+        return principal_directions(gather.result(step, model)[place])[0]
+
+    @torch.no_grad()
+    def project(self, kept_Dd: Tensor) -> None:
+        """Leave of the stream what lies in the kept directions."""
+        projector_DD = (kept_Dd @ kept_Dd.T).to(torch.promote_types(self.stream_NTD.dtype, torch.float32))
+        for rows in self.batches():
+            self.stream_NTD[rows] = self.stream_NTD[rows].to(projector_DD.dtype) @ projector_DD
+
+    @torch.no_grad()
+    def attend(self, block: Block) -> None:
+        """Move on past attention: to the norm of the MLP."""
+        attention = cast(Any, block.module.get_submodule(block.entry.query.rpartition(".")[0]))
+        for rows in self.batches():
+            x_BTD = self.stream_NTD[rows]
+            out_BTD, *_ = attention(hidden_states=block.attention_norm(x_BTD), **self.beside(block.module))
+            self.stream_NTD[rows] = _handed_on(block.attention_shortcut, x_BTD) + out_BTD
+
+    @torch.no_grad()
+    def feed_forward(self, block: Block) -> None:
+        """Move on past the MLP: to the norm of the next block's attention."""
+        mlp = block.module.get_submodule(block.entry.down.rpartition(".")[0])
+        for rows in self.batches():
+            x_BTD = self.stream_NTD[rows]
+            self.stream_NTD[rows] = _handed_on(block.mlp_shortcut, x_BTD) + mlp(block.mlp_norm(x_BTD))
+
+
+def _handed_on(shortcut: nn.Linear | None, x_BTD: Tensor) -> Tensor:
+    return x_BTD if shortcut is None else shortcut(x_BTD)
+
+
+def text_mask(tokens_NT: Tensor, pad: int | None) -> Tensor | None:
+    """Where rows hold text and not padding at their end, (N, T) bool; None where nothing is padded.
+
+    Padding inside a row, or all of it, is text: the id of padding is often that of the end of a document.
+    """
+    if pad is None:
+        return None
+    text_NT = (tokens_NT != pad).flip(1).cumsum(1).flip(1) > 0
+    text_NT |= ~text_NT.any(1, keepdim=True)
+    return None if bool(text_NT.all()) else text_NT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceGPT(Step):
+    """Turn the stream in front of every norm to its principal directions there, and keep the strongest.
+
+    Parameters
+    ----------
+    sequential : the directions in front of a norm are those of the model as cut so far, as published; false takes
+        them all from the uncut model: one pass serves all amounts, and the result is worse
+    orientation : pca: the kept dimensions are the principal directions; random: these turned at random among
+        themselves, which leaves each logit as it is and spreads the energy, as the published code does by default for
+        the sake of later quantization
+    round_to : the width kept is rounded down to a multiple of it; 8 as published
+
+    Raises
+    ------
+    ChainError
+        When the orientation is none of these, or `round_to` is not positive.
+
+    Notes
+    -----
+    With h the stream in front of a norm, Q its principal directions (orthogonal; eigenvectors of the mean of h hᵀ over
+    calibration tokens, in float64) and g the norm's weights, RMSNorm(h) = g * h / rms(h) and rms(Qᵀh) = rms(h). Folding
+    g and Q into the matrices behind the norm, and Q into those before it, leaves each logit as it is. Since Q is
+    another one in front of each norm, the stream is handed on through Qᵀ (this norm's) Q (the next one's): a shortcut
+    matrix after attention and one after the MLP in each block. Then d of D dimensions are kept; norms go on dividing by
+    the D of the uncut stream, so that what is lost is as if it were zero.
+
+    The shortcuts are parameters and are counted: d² a norm, so that a small cut makes the model larger (below about a
+    fifth for common shapes), and a tied head is untied, as the final norm's weights cannot be folded into both ends.
+    The head, and what the last block writes, keep the full width, as published. A cut of nothing returns the model as
+    it is. The result is irregular: transformers reads its checkpoint with ``trust_remote_code=True``.
+
+    `slice` does without shortcuts and keeps an ordinary architecture; `slicegpt` adapts to each norm and pays for it.
+
+    Departures from the published code: eps is the model's own and not always 1e-5; the rotation behind the last block,
+    after which nothing is cut, is left out; the damping of the moments, which moves no eigenvector, too.
+
+    Cost, for N T = M tokens: one pass over the calibration text (for every amount when sequential, otherwise for all),
+    D² more multiplications a token and norm for the moment and as many for the projection, 2 L eigenproblems of D³, and
+    two products a weight. Memory: the stream of all calibration tokens, M D. Stored: D² numbers, for each norm when not
+    sequential.
+
+    References
+    ----------
+    [ashkboos2024slicegpt]_ sections 3.1 to 3.4; the published code is microsoft/TransformerCompression.
+    """
+
+    unit: ClassVar[str] = "hidden"
+    family: ClassVar[str] = "slice"
+    reference: ClassVar[str] = "ashkboos2024slicegpt"
+    plain: ClassVar[bool] = False
+
+    sequential: bool = True
+    orientation: str = "pca"
+    round_to: int = 8
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.orientation not in ORIENTATIONS:
+            raise ChainError(f"slicegpt: orientation must be {' or '.join(ORIENTATIONS)}, got {self.orientation!r}")
+        if self.round_to < 1:
+            raise ChainError(f"slicegpt: round_to must be a positive number of dimensions, got {self.round_to}")
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        entry = model.entry
+        if not entry.rms_norm:
+            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean"
+        if not entry.norm_first:
+            return f"needs norms that feed the matrices, and {entry.model_type} has norms after them"
+        if entry.model_type not in CLASSES:
+            return f"needs a class for sliced models, and {entry.model_type} has none; {' and '.join(CLASSES)} have one"
+        return None
+
+    def _width(self, shape: Shape, amount: int | float) -> int:
+        """The hidden size that is kept: rounded down, but at least one multiple; all of it when nothing should go."""
+        if not amount:
+            return shape.hidden
+        asked = int(shape.hidden * (1 - amount) + 1e-9)  # 0.9 x 80 in floats may lie below 72
+        return min(max(asked - asked % self.round_to, self.round_to), shape.hidden)
+
+    @override
+    def removes(self, model: Model, amount: int | float) -> int:
+        after = _sliced(model.shape, self._width(model.shape, amount))
+        return model.counts.n_params - accounting.count_shape(after).n_params
+
+    @override
+    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        """Find the directions that no amount changes: all of them, or when sequential those of the embeddings.
+
+        Raises
+        ------
+        DataError
+            When there are fewer than two calibration tokens.
+        ModelError
+            When weights or activations are not finite.
+        """
+        for name, parameter in model.hf.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ModelError(
+                    f"slicegpt needs finite weights, and {name} of {model.name} has others: check the checkpoint"
+                )
+        prepared = Prepared(context.scratch)
+        for key, directions_DD in self._walk(model, context, None, None):
+            prepared.put(key, {DIRECTIONS: directions_DD})
+            if self.sequential:
+                break
+        return prepared.finish(hidden=model.shape.hidden)
+
+    def _walk(
+        self, model: Model, context: Context, width: int | None, first_DD: Tensor | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The principal directions in front of every norm but the last, by key.
+
+        Parameters
+        ----------
+        width : dimensions kept in front of every norm, which all later directions depend on; None keeps all
+        first_DD : the directions of the embeddings, where they are known
+        """
+        tokens_NT = context.calibration_for(self.name())
+        walk = HalfWalk(model, context, self.name())
+        real_NT = text_mask(tokens_NT, getattr(model.hf.config, "pad_token_id", None))
+        walk.real_NT = None if real_NT is None else real_NT.to(model.device)
+        halves = [(block, half) for block in model.blocks for half in ("attention", "mlp")]
+        for place, (block, half) in enumerate(halves):
+            known = first_DD if place == 0 else None
+            where = f"the stream before {half} of block {place // 2}"
+            directions_DD = walk.directions(self.name(), model, where) if known is None else known
+            yield f"stream-{place}", directions_DD
+            context.progress("rotation", (place + 1) / len(halves))
+            if place + 1 == len(halves):
+                break
+            if width is not None:
+                walk.project(directions_DD[:, :width])
+            if half == "attention":
+                walk.attend(block)
+            else:
+                walk.feed_forward(block)
+
+    @override
+    @torch.no_grad()
+    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+        """See `Step.apply`.
+
+        Raises
+        ------
+        DataError
+            When sequential and there is no calibration text.
+        """
+        shape = model.shape
+        width = self._width(shape, amount)
+        done = self.done(
+            amount,
+            1 - width / shape.hidden,
+            hidden=[shape.hidden, width],
+            rounding=self.round_to,
+            untied=shape.tied and width < shape.hidden,
+        )
+        if width == shape.hidden:
+            return model.copy().after(done)
+        return self._cut(model, prepared, width, context).after(done)
+
+    def _cut(self, model: Model, prepared: Prepared, width: int, context: Context) -> Model:
+        """The turned model, cut to its first `width` dimensions; of full width, its logits are the model's own."""
+        places = 2 * model.shape.layers
+        if self.sequential:
+            first_DD = prepared.get("stream-0")[DIRECTIONS].to(model.device)
+            found = [directions_DD for _, directions_DD in self._walk(model, context, width, first_DD)]
+        else:
+            found = [prepared.get(f"stream-{place}")[DIRECTIONS].to(model.device) for place in range(places)]
+        kept = [directions_DD[:, :width] for directions_DD in found]
+        if self.orientation == "random":
+            generators = (context.generator("slicegpt", "orientation", place, width) for place in range(places))
+            turns = [random_rotation(width, generator).to(model.device) for generator in generators]
+            kept = [kept_Dd @ turn_dd for kept_Dd, turn_dd in zip(kept, turns, strict=True)]
+        shape = _sliced(model.shape, width, always=True)
+        sizes = {
+            model.entry.hidden: width,
+            model.entry.head_dim: shape.head_dim,
+            "shortcuts": True,
+            "norm_size": model.config.get("norm_size") or model.shape.hidden,
+            "final_size": shape.final_size,
+        }
+        return derive(model, turned(model, kept), sizes, untie=model.shape.tied, irregular=True)
+
+
+def _sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
+    """The shape of a sliced model; a cut of nothing leaves it as it was, unless it is made `always`."""
+    if width == shape.hidden and not always:
+        return shape
+    final = shape.final_size
+    return replace(shape, hidden=width, tied=False, shortcuts=True, final=None if final == width else final)
+
+
+def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The parameters of the model with its stream turned, and cut, in front of every norm but the last.
+
+    Parameters
+    ----------
+    kept : (D, d) float64 for each of 2 L norms, orthonormal columns
+
+    Returns
+    -------
+    Every parameter that changes, by the name it has in the irregular model, float64; biases behind norms stay
+    """
+    names = parameter_names(model)
+    entry = model.entry
+    weights = {names[model.embeddings.weight]: model.embeddings.weight.double() @ kept[0]}
+    for index, block in enumerate(model.blocks):
+        before_Dd, between_Dd = kept[2 * index : 2 * index + 2]
+        after = kept[2 * index + 2] if 2 * index + 2 < len(kept) else None  # what the head reads keeps its basis
+        for norm, linears, read_Dd in (
+            (block.attention_norm, block.attention[:-1], before_Dd),
+            (block.mlp_norm, block.ffn[:-1], between_Dd),
+        ):
+            for linear in linears:
+                weights[names[linear.weight]] = _folded(linear, norm) @ read_Dd
+        for linear, written_Dd in ((block.output, between_Dd), (block.down, after)):
+            for parameter in linear.parameters():
+                new = parameter.double()
+                weights[names[parameter]] = new if written_Dd is None else written_Dd.T @ new
+        for path, shortcut, read_Dd, written_Dd in (
+            (entry.attention_shortcut, block.attention_shortcut, before_Dd, between_Dd),
+            (entry.mlp_shortcut, block.mlp_shortcut, between_Dd, after),
+        ):
+            through_Dd = read_Dd if shortcut is None else shortcut.weight.double() @ read_Dd
+            through_Dd = through_Dd if written_Dd is None else written_Dd.T @ through_Dd
+            weights[f"{entry.blocks}.{index}.{path}.weight"] = through_Dd
+    # By its own name: a tied head shares the embeddings' parameter now, and will not after a cut.
+    weights[f"{entry.head}.weight"] = _folded(model.head, model.final_norm)
+    return weights
+
+
+def _folded(linear: nn.Linear, norm: nn.Module) -> Tensor:
+    """A matrix that takes over the weights of the norm before it, (O, D) float64; sliced models' norms have none."""
+    scale_D = cast("Tensor | None", getattr(norm, "weight", None))
+    weight_OD = linear.weight.double()
+    return weight_OD if scale_D is None else weight_OD * scale_D.double()
