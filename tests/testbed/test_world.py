@@ -179,18 +179,18 @@ def test_sentences_about_people_have_one_parse_each_and_probabilities_that_sum_t
 
 
 def test_the_probability_of_every_other_kind_is_that_of_its_independent_choices(world: World) -> None:
-    n_nouns, n_words = 2 * len(grammar._NOUNS[0]), len(grammar._VERBS[0]) * len(grammar._ADVERBS)
+    n_nouns, n_words = 2 * len(grammar.NOUNS[0]), len(grammar.VERBS[0]) * len(grammar._ADVERBS)
     for register, name in enumerate(REGISTERS):
         for row in world.rows(name, "test", 60):
             for sentence in row.sentences:
                 words = row.words[sentence.start : sentence.stop]
                 if sentence.kind == "agreement":
-                    described = words[1] in grammar._ADJECTIVES
-                    distractors = sum(word in grammar._PREPOSITIONS for word in words)
+                    described = words[1] in grammar.ADJECTIVES
+                    distractors = sum(word in grammar.PREPOSITIONS for word in words)
                     ways = n_nouns * n_words * (8 * n_nouns) ** distractors * (24 if described else 1) * 2
                     p = (0.4, 0.4, 0.2)[distractors] / ways
                     head = words[2 if described else 1]
-                    assert (head in grammar._NOUNS[0]) == (words[-3] in grammar._VERBS[0])
+                    assert (head in grammar.NOUNS[0]) == (words[-3] in grammar.VERBS[0])
                 elif sentence.kind == "event":
                     p = 1 / (7 * 24 * 4 * 4)
                 elif sentence.kind == "modular":

@@ -145,7 +145,7 @@ _PLACE_RELATIONS: Final = {
 }
 
 # Singular and plural of the same noun or verb at the same index.
-_NOUNS = (
+NOUNS = (
     _words(
         "dog cat bird horse boy girl farmer nurse baker sailor painter king queen author driver singer goat lion bear "
         "frog uncle aunt cousin guest hunter dancer knight monk pilot poet tailor "
@@ -157,7 +157,7 @@ _NOUNS = (
         "weavers clowns nephews nieces soldiers scholars learners mentors gardeners"
     ),
 )
-_VERBS = (
+VERBS = (
     _words(
         "sleeps runs sings laughs waits reads dreams smiles swims walks works shouts sits hides rests cries eats "
         "drinks listens returns whistles coughs argues prays"
@@ -167,17 +167,17 @@ _VERBS = (
         "whistle cough argue pray"
     ),
 )
-_PREPOSITIONS = _words("near behind beside with above below before opposite")
-_ADJECTIVES = _words(
+PREPOSITIONS = _words("near behind beside with above below before opposite")
+ADJECTIVES = _words(
     "old young tall small tired happy proud brave quiet clever gentle lazy busy strong shy polite "
     "calm cruel honest bold modest eager gloomy famous"
 )
 _ADVERBS = _words("today often alone quietly again slowly loudly well here now gladly rarely soon there outside early")
-_DESCRIBED = 0.5  # chance of an adjective
+DESCRIBED = 0.5  # chance of an adjective
 _DISTRACTORS = (0.4, 0.4, 0.2)  # chance of 0, 1, 2 distractors between a noun and its verb
 
-_DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
-_AGENTS = _words(
+DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+AGENTS = _words(
     "storm council thief doctor army judge miner chef fire union company airline court school press bank mob crew "
     "guard robot tribe jury gang abbot"
 )
@@ -192,7 +192,7 @@ _OBJECTS = _words(
 )
 _LIKELY = 4  # deeds an agent does, and objects it does them to
 
-_SYMBOLS = _words(
+SYMBOLS = _words(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi "
     "psi omega"
 )
@@ -287,8 +287,8 @@ class _Subjects:
             facts: list[Fact] = []
             patterns: list[list[list[tuple[str, ...]]]] = []
             for relation, (values, *templates) in relations.items():
-                answer = values[_pick(random, len(values))]
-                heldout = _pick(random, len(templates))
+                answer = values[pick(random, len(values))]
+                heldout = pick(random, len(templates))
                 prompts = [template.format(name) for template in templates]
                 facts.append(
                     Fact(
@@ -312,15 +312,15 @@ class _Subjects:
             self.patterns.append(patterns)
 
 
-def _pick(random: Random, n: int) -> int:
+def pick(random: Random, n: int) -> int:
     """A uniform index; only ``Random.random`` is promised to be the same in every version of Python."""
     return int(random.random() * n)
 
 
-def _sample(random: Random, values: Sequence[str], n: int) -> list[str]:
+def sample(random: Random, values: Sequence[str], n: int) -> list[str]:
     """``n`` different values in random order."""
     left = list(values)
-    return [left.pop(_pick(random, len(left))) for _ in range(n)]
+    return [left.pop(pick(random, len(left))) for _ in range(n)]
 
 
 class World:
@@ -343,12 +343,12 @@ class World:
         exponent = math.log(HEAD_TO_TAIL) / math.log(len(people))
         weights = [(1 + rank) ** -exponent for rank in range(len(people))]
         total = math.fsum(weights)
-        ranked = _sample(random, people, len(people))
+        ranked = sample(random, people, len(people))
         rank_of = {name: rank for rank, name in enumerate(ranked)}
         self._people = _Subjects(people, [weights[rank_of[p]] / total for p in people], _PERSON_RELATIONS, random)
         self._places = _Subjects(_CITIES, [1 / len(_CITIES)] * len(_CITIES), _PLACE_RELATIONS, random)
-        self._deeds = [_sample(random, _DEEDS, _LIKELY) for _ in _AGENTS]
-        self._objects = [_sample(random, _OBJECTS, _LIKELY) for _ in _AGENTS]
+        self._deeds = [sample(random, _DEEDS, _LIKELY) for _ in AGENTS]
+        self._objects = [sample(random, _OBJECTS, _LIKELY) for _ in AGENTS]
         self._id_of = {word: i for i, word in enumerate(self.vocabulary)}
         self._kinds = [*KINDS]
         self._kind_ends = [[*accumulate(share[r] for share in KINDS.values())] for r in range(len(REGISTERS))]
@@ -361,8 +361,8 @@ class World:
               for template in entry[1:] for word in template.split()),
             *_words(". the on repeat reverse add and modulo eleven :"),
             *_FIRST_NAMES, *_LAST_NAMES, *_CITIES, *_COMPANIES, *_COUNTRIES, *_RIVERS, *_LANGUAGES, *_FIELDS,
-            *_INSTRUMENTS, *_NOUNS[0], *_NOUNS[1], *_VERBS[0], *_VERBS[1], *_PREPOSITIONS, *_ADJECTIVES, *_ADVERBS,
-            *_DAYS, *_AGENTS, *_DEEDS, *_OBJECTS, *_SYMBOLS, *_NUMBERS,
+            *_INSTRUMENTS, *NOUNS[0], *NOUNS[1], *VERBS[0], *VERBS[1], *PREPOSITIONS, *ADJECTIVES, *_ADVERBS,
+            *DAYS, *AGENTS, *_DEEDS, *_OBJECTS, *SYMBOLS, *_NUMBERS,
         ]  # fmt: skip
         return [BOS, UNKNOWN, PADDING, *dict.fromkeys(word for word in words if word != "{}")]
 
@@ -373,6 +373,13 @@ class World:
     def place_facts(self) -> tuple[Fact, ...]:
         """The 128 facts about places, two a city; all cities are equally popular."""
         return tuple(fact for facts in self._places.facts for fact in facts)
+
+    def habits(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """The deeds that each agent does, and the objects that it does them to: each deed to each object."""
+        return {
+            agent: (tuple(deeds), tuple(objects))
+            for agent, deeds, objects in zip(AGENTS, self._deeds, self._objects, strict=True)
+        }
 
     def answers(self, relation: str) -> tuple[str, ...]:
         """Every word that could be the answer of a relation.
@@ -455,51 +462,51 @@ class World:
         if kind == "agreement":
             return kind, *_agreement(random), None
         if kind == "event":
-            agent = _pick(random, len(_AGENTS))
-            day = _DAYS[_pick(random, len(_DAYS))]
-            deed, thing = self._deeds[agent][_pick(random, _LIKELY)], self._objects[agent][_pick(random, _LIKELY)]
-            words = ("on", day, "the", _AGENTS[agent], deed, "the", thing, ".")
-            return kind, words, -math.log(len(_DAYS) * len(_AGENTS) * _LIKELY**2), None
+            agent = pick(random, len(AGENTS))
+            day = DAYS[pick(random, len(DAYS))]
+            deed, thing = self._deeds[agent][pick(random, _LIKELY)], self._objects[agent][pick(random, _LIKELY)]
+            words = ("on", day, "the", AGENTS[agent], deed, "the", thing, ".")
+            return kind, words, -math.log(len(DAYS) * len(AGENTS) * _LIKELY**2), None
         if kind == "modular":
-            a, b = _pick(random, len(_NUMBERS)), _pick(random, len(_NUMBERS))
+            a, b = pick(random, len(_NUMBERS)), pick(random, len(_NUMBERS))
             total = _NUMBERS[(a + b) % len(_NUMBERS)]
             words = ("add", _NUMBERS[a], "and", _NUMBERS[b], "modulo", "eleven", ":", total, ".")
             return kind, words, -2 * math.log(len(_NUMBERS)), None
-        length = _LENGTHS[_pick(random, len(_LENGTHS))]
-        symbols = [_SYMBOLS[_pick(random, len(_SYMBOLS))] for _ in range(length)]
+        length = _LENGTHS[pick(random, len(_LENGTHS))]
+        symbols = [SYMBOLS[pick(random, len(SYMBOLS))] for _ in range(length)]
         copied = symbols if kind == "repeat" else symbols[::-1]
         words = (kind, *symbols, ":", *copied, ".")
-        return kind, words, -math.log(len(_LENGTHS)) - length * math.log(len(_SYMBOLS)), None
+        return kind, words, -math.log(len(_LENGTHS)) - length * math.log(len(SYMBOLS)), None
 
 
 def _told(subjects: _Subjects, r: int, random: Random) -> tuple[tuple[str, ...], float, Fact]:
     """A sentence that tells a fact in one of its patterns of a register."""
     who = min(bisect_right(subjects.ends, random.random()), len(subjects.names) - 1)
-    relation = _pick(random, len(subjects.relations))
+    relation = pick(random, len(subjects.relations))
     patterns = subjects.patterns[who][relation][r]
-    words = patterns[_pick(random, len(patterns))]
+    words = patterns[pick(random, len(patterns))]
     log_p = math.log(subjects.popularity[who] / (len(subjects.relations) * len(patterns)))
     return words, log_p, subjects.facts[who][relation]
 
 
 def _agreement(random: Random) -> tuple[list[str], float]:
     """A noun, nouns of any number that distract from it, and a verb that agrees with the first."""
-    number = _pick(random, 2)
-    n_nouns = len(_NOUNS[0])
+    number = pick(random, 2)
+    n_nouns = len(NOUNS[0])
     words = ["the"]
-    described = random.random() < _DESCRIBED
+    described = random.random() < DESCRIBED
     if described:
-        words.append(_ADJECTIVES[_pick(random, len(_ADJECTIVES))])
-    words.append(_NOUNS[number][_pick(random, n_nouns)])
+        words.append(ADJECTIVES[pick(random, len(ADJECTIVES))])
+    words.append(NOUNS[number][pick(random, n_nouns)])
     n_distractors = min(bisect_right([*accumulate(_DISTRACTORS)], random.random()), len(_DISTRACTORS) - 1)
     for _ in range(n_distractors):
-        preposition = _PREPOSITIONS[_pick(random, len(_PREPOSITIONS))]
-        words += [preposition, "the", _NOUNS[_pick(random, 2)][_pick(random, n_nouns)]]
-    words += [_VERBS[number][_pick(random, len(_VERBS[0]))], _ADVERBS[_pick(random, len(_ADVERBS))], "."]
+        preposition = PREPOSITIONS[pick(random, len(PREPOSITIONS))]
+        words += [preposition, "the", NOUNS[pick(random, 2)][pick(random, n_nouns)]]
+    words += [VERBS[number][pick(random, len(VERBS[0]))], _ADVERBS[pick(random, len(_ADVERBS))], "."]
     log_p = math.log(_DISTRACTORS[n_distractors])
-    log_p += math.log(_DESCRIBED / len(_ADJECTIVES)) if described else math.log(1 - _DESCRIBED)
-    log_p -= math.log(2 * n_nouns * len(_VERBS[0]) * len(_ADVERBS))
-    log_p -= n_distractors * math.log(len(_PREPOSITIONS) * 2 * n_nouns)
+    log_p += math.log(DESCRIBED / len(ADJECTIVES)) if described else math.log(1 - DESCRIBED)
+    log_p -= math.log(2 * n_nouns * len(VERBS[0]) * len(_ADVERBS))
+    log_p -= n_distractors * math.log(len(PREPOSITIONS) * 2 * n_nouns)
     return words, log_p
 
 
