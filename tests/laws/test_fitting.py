@@ -485,7 +485,7 @@ def test_refused_folds_are_in_the_answer():
 
 
 def test_losses_and_scores_are_not_compared():
-    with pytest.raises(FitError, match="needs losses or scores, got both"):
+    with pytest.raises(FitError, match="needs one kind of metric, got several"):
         rolling([point(0.1, 2.1), point(0.1, 0.5, base=0.6, metric="top1")])
     with pytest.raises(FitError, match="got no points"):
         rolling([])

@@ -246,15 +246,16 @@ class Fit:
         """
         if not (math.isfinite(target) and target > 0):
             raise FitError(
-                f"a target must be a positive number, got {target}: give nats for a loss, a fraction for a score"
+                f"a target must be a positive number, got {target}: give nats for a loss, a fraction for a score, "
+                "a speed as it was fitted"
             )
         ignored = self._ignored(base, tokens)
         base, tokens = self._defaults(base, tokens)
         if reason := self._why_not_identified(base, tokens):
             return Ratio(r=None, lo=None, hi=None, status="not_identified", note=reason)
-        worse = 1.0 if self.facts.kind == "loss" else -1.0
+        rises = -1.0 if self.facts.kind == "score" else 1.0
         start = self._raw(0.0, base, tokens)
-        if worse * (start - target) > 1e-12 * target:
+        if rises * (start - target) > 1e-12 * target:
             note = f"the law gives {start:.4g} with nothing removed, already beyond the target {target:.4g}"
             return Ratio(r=None, lo=None, hi=None, status="unreachable", note=note)
         r = self._solve(target, base, tokens)
@@ -270,7 +271,7 @@ class Fit:
                 # A prediction too low by the half width reaches the target earlier: solve at the two shifted targets.
                 sides = (self._solve(t, base, tokens) for t in self._shift(target, width))
                 ends = [
-                    (0.0 if worse * (t - start) < 0 else 1.0) if s is None else s
+                    (0.0 if rises * (t - start) < 0 else 1.0) if s is None else s
                     for s, t in zip(sides, self._shift(target, width), strict=True)
                 ]
                 lo, hi = min(ends), max(ends)
@@ -292,7 +293,7 @@ class Fit:
 
         Parameters
         ----------
-        sigma : above 1 for a loss, below 1 for a score
+        sigma : above 1 for a loss or a speed, below 1 for a score
         relative_to : ``base``: the dense value; ``law``: the law's own value with nothing removed. For ``law`` recovery
             data are unlimited, in the reference and at the ratio alike: the reference of the compression law is then
             L0^α, and the ratio that of its Corollary 3.2
@@ -303,8 +304,8 @@ class Fit:
         FitError
             When sigma is on the wrong side of 1, or another argument is out of range.
         """
-        if not (sigma > 1 if self.facts.kind == "loss" else 0 < sigma < 1):
-            wanted = "above 1 for a loss" if self.facts.kind == "loss" else "in (0, 1) for a score"
+        if not (0 < sigma < 1 if self.facts.kind == "score" else sigma > 1):
+            wanted = "in (0, 1) for a score" if self.facts.kind == "score" else f"above 1 for a {self.facts.kind}"
             raise FitError(f"sigma must be {wanted}, got {sigma:g}: 1.05 means 5 % more, 0.95 means 5 % less")
         if relative_to == "base":
             return self.invert(sigma * self._defaults(base, tokens)[0], base=base, tokens=tokens, level=level)
@@ -431,9 +432,9 @@ class Fit:
             return f"{slope.name} was left out: {slope.dropped}"
         if slope.lo is not None and slope.hi is not None and slope.lo <= 0 <= slope.hi:
             return f"the 95 % interval of {slope.name}, {slope.lo:.3g} to {slope.hi:.3g}, contains 0"
-        worse = 1.0 if self.facts.kind == "loss" else -1.0
-        if worse * (self._raw(0.5, base, tokens) - self._raw(0.0, base, tokens)) <= 0:
-            return f"the fitted {self.facts.kind} improves as more is removed"
+        rises = -1.0 if self.facts.kind == "score" else 1.0
+        if rises * (self._raw(0.5, base, tokens) - self._raw(0.0, base, tokens)) <= 0:
+            return f"the fitted {self.facts.kind} {'rises' if rises < 0 else 'falls'} as more is removed"
         return ""
 
     def _solve(self, target: float, base: float, tokens: float) -> float | None:

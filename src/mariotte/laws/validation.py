@@ -205,12 +205,12 @@ def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *,
     Raises
     ------
     FitError
-        When there are no points, or losses and scores together.
+        When there are no points, or losses and scores or speeds together.
     """
     points = list(points)
     if len({p.kind for p in points}) != 1:
-        came = "both" if points else "no points"
-        raise FitError(f"a hold-out needs losses or scores, got {came}: keep one metric")
+        came = "several" if points else "no points"
+        raise FitError(f"a hold-out needs one kind of metric, got {came}: keep one metric")
     kind = points[0].kind
     chosen = applicable(kind) if laws is None else [find(law) if isinstance(law, str) else law for law in laws]
     rows: list[HeldOut] = []

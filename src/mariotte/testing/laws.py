@@ -33,11 +33,12 @@ def synthetic(law: Law, noise: float = 0.0, seed: int = 0) -> list[Point]:
 
     Parameters
     ----------
-    law : describes a loss
+    law : describes a loss, or else a speed
     noise : standard deviation of the logarithm of the value
     seed : of the noise
     """
     generator = np.random.default_rng(seed)
+    metric = "loss" if "loss" in law.metric_kinds else "speedup"
     points: list[Point] = []
     for model, base in (("small", 3.1), ("middle", 2.4), ("large", 1.9)):
         for tokens in (0.0, 1.0, 9.0):
@@ -49,7 +50,7 @@ def synthetic(law: Law, noise: float = 0.0, seed: int = 0) -> list[Point]:
                         base=base,
                         ratio=ratio,
                         ratio_kind="parameters",
-                        metric="loss",
+                        metric=metric,
                         protocol="synthetic",
                         tokens=tokens,
                         model=model,

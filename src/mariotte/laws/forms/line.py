@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from mariotte.laws.base import Array, Inputs, Param
+from mariotte.laws.base import Array, Inputs, Kind, Param
 from mariotte.laws.linear import LinearLaw
 
 __all__ = ["Line"]
@@ -20,6 +20,7 @@ class Line(LinearLaw):
     formula: ClassVar[str] = "L = a + b · r"
     reference: ClassVar[str] = ""
     inputs: ClassVar[tuple[str, ...]] = ("ratio",)
+    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed")
     params: ClassVar[tuple[Param, ...]] = (Param("a", typical=2.0), Param("b", typical=1.5))
     anchored: ClassVar[bool] = False
     ratio_param: ClassVar[str | None] = "b"

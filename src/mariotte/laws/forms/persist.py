@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from mariotte.laws.base import Array, Estimate, Inputs, Law, Param
+from mariotte.laws.base import Array, Estimate, Inputs, Kind, Law, Param
 
 __all__ = ["Persist"]
 
@@ -19,6 +19,7 @@ class Persist(Law):
     formula: ClassVar[str] = "L = c"
     reference: ClassVar[str] = ""
     inputs: ClassVar[tuple[str, ...]] = ()
+    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed")
     params: ClassVar[tuple[Param, ...]] = (Param("c", typical=2.0),)
     anchored: ClassVar[bool] = False
     ratio_param: ClassVar[str | None] = None
