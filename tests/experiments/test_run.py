@@ -157,7 +157,7 @@ def killed_after(seconds: float, study: Path, store: Path) -> bool:
 
 
 def test_killed_and_run_again_equals_uninterrupted(model_folder: Path, reference: Path, tmp_path: Path) -> None:
-    """Once, as soon as the store holds something; `test_killed_at_ten_random_moments` is the whole of it."""
+    """Once, as soon as the store holds something; `test_killed_at_fifty_random_moments` is the whole of it."""
     study, path = tmp_path / "s.toml", tmp_path / "s.db"
     study.write_text(toml(model_folder))
     command = [
@@ -188,16 +188,17 @@ def table_or_empty(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(model_folder: Path, reference: Path, tmp_path: Path) -> None:
+def test_killed_at_fifty_random_moments(model_folder: Path, reference: Path, tmp_path: Path) -> None:
     import random
 
     study, path = tmp_path / "s.toml", tmp_path / "s.db"
     study.write_text(toml(model_folder))
     moments = random.Random(0)
     kills = 0
-    while kills < 10:
+    while kills < 50:
         if not killed_after(moments.uniform(3, 9), study, path):
-            path.unlink()  # it finished: begin anew, so that all ten kills hit work
+            assert table(path) == table(reference)
+            path.unlink()  # it finished: begin anew, so that all fifty kills hit work
             continue
         kills += 1
     run(parse(study.read_text()), path)
@@ -221,9 +222,14 @@ def test_a_failure_is_stored_and_the_study_goes_on(
     with open_store(tmp_path / "s.db") as store:
         assert len(store.failures()) == 2
         assert len(store.records()) == (9 - 2) * 2
-    # Run again, what failed is tried again, and what was stored is not.
+    # Run again, what failed is left alone, until it is asked for; what was stored is not measured twice.
     again = run(parse(toml(model_folder)), tmp_path / "s.db")
-    assert again.records == 4
+    assert (again.records, again.failed_before, again.failures) == (0, 2, [])
+    assert again.counters.preparations == 0
+    with open_store(tmp_path / "s.db") as store:
+        assert len(store.failures()) == 2
+    retried = run(parse(toml(model_folder)), tmp_path / "s.db", retry_failed=True)
+    assert (retried.records, retried.failed_before) == (4, 0)
     with open_store(tmp_path / "s.db") as store:
         assert not store.failures()
 

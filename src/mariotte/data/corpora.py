@@ -92,6 +92,12 @@ def articles(text: str) -> list[str]:
     return [part.strip("\n") for part in parts if part.strip()]
 
 
+def hundreds(text: str) -> list[str]:
+    """A hundred lines a document: for text that has one sentence a line and says nowhere where an article ends."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ["\n".join(lines[start : start + 100]) for start in range(0, len(lines), 100)]
+
+
 def paragraphs(text: str) -> list[str]:
     """Stories where ``<|endoftext|>`` separates them, else paragraphs separated by blank lines."""
     if "<|endoftext|>" in text:
@@ -210,12 +216,16 @@ class Hub(Corpus):
     dataset, config : as the hub calls them
     splits : our split to the hub's; a missing one is taken from the training split by hash
     cut : how the joined rows fall into documents; None when every row is one
+    column : of the text, where rows are joined
+    revision : of the dataset, None for its main one
     """
 
     dataset: str
     config: str | None
     splits: Mapping[str, str]
     cut: Callable[[str], list[str]] | None = None
+    column: str = "text"
+    revision: str | None = None
 
     def fingerprint(self, split: Split) -> str:  # noqa: D102
         # The hub's own revision is known only after loading; datasets do not change under a name in practice.
@@ -227,7 +237,8 @@ class Hub(Corpus):
 
         wanted = "train" if split == "calibration" else split
         try:
-            rows = datasets.load_dataset(self.dataset, self.config, split=self.splits.get(wanted, self.splits["train"]))
+            split_there = self.splits.get(wanted, self.splits["train"])
+            rows = datasets.load_dataset(self.dataset, self.config, split=split_there, revision=self.revision)
         except (OSError, ValueError, DatasetNotFoundError) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise DataError(
@@ -235,14 +246,17 @@ class Hub(Corpus):
                 f"put {self.name}/{{train,valid,test}}.txt or .jsonl into that folder"
             ) from error
         texts = cast("Iterator[dict[str, Any]]", iter(rows))
-        documents = (
-            self.cut("".join(str(row["text"]) for row in texts)) if self.cut else [instruction(row) for row in texts]
-        )
+        documents = self.cut(self._joined(texts)) if self.cut else [instruction(row) for row in texts]
         if wanted not in self.splits or (wanted == "train" and {"valid", "test"} - set(self.splits)):
             # Where a split is taken from the training rows, the training split is what is left of them.
             missing = {"valid", "test"} - set(self.splits)
             documents = [d for d in documents if (split_of(d) if split_of(d) in missing else "train") == wanted]
         return _filtered(documents, split)
+
+    def _joined(self, rows: Iterator[dict[str, Any]]) -> str:
+        texts = (str(row[self.column]) for row in rows)
+        # Rows of some datasets bring the end of their lines with them, those of others do not.
+        return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
 
 
 @dataclass(frozen=True)
@@ -292,6 +306,16 @@ CORPORA: Mapping[str, Corpus] = {
             "wikitext-2-raw-v1",
             {"train": "train", "valid": "validation", "test": "test"},
             articles,
+        ),
+        # The Penn Treebank's text as language models use it; its own loader is a script, which we do not run.
+        Hub(
+            "ptb",
+            "ptb-text-only/ptb_text_only",
+            "penn_treebank",
+            {"train": "train", "valid": "validation", "test": "test"},
+            hundreds,
+            "sentence",
+            "refs/convert/parquet",
         ),
         Hub("tinystories", "roneneldan/TinyStories", None, {"train": "train[:1%]", "test": "validation"}),
         Hub("alpaca", "tatsu-lab/alpaca", None, {"train": "train"}),

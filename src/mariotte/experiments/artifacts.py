@@ -44,6 +44,14 @@ class Shelf:
         """Where the checkpoint of an experiment stands, or would."""
         return self._models_folder / experiment[:16]
 
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written; nobody else may be writing here."""
+        for started in self._models_folder.glob(".*"):
+            shutil.rmtree(started, ignore_errors=True)
+        for place in self._models_folder.glob("*"):
+            if self.keep == "best" and not (place / _LABEL).is_file():
+                shutil.rmtree(place, ignore_errors=True)  # killed between the checkpoint and its label
+
     def lacks(self, experiment: str) -> bool:
         """Whether a checkpoint that is to be kept is not there."""
         return self.keep == "all" and not self.place(experiment).exists()

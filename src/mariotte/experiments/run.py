@@ -245,6 +245,9 @@ def run(
     ]
     workers = min(study.run.workers, len(tasks))
     with _alone(study.name, folder):
+        for task in tasks:
+            if task.shelf is not None:
+                task.shelf.sweep()
         for failure in store.failures(study=study.name):
             if failure.experiment not in failed:
                 store.clear_failures(study=study.name, experiment=failure.experiment)

@@ -1,0 +1,241 @@
+"""Studies at scale: parts of the chains, checkpoints that stay, workers that die, what a dry run says."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mariotte.architectures import shape
+from mariotte.cli.main import app
+from mariotte.errors import StoreError, StudyError
+from mariotte.experiments import run as running
+from mariotte.experiments.artifacts import Shelf
+from mariotte.experiments.estimate import estimate
+from mariotte.experiments.pipeline import Outcome
+from mariotte.experiments.run import Summary, plan
+from mariotte.experiments.study import Study, embedded, parse, read, with_run
+from mariotte.models.load import load, quiet_transformers, read_config
+from mariotte.store import open_store
+from mariotte.testbed import zoo
+from mariotte.testbed.world import World
+from mariotte.testing.tiny import tiny
+
+TEXT = """
+format = 1
+name = "scale"
+models = {models}
+measures = ["loss:testbed/all(rows=4)", {{ measure = "knowledge:testbed(facts=10)", of = "cuts" }}]
+chains = [
+  {{ chain = "magnitude@{{amount}}", amount = [0.25, 0.5] }},
+  {{ chain = "ffn@0.5 | lora@{{tokens}}(batch=2)", tokens = [640, 1280] }},
+  {{ chain = "ffn@0.25", models = {some} }},
+]
+[calibration]
+corpus = "testbed/all"
+rows = 4
+[run]
+threads = 1
+"""
+
+
+def study(models: list[Path], some: list[Path] | None = None) -> Study:
+    def names(paths: list[Path]) -> str:
+        return json.dumps([str(path) for path in paths])
+
+    return parse(TEXT.format(models=names(models), some=names(some or models[:1])))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same shape as the other one, with other weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-other"
+    with quiet_transformers():
+        tiny("qwen2", vocab=len(World().vocabulary), tied=True, seed=1).hf.save_pretrained(folder)
+    zoo.save_tokenizer(folder)
+    return folder
+
+
+def run(study: Study, path: Path, **settings: object) -> Summary:
+    with open_store(path, create=True) as store:
+        return running.run(study, store, **settings)
+
+
+def table(path: Path) -> dict[str, str]:
+    with open_store(path) as store:
+        return {record.id: record.result_hash() for record in store.records()}
+
+
+def test_a_measure_of_cuts_leaves_recoveries_out(model_folder: Path, tmp_path: Path) -> None:
+    summary = run(study([model_folder]), tmp_path / "s.db")
+    assert summary.failures == []
+    with open_store(tmp_path / "s.db") as store:
+        chains = {name: [r.chain for r in store.records() if r.measure.startswith(name)] for name in ("loss", "know")}
+    assert len(chains["loss"]) == 6
+    assert sorted(chains["know"]) == ["dense", "ffn@0.25", "magnitude@0.25", "magnitude@0.5"]
+
+
+def test_chains_can_be_for_some_models(model_folder: Path, other: Path) -> None:
+    found = study([model_folder, other], [other])
+    assert len(found.expanded(str(model_folder))) == 4
+    assert len(found.expanded(str(other))) == len(found.expanded()) == 5
+    with pytest.raises(StudyError, match="no model of this study named"):
+        study([model_folder], [other])
+
+
+def test_a_plan_counts_what_a_run_does(model_folder: Path, other: Path, tmp_path: Path) -> None:
+    found = study([model_folder, other])
+    planned = plan(found)
+    assert (planned.cuts, planned.checkpoints, planned.evaluations) == (5, 9, {"loss": 9, "knowledge": 5})
+    assert planned.recovery_tokens == 2 * (640 + 1280)
+    summary = run(found, tmp_path / "s.db")
+    c = summary.counters
+    assert (summary.experiments, summary.records) == (planned.experiments, planned.records)
+    assert (c.loads, c.preparations, c.applications) == (planned.loads, planned.preparations, planned.applications)
+    rows = 64 * 2  # of a batch: what is seen is rounded to whole rows, the trunk to whole batches
+    assert c.trunk_tokens + c.decay_tokens == pytest.approx(planned.shared_tokens, abs=2 * 3 * rows)
+
+
+@pytest.mark.parametrize("keep", ["all", "best"])
+def test_checkpoints_stay_as_the_study_says(keep: str, model_folder: Path, tmp_path: Path) -> None:
+    found = with_run(study([model_folder]), keep=keep)
+    run(found, tmp_path / "s.db", artifacts=tmp_path / "kept")
+    folders = [path.parent for path in (tmp_path / "kept" / "scale").glob("*/*/config.json")]
+    # Best of each asked amount: 0.25 of magnitude and ffn, 0.5 of magnitude and two recoveries.
+    assert len(folders) == (5 if keep == "all" else 2)
+    with open_store(tmp_path / "s.db") as store:
+        records = {r.experiment[:16]: r for r in store.records(measure="loss")}
+    for folder in folders:
+        assert load(folder).counts.n_params == records[folder.name].n_params
+    if keep == "best":
+        for amount in (0.25, 0.5):
+            best = min((r for r in records.values() if r.amount == amount), key=lambda r: r.metrics["loss"])
+            assert best.experiment[:16] in {folder.name for folder in folders}
+        return
+    (lost,) = [folder for folder in folders if records[folder.name].chain == "magnitude@0.5"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*/*/*/config.json")}
+    for file in lost.iterdir():
+        file.unlink()
+    lost.rmdir()
+    again = run(found, tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert (again.records, again.counters.evaluations) == (0, 0)  # made anew, not measured anew
+    assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {lost / "config.json"}
+
+
+def test_half_written_checkpoints_are_removed(model_folder: Path, tmp_path: Path) -> None:
+    shelf = Shelf(folder=tmp_path, model="some/model", keep="best", rising=False)
+    whole, unlabelled, started = (tmp_path / "some-model" / name for name in ("whole", "unlabelled", ".half-1a2b"))
+    for folder in (whole, unlabelled, started):
+        folder.mkdir(parents=True)
+    (whole / "artifact.json").write_text('{"amount": "0.5", "value": 1.0}')
+    shelf.sweep()
+    assert [path.name for path in (tmp_path / "some-model").iterdir()] == ["whole"]
+
+
+def test_a_store_that_was_cut_off_is_refused_in_a_sentence(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    run(study([model_folder]), path)
+    content = path.read_bytes()
+    for left in (len(content) // 2, 1500, 60):
+        path.write_bytes(content[:left])
+        with pytest.raises(StoreError) as caught:
+            table(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(path.read_bytes()) == left  # nothing was written to what is left
+
+
+def test_a_checkpoint_that_cannot_be_kept_loses_no_record(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Shelf, "offer", full)
+    summary = run(with_run(study([model_folder]), keep="all"), tmp_path / "s.db")
+    assert {failure.stage for failure in summary.failures} == {"keep"}
+    assert "No space left on device" in summary.failures[0].error
+    with open_store(tmp_path / "s.db") as store:
+        assert len(store.records(measure="loss")) == 6
+
+
+@pytest.mark.parametrize("error", [MemoryError("no more"), OSError(28, "No space left on device")])
+def test_one_branch_without_memory_or_disk_is_survived(
+    error: Exception, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mariotte.compress.methods.ffn import FFN
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FFN, "prepare", broken)
+        summary = run(study([model_folder]), tmp_path / "s.db")
+    assert {f.chain.split(" ")[0] for f in summary.failures} == {"ffn@0.5", "ffn@0.25"}
+    assert str(error) in summary.failures[0].error
+    assert len(table(tmp_path / "s.db")) == 2 + 4  # dense and magnitude, each measured twice
+    assert run(study([model_folder]), tmp_path / "s.db", retry_failed=True).failures == []
+
+
+def test_a_killed_worker_costs_what_it_was_doing(model_folder: Path, other: Path, tmp_path: Path) -> None:
+    found = study([model_folder, other])
+    reference = run(found, tmp_path / "whole.db")
+    killed: list[int] = []
+
+    begun: set[str] = set()
+
+    def kill_once(outcome: Outcome) -> None:
+        if outcome.chain != "dense":
+            begun.add(outcome.model)
+        workers = multiprocessing.active_children()
+        if len(begun) == 2 and not killed and workers:
+            killed.append(workers[0].pid or 0)
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = run(with_run(found, workers=2), tmp_path / "s.db", finished=kill_once)
+    assert killed
+    assert {failure.stage for failure in summary.failures} <= {"killed"}, summary.failures
+    assert all("code -9: killed, perhaps for memory" in failure.error for failure in summary.failures)
+    assert summary.experiments == reference.experiments
+    assert summary.records >= reference.records - 2 * len(summary.failures)
+    run(found, tmp_path / "s.db", retry_failed=True)
+    assert table(tmp_path / "s.db") == table(tmp_path / "whole.db")
+
+
+def test_an_estimate_grows_with_the_work_and_learns_from_records(model_folder: Path, tmp_path: Path) -> None:
+    found = study([model_folder])
+    configs = {str(model_folder): read_config(model_folder)}
+    before = estimate(found, configs)
+    assert before.seconds is not None
+    assert before.unshared_seconds is not None
+    assert before.unshared_seconds > 0
+    assert before.memory_bytes >= 3 * 4 * shape(configs[str(model_folder)]).hidden
+    assert before.disk_bytes > 0
+    assert not before.measured
+    assert estimate(found, {}).unknown == (str(model_folder),)
+    run(found, tmp_path / "s.db")
+    with open_store(tmp_path / "s.db") as store:
+        after = estimate(found, configs, store.records())
+    assert after.measured
+    assert after.seconds != before.seconds
+
+
+def test_the_paper_s_grid_is_550_checkpoints_and_1100_evaluations() -> None:
+    for path in (embedded("compression-laws"), embedded("testbed/compression-laws")):
+        planned = plan(read(path))
+        assert (planned.models, planned.cuts, planned.checkpoints) == (8, 55, 550)
+        assert planned.evaluations["loss"] + planned.evaluations["tasks"] == 1100
+        assert planned.evaluations["speed"] == 55
+
+
+def test_a_dry_run_says_what_a_study_takes(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(embedded("quickstart")), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for said in ("models loaded", "alone", "time, 2 workers", "disk while it runs", "checkpoints that stay"):
+        assert said in result.output
+    assert list(tmp_path.iterdir()) == []
