@@ -26,7 +26,7 @@ from mariotte.compress.methods.prunenet import (
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.experiments.identity import resolve_link
 from mariotte.models.step import Prepared, prepare_once
-from mariotte.testing.methods import context_of
+from mariotte.testing.methods import MethodConformance, cases, context_of
 from mariotte.testing.tiny import tiny, weights_hash
 
 
@@ -319,3 +319,8 @@ def test_fields_out_of_range_are_refused(fields, message):
 def test_a_policy_ratio_that_removes_nothing_is_refused(tmp_path):
     with pytest.raises(ChainError, match=r"policy_ratio 0\.01 removes none of 48 neurons after rounding"):
         cut(PruneNet(policy_ratio=0.01), tiny("llama"), 0.5, tmp_path)
+
+
+@pytest.mark.parametrize(("step", "family"), cases([PruneNet(policy_ratio=0.5, episodes=3)], ["llama"]))
+class TestOnePolicy(MethodConformance):
+    pass

@@ -11,7 +11,7 @@ import torch
 from mariotte.compress.methods.prunenet_random import PruneNetRandom
 from mariotte.errors import ChainError
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import context_of
+from mariotte.testing.methods import MethodConformance, cases, context_of
 from mariotte.testing.tiny import tiny
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -93,3 +93,8 @@ def test_every_neuron_is_as_likely_to_stay(tmp_path):
 def test_round_to_must_be_positive():
     with pytest.raises(ChainError, match="round_to must be a positive number of neurons, got 0"):
         PruneNetRandom(round_to=0)
+
+
+@pytest.mark.parametrize(("step", "family"), cases([PruneNetRandom(round_to=1)], ["qwen2"]))
+class TestPublishedWidths(MethodConformance):
+    pass
