@@ -105,6 +105,9 @@ def compress(
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]
     print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
+    for step in done.done:
+        if found := step.facts.get("chain"):
+            say(f"{step.step} found: {found}")
     if zeros:
         say(f"{zeros:,} weights are zero: the checkpoint is as large and as fast as before; zeros alone save nothing")
     if stored.itemsize > dense.stored_dtype.itemsize:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -14,11 +14,9 @@ __all__ = ["methods"]
 
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """List compression methods and recoveries: unit, pruning family, scopes, fields."""
-    from mariotte.compress import METHODS
-    from mariotte.models.step import Step
-    from mariotte.recover import RECOVERIES
+    from mariotte.experiments.identity import find_step, step_names
 
-    kinds = [cast("type[Step]", c.find(name)) for c in (METHODS, RECOVERIES) for name in c.names()]
+    kinds = [find_step(name) for name in step_names()]
     found: list[dict[str, Any]] = [
         {
             "name": kind.name(),

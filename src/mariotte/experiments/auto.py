@@ -1,6 +1,6 @@
 """A share of a model's parameters, spread over depth, heads, feed-forward and hidden width by a small search.
 
-Sizes are what is kept: layers L, groups of heads K, feed-forward neurons F, hidden width D.
+Sizes are what is kept: layers L, heads N, feed-forward neurons F, hidden width D.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mariotte import chain as chains
 from mariotte.architectures import Shape
 from mariotte.chain import Chain
 from mariotte.compress import METHODS
+from mariotte.compress.methods.heads import Heads
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
@@ -32,7 +33,7 @@ from mariotte.store.record import digest
 
 __all__ = ["Auto"]
 
-DIMENSIONS: Mapping[str, str] = {"shortgpt": "layers", "heads": "kv_heads", "ffn": "ffn", "slice": "hidden"}
+DIMENSIONS: Mapping[str, str] = {"shortgpt": "layers", "heads": "heads", "ffn": "ffn", "slice": "hidden"}
 """The methods that a search combines, in the order of the chain, and the size of a model that each reduces."""
 
 PROFILE = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -78,9 +79,7 @@ class _Sketch(Model):
 
 
 def cut_shape(shape: Shape, name: str, kept: int) -> Shape:
-    """The shape after one dimension was cut to `kept`; heads go in groups that share a key, and slicing unties."""
-    if name == "heads":
-        return replace(shape, kv_heads=kept, heads=shape.heads // shape.kv_heads * kept)
+    """The shape after blocks, feed-forward or hidden width were cut to `kept`; slicing unties."""
     if name == "slice":
         return replace(shape, hidden=kept, tied=shape.tied and kept == shape.hidden)
     return replace(shape, **{DIMENSIONS[name]: kept})
@@ -116,10 +115,17 @@ class Space:
         """The shape that enters each step, and at the end the one that leaves the last."""
         shape = self.model.shape
         yield shape
-        for step, kept in zip(self.steps, state, strict=True):
-            if kept < self._size(step.name(), shape):
-                shape = cut_shape(shape, step.name(), kept)
+        for index, kept in enumerate(state):
+            if kept < self._size(self.steps[index].name(), shape):
+                shape = self._cut(index, shape, kept)
             yield shape
+
+    def _cut(self, index: int, shape: Shape, kept: int) -> Shape:
+        step = self.steps[index]
+        if isinstance(step, Heads):  # how many key-value heads stay with them is its own rule
+            heads, groups = step.kept(_Sketch(self.model, shape), 1 - kept / shape.heads)
+            return replace(shape, heads=heads, kv_heads=groups)
+        return cut_shape(shape, step.name(), kept)
 
     def removed(self, state: State) -> int:
         """Parameters that a state has fewer than the model."""
@@ -132,10 +138,11 @@ class Space:
 
     @functools.cache  # noqa: B019  (a space lives as long as one search)
     def _sizes(self, index: int, shape: Shape) -> tuple[int, ...]:
-        step = self.steps[index]
-        name, sketch = step.name(), _Sketch(self.model, shape)
-        size, total = self._size(name, shape), _params(shape)
-        left = {_params(cut_shape(shape, name, kept)): kept for kept in range(1, size)}
+        step, sketch = self.steps[index], _Sketch(self.model, shape)
+        size, total = self._size(step.name(), shape), _params(shape)
+        if isinstance(step, Heads):
+            return tuple(sorted({step.kept(sketch, n / size)[0] for n in range(size)}, reverse=True))
+        left = {_params(cut_shape(shape, step.name(), kept)): kept for kept in range(1, size)}
         removed = {step.removes(sketch, n / size) for n in range(1, size)}
         return (size, *sorted({left[total - r] for r in removed if total - r in left}, reverse=True))
 
@@ -157,7 +164,10 @@ class Space:
         return max(range(len(names)), key=lambda i: len(self.sizes(i, self.whole)))
 
     def states(self, wanted: float) -> list[State]:
-        """States that remove at least `wanted` parameters, and that would not if one of their sizes were larger."""
+        """States that remove at least `wanted` parameters, and that would not if one of their sizes were larger.
+
+        Those that only one step leads to come first.
+        """
         finest = self.finest
         others = [i for i in range(len(self.steps)) if i != finest]
         found: list[State] = []
@@ -177,7 +187,15 @@ class Space:
                 found.append((*state[:finest], sizes[low], *state[finest + 1 :]))
 
         grow(self.whole, others)
-        return [state for state in found if not self._wasteful(state, wanted)]
+        alone = (self.alone(i, wanted) for i in range(len(self.steps)))
+        return list(
+            dict.fromkeys([*(s for s in alone if s), *(state for state in found if not self._wasteful(state, wanted))])
+        )
+
+    def alone(self, index: int, wanted: float) -> State | None:
+        """The state that removes at least `wanted` parameters by one step alone, and as few as it can; None if none."""
+        states = ((*self.whole[:index], k, *self.whole[index + 1 :]) for k in self.sizes(index, self.whole))
+        return next((state for state in states if self.removed(state) >= wanted), None)
 
     def _wasteful(self, state: State, wanted: float) -> bool:
         """Whether a larger size in some dimension would still remove enough."""
@@ -207,6 +225,12 @@ class Space:
             assert step.removes(sketch, amount) == removed, f"{step.link(amount)} does not lead to {state}"
             links.append(step.link(amount))
         return Chain(tuple(links))
+
+
+def _with(kind: type[Step], **settings: Any) -> Step:
+    """A step with those of some settings that it has a field for."""
+    known = {f.name for f in fields(kind)}
+    return kind(**{name: value for name, value in settings.items() if name in known})
 
 
 def _thinned(sizes: Sequence[int]) -> Sequence[int]:
@@ -359,8 +383,8 @@ class Auto(Step):
 
     Notes
     -----
-    The result is what an ordinary chain makes of the model, depth first, then heads, feed-forward and hidden width: the
-    facts of the step hold it as ``chain``, and giving that chain instead gives the same weights to the bit. At least the
+    The result is what an ordinary chain makes of the model, depth first, then heads, feed-forward and hidden width. The
+    facts of the step hold it as ``chain``; that chain given instead gives the same weights to the bit. At least the
     share asked for is removed, and no more than the coarseness of the widths asks for.
 
     The search measures what each dimension costs alone at a few sizes (`PROFILE`), adds these costs up for every state
@@ -407,11 +431,7 @@ class Auto(Step):
             raise ChainError(f"auto: round_to must be a positive number, got {self.round_to}")
 
     def _steps(self) -> list[Step]:
-        kinds = [cast("type[Step]", METHODS.find(name)) for name in self.over.split("+") if name in METHODS]
-        return [
-            kind(**({"round_to": self.round_to} if "round_to" in {f.name for f in fields(kind)} else {}))
-            for kind in kinds
-        ]
+        return [_with(cast("type[Step]", METHODS.find(name)), round_to=self.round_to) for name in self.over.split("+")]
 
     @override
     def refuse(self, model: Model) -> str | None:
@@ -498,7 +518,7 @@ class Auto(Step):
         profile = cast("dict[str, list[tuple[int, float]]]", prepared.facts["profile"])
         curves = [tuple(zip(*profile[step.name()], strict=True)) for step in space.steps]
         estimate = Estimate(space.whole, cast(Any, tuple(curves)))
-        alone = [s for s in states if sum(kept < size for kept, size in zip(s, space.whole, strict=True)) == 1]
+        alone = states[: sum(sum(k < n for k, n in zip(s, space.whole, strict=True)) == 1 for s in states)]
         for number in range(self.search):
             left = [state for state in states if state not in estimate.tried]
             if not left:

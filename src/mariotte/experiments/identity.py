@@ -15,6 +15,7 @@ from mariotte.compress import METHODS
 from mariotte.errors import ChainError, unknown
 from mariotte.evaluate import MEASURES
 from mariotte.evaluate.base import Measure
+from mariotte.experiments.auto import Auto
 from mariotte.models.model import Model
 from mariotte.models.step import Step
 from mariotte.recover import RECOVERIES
@@ -83,6 +84,27 @@ def settle(kind: type[T], owner: str, given: Mapping[str, Value], **fixed: objec
     return kind(**values, **fixed)
 
 
+def step_names() -> list[str]:
+    """Every name that a link may have: compression methods, the search over them, recoveries."""
+    return [*METHODS.names(), Auto.name(), *RECOVERIES.names()]
+
+
+def find_step(name: str) -> type[Step]:
+    """The class of the method or recovery called `name`.
+
+    Raises
+    ------
+    UnknownNameError
+        When there is none.
+    """
+    if name == Auto.name():
+        return Auto
+    catalogue = next((c for c in (METHODS, RECOVERIES) if name in c), None)
+    if catalogue is None:
+        raise unknown("method", name, step_names())
+    return cast("type[Step]", catalogue.find(name))
+
+
 def resolve_link(link: Link) -> Part:
     """The step that a link of a chain means.
 
@@ -93,10 +115,7 @@ def resolve_link(link: Link) -> Part:
     ChainError
         When its amount, scope or fields are not the step's.
     """
-    catalogue = next((c for c in (METHODS, RECOVERIES) if link.name in c), None)
-    if catalogue is None:
-        raise unknown("method", link.name, [*METHODS.names(), *RECOVERIES.names()])
-    kind = cast("type[Step]", catalogue.find(link.name))
+    kind = find_step(link.name)
     step = settle(kind, link.name, link.fields, scope=link.scope or "")
     return Part(step, kind.check_amount(link.name, link.amount))
 
