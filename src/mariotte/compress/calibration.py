@@ -9,7 +9,7 @@ change the result only within the rounding of the model itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -74,17 +74,17 @@ class Means:
         return means
 
 
-def check_finite(gathered: Tensor, step: str, group: str, model: Model) -> None:
-    """Refuse what was gathered from activations that are not finite.
+def check_finite(found: Tensor, step: str, group: str, model: Model, *, what: str = "activations") -> None:
+    """Refuse numbers that are not finite: comparing them would rank parts of the model at random.
 
     Raises
     ------
     ModelError
         When some are not.
     """
-    if not bool(gathered.isfinite().all()):
+    if not bool(found.isfinite().all()):
         raise ModelError(
-            f"{step} found activations that are not finite in {group} of {model.name}: "
+            f"{step} found {what} that are not finite in {group} of {model.name}: "
             "check the checkpoint, or compute in a wider dtype"
         )
 
@@ -148,8 +148,74 @@ def mean_squares(
     return gather.result(step, model)
 
 
+def taylor(
+    model: Model, context: Context, step: str, inputs: Mapping[str, nn.Module], *, batch: int | None = None
+) -> dict[str, Tensor]:
+    """How much the loss of a row would change to first order if an input of a module were zero.
+
+    Parameters
+    ----------
+    inputs : modules by the name under which the result is wanted
+
+    Returns
+    -------
+    (I,) float64 for each: the mean over rows of |sum over tokens of x dL/dx|, with L the row's mean loss
+
+    Raises
+    ------
+    DataError
+        When the run has no calibration text, or its rows are of one token, after which nothing is predicted.
+    ModelError
+        When activations or gradients are not finite.
+
+    Notes
+    -----
+    Cost: a forward and a backward pass over activations; no gradient of a parameter is computed.
+
+    References
+    ----------
+    [molchanov2017pruning]_ equation 8, with tokens for positions of a feature map.
+    """
+    tokens_NT = tokens_for(context, step)
+    if tokens_NT.shape[1] < 2:
+        raise DataError(f"{step} needs calibration rows of at least 2 tokens, got 1: a loss takes a token and its next")
+    rows = rows_at_once(tokens_NT, batch)
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x_BTI = cast(Tensor, arguments[0])
+            # The first one of a frozen model hangs on nothing that asks for gradients.
+            seen[name] = x_BTI if x_BTI.requires_grad else x_BTI.requires_grad_()
+
+        return hook
+
+    totals: dict[str, Tensor] = {}
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in inputs.items()]
+    try:
+        with torch.enable_grad():
+            for start in range(0, len(tokens_NT), rows):
+                tokens_BT = tokens_NT[start : start + rows].to(model.device)
+                logits_BTV = model.logits(tokens_BT)[:, :-1].float()
+                loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none")
+                gradients = torch.autograd.grad(loss_BT.mean(1).sum(), [seen[name] for name in inputs])
+                for name, gradient_BTI in zip(inputs, gradients, strict=True):
+                    change_I = (seen[name].detach().double() * gradient_BTI.double()).sum(1).abs().sum(0)
+                    totals[name] = totals[name] + change_I if name in totals else change_I
+                seen.clear()
+                context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total_I in totals.items():
+        check_finite(total_I, step, name, model, what="activations or gradients")
+    return {name: total_I / len(tokens_NT) for name, total_I in totals.items()}
+
+
 @contextlib.contextmanager
-def watching(inputs: Mapping[str, Sequence[nn.Module]], gather: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching(
+    inputs: Mapping[str, Sequence[nn.Module]], gather: Callable[[str, Tensor], None]
+) -> Generator[None, None, None]:
     """While it lasts, hand every group the inputs of its modules, (M, I), whenever they run."""
 
     def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mariotte.compress.calibration import taylor
 from mariotte.compress.methods.ffn import FFN, obs_order
-from mariotte.errors import ChainError, DataError
+from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import context_of, logits
-from mariotte.testing.tiny import tiny
+from mariotte.testing.methods import MethodConformance, cases, context_of, logits
+from mariotte.testing.tiny import random_tokens, tiny, weights_hash
+
+VARIANTS = [FFN(criterion="wanda"), FFN(criterion="taylor"), FFN(sequential=True), FFN(sequential=True, correct=0.0)]
+
+
+@pytest.mark.parametrize(
+    ("step", "family"), cases(VARIANTS, ["qwen2"]), ids=lambda v: v if isinstance(v, str) else str(v.link())
+)
+class TestVariants(MethodConformance):
+    pass
 
 
 def layer(columns: int, *, outputs: int = 4, tokens: int = 50, seed: int = 0):
@@ -66,7 +77,7 @@ def test_of_equal_columns_the_first_goes_first():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criterion", ["obs", "activation", "norm"])
+@pytest.mark.parametrize("criterion", ["obs", "activation", "wanda", "taylor", "norm"])
 def test_compensation_lowers_the_error_of_each_block(criterion, tmp_path):
     model = tiny("llama")
     inputs: dict[int, torch.Tensor] = {}
@@ -153,10 +164,140 @@ def test_a_block_of_dead_neurons_is_cut_too(tmp_path):
     assert cut.blocks[0].down.weight.isfinite().all()
 
 
+def order_of(step, model, folder, tokens=None):
+    context = context_of(model, folder, tokens)
+    return prepare_once(step, model, context, [0.5]).get("block-0")["order"].tolist()
+
+
+@torch.no_grad()
+def test_wanda_sums_the_score_of_each_weight_over_the_rows(tmp_path):
+    model = tiny("llama", layers=1)
+    tokens = random_tokens(3, 8)
+    seen = []
+    hook = model.blocks[0].down.register_forward_pre_hook(lambda _m, x: seen.append(x[0].flatten(0, 1).double()))
+    model.logits(tokens)
+    hook.remove()
+    scores = (model.blocks[0].down.weight.double().abs() * seen[0].norm(dim=0)).sum(0)
+    expected = scores.argsort(descending=True).tolist()
+    assert order_of(FFN(criterion="wanda", compensate=False), model, tmp_path, tokens) == expected
+
+
+def test_taylor_is_what_the_loss_changes_by_to_first_order(tmp_path):
+    """Against autograd at a scale on the neuron's output, which is one: the loss changes by its gradient."""
+    model = tiny("qwen2", layers=2)
+    tokens = random_tokens(3, 6)
+    found = taylor(model, context_of(model, tmp_path, tokens), "test", {"0": model.blocks[0].down}, batch=2)["0"]
+    expected = torch.zeros(48, dtype=torch.float64)
+    for row in tokens:
+        scale = torch.ones(48, requires_grad=True)
+        hook = model.blocks[0].down.register_forward_pre_hook(lambda _m, x, scale=scale: (x[0] * scale,))
+        logits_TV = model.logits(row[None])[0, :-1].float()
+        hook.remove()
+        torch.nn.functional.cross_entropy(logits_TV, row[1:]).backward()
+        expected += scale.grad.double().abs() / 3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    order = order_of(FFN(criterion="taylor"), model, tmp_path / "order", tokens)
+    assert order == expected.argsort(descending=True).tolist()
+
+
+def test_taylor_works_on_frozen_models_and_leaves_no_gradients(tmp_path):
+    model = tiny("llama")
+    context = context_of(model, tmp_path)
+    inputs = {str(i): block.down for i, block in enumerate(model.blocks)}
+    expected = taylor(model, context, "test", inputs)
+    assert all(parameter.grad is None for parameter in model.hf.parameters())
+    model.hf.requires_grad_(False)
+    found = taylor(model, context, "test", inputs)
+    for name in inputs:
+        torch.testing.assert_close(found[name], expected[name])
+    with pytest.raises(DataError, match="test needs calibration rows of at least 2 tokens, got 1"):
+        taylor(model, context_of(model, tmp_path, random_tokens(4, 1)), "test", inputs)
+
+
+def cut(step, model, amount, folder, tokens=None):
+    context = context_of(model, folder, tokens)
+    return step.apply(model, prepare_once(step, model, context, [amount]), amount, context)
+
+
+def test_the_first_block_is_cut_alike_sequentially_or_not_and_later_ones_are_not(tmp_path):
+    model = tiny("llama", layers=3)
+    once = cut(FFN(), model, 0.5, tmp_path / "a")
+    again = cut(FFN(sequential=True, correct=0.0), model, 0.5, tmp_path / "b")
+    torch.testing.assert_close(again.blocks[0].down.weight, once.blocks[0].down.weight, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again.blocks[0].up.weight, once.blocks[0].up.weight)
+    assert not torch.allclose(again.blocks[2].down.weight, once.blocks[2].down.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("correct", [0.0, 0.5, 1.0])
+def test_sequential_columns_equal_numpys_least_squares_behind_the_cut_blocks(correct, tmp_path):
+    """The last block: its inputs come from the cut model, and its target is its own output plus the stream's lack."""
+    model, tokens = tiny("llama", layers=2, ffn=16), random_tokens(20, 10)
+    step = FFN(sequential=True, correct=correct, criterion="norm", ridge=1e-9, round_to=1)
+    found = cut(step, model, 0.5, tmp_path, tokens)
+    half = model.copy()
+    kept = {tuple(row.tolist()) for row in found.blocks[0].up.weight}
+    columns = [i for i, row in enumerate(model.blocks[0].up.weight) if tuple(row.tolist()) in kept]
+    half.blocks[0].down.weight.zero_()
+    half.blocks[0].down.weight[:, columns] = found.blocks[0].down.weight
+    seen = {}
+    for name, some in (("dense", model), ("half", half)):
+
+        def keep(_m, x, y, name=name):
+            seen[name] = (x[0].flatten(0, 1).double(), y)
+
+        def behind(_m, _x, y, name=name):
+            seen[name + " stream"] = (y[0] if isinstance(y, tuple) else y).flatten(0, 1).double()
+
+        hooks = [some.blocks[1].down.register_forward_hook(keep), some.blocks[1].module.register_forward_hook(behind)]
+        some.logits(tokens)
+        for hook in hooks:
+            hook.remove()
+    inputs = seen["half"][0]
+    target = inputs @ model.blocks[1].down.weight.double().T + correct * (seen["dense stream"] - seen["half stream"])
+    kept = {tuple(row.tolist()) for row in found.blocks[1].up.weight}
+    columns = [i for i, row in enumerate(model.blocks[1].up.weight) if tuple(row.tolist()) in kept]
+    expected, *_ = np.linalg.lstsq(inputs[:, columns].numpy(), target.numpy(), rcond=None)
+    np.testing.assert_allclose(found.blocks[1].down.weight.double().numpy(), expected.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "taylor"])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_sequential_serves_every_criterion(criterion, compensate, tmp_path):
+    if criterion == "taylor" and not compensate:
+        pytest.skip("refused: nothing in it looks at the cut model")
+    model = tiny("qwen2", layers=2)
+    before = weights_hash(model)
+    found = cut(FFN(criterion=criterion, compensate=compensate, sequential=True), model, 0.5, tmp_path)
+    assert found.measured_params() == found.counts.n_params < model.measured_params()
+    assert bool(logits(found).isfinite().all())
+    assert weights_hash(model) == before
+
+
+def test_weights_and_activations_that_are_not_finite_are_refused(tmp_path):
+    for step in (FFN(), FFN(criterion="norm", compensate=False), FFN(sequential=True)):
+        model = tiny("llama")
+        with torch.no_grad():
+            model.blocks[1].down.weight[0, 0] = torch.nan
+        with pytest.raises(ModelError, match="ffn found weights that are not finite in block-1 of tiny-llama: check"):
+            cut(step, model, 0.5, tmp_path / str(step.link()) / "weights")
+        model = tiny("llama")
+        with torch.no_grad():
+            model.embeddings.weight.fill_(torch.inf)
+        if step.criterion != "norm":
+            with pytest.raises(ModelError, match="ffn found activations that are not finite in block-0"):
+                cut(step, model, 0.5, tmp_path / str(step.link()) / "activations")
+        if step.compensate:
+            with pytest.raises(DataError, match="ffn needs at least 2 calibration tokens, got 1"):
+                cut(replace(step), tiny("llama"), 0.5, tmp_path / str(step.link()) / "one", random_tokens(1, 1))
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"criterion": "taylor"}, "criterion must be one of obs, activation, norm, got 'taylor'"),
+        ({"criterion": "size"}, "criterion must be one of obs, activation, wanda, taylor, norm, got 'size'"),
+        ({"correct": 1.5}, "correct must be a share in"),
+        ({"sequential": True, "criterion": "norm", "compensate": False}, "sequential=true needs compensation or"),
         ({"ridge": 0.0}, "ridge must be positive"),
         ({"round_to": 0}, "round_to must be a positive"),
         ({"scope": "attention"}, "ffn has no scope 'attention'; it has all"),
