@@ -19,6 +19,12 @@ def report(
     ] = None,
     study: Annotated[str | None, typer.Option(help="Only the records of this study.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.  [default: the models]")] = None,
+    claims: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A paper whose claims are checked, such as compression-laws.  [default: what studies follow]"
+        ),
+    ] = None,
 ) -> None:
     """Write one page with figures and tables that needs no network, for colleagues."""
     from mariotte.report import write
@@ -32,5 +38,6 @@ def report(
             study=study,
             runs=opened.runs(study=study),
             failures=opened.failures(study=study),
+            claims=claims or (),
         )
     say(str(page))

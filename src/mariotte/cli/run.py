@@ -48,11 +48,15 @@ def run(
     Every experiment is recorded as soon as it is measured. Exit code 1 when some experiments failed: the others are
     recorded, and what failed is left alone by the next run unless --retry-failed asks for it.
     """
+    from mariotte.errors import unknown
     from mariotte.experiments.study import read, with_run
+    from mariotte.report.claims import PAPERS
     from mariotte.store import open_store
 
     changes: dict[str, Any] = {"device": device, "threads": threads, "workers": workers, "keep": keep}
     found = with_run(read(study), **{key: value for key, value in changes.items() if value is not None})
+    if found.follows is not None and found.follows not in PAPERS:
+        raise unknown("paper with claims", found.follows, PAPERS.names())  # now, not in the report after hours of work
     if dry_run:
         _say_plan(found, store, as_json)
         return

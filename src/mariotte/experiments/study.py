@@ -131,6 +131,7 @@ class Study(_Part):
     format : of the file; 1
     name : short; records carry it
     title, description : for the report
+    follows : the paper whose design this is and whose claims the report checks, such as ``compression-laws``
     models : hub ids, folders, ``testbed/NAME``
     chains : patterns and their lists
     measures : such as ``loss:wikitext2(block=512)``, or a table that also says of which chains
@@ -143,6 +144,7 @@ class Study(_Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str = ""
     description: str = ""
+    follows: str | None = None
     models: list[str] = Field(min_length=1)
     chains: list[Chains] = Field(min_length=1)
     measures: list[str | Measured] = Field(min_length=1)

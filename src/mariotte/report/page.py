@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -21,6 +22,8 @@ from markupsafe import Markup
 
 from mariotte.errors import MariotteError
 from mariotte.report import figures, tables
+from mariotte.report.claim import Paper
+from mariotte.report.claims import PAPERS
 from mariotte.report.figures import Figure, Palette
 from mariotte.report.lawtable import LawReport, law_reports
 from mariotte.report.series import Cut, Series, corpus_of, cuts, recoveries, series, signed_share
@@ -64,6 +67,7 @@ def build(
     study: str | None = None,
     runs: Iterable[Mapping[str, Any]] = (),
     failures: Iterable[Failure] = (),
+    claims: Iterable[str] = (),
 ) -> str:
     """The report of some records as one HTML page.
 
@@ -74,6 +78,8 @@ def build(
     study : name of the study, shown above the heading
     runs : what the invocations did, as a store's ``runs()`` gives them
     failures : experiments that left no record
+    claims : papers whose sentences are checked, such as ``compression-laws``; beside those that the studies of `runs`
+        say they follow
 
     Returns
     -------
@@ -91,7 +97,7 @@ def build(
         )
     from mariotte import __version__
 
-    sections = _sections(records, runs, failures)
+    sections = _sections(records, runs, failures, followed(runs, claims))
     script = _asset("figures.js")
     runtime = _runtime() if any(section.figure for section in sections) else ""
     page = _environment().get_template("page.html")
@@ -117,6 +123,7 @@ def write(
     study: str | None = None,
     runs: Iterable[Mapping[str, Any]] = (),
     failures: Iterable[Failure] = (),
+    claims: Iterable[str] = (),
 ) -> Path:
     """Write the report to `path`, completely or not at all; see `build`.
 
@@ -130,7 +137,7 @@ def write(
         When there are no records or the file cannot be written.
     """
     target = Path(path).expanduser().resolve()
-    html = build(records, title=title, study=study, runs=runs, failures=failures)
+    html = build(records, title=title, study=study, runs=runs, failures=failures, claims=claims)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -151,7 +158,10 @@ def write(
 
 
 def _sections(
-    records: Sequence[Record], runs: Sequence[Mapping[str, Any]], failures: Sequence[Failure]
+    records: Sequence[Record],
+    runs: Sequence[Mapping[str, Any]],
+    failures: Sequence[Failure],
+    papers: Sequence[str],
 ) -> list[Section]:
     losses = cuts(records, "loss", "loss")
     facts = cuts(records, "knowledge", "top1")
@@ -197,6 +207,7 @@ def _sections(
             text="Numbers are comparable only under one protocol; those of different protocols are never pooled here.",
             tables=[t for t in (tables.protocol_table(records), tables.environment_table(records)) if t],
         ),
+        *_claim_sections(records, papers),
         Section(name="notes", title="Read with care", short="Notes", notes=_notes(records, failures, laws)),
     ]
     return [s for s in found if s is not None and (s.figure or s.tables or s.lines or s.notes)]
@@ -305,6 +316,29 @@ def _law_sections(laws: Sequence[LawReport]) -> list[Section]:
         if shown
         else []
     )
+
+
+def followed(runs: Iterable[Mapping[str, Any]], asked: Iterable[str] = ()) -> list[str]:
+    """The papers whose claims a page checks: those asked for, and those that the studies say they follow."""
+    texts = dict.fromkeys(str(run.get("toml") or "") for run in runs)
+    stated = [str(tomllib.loads(text).get("follows") or "") for text in texts]
+    return [name for name in dict.fromkeys([*asked, *stated]) if name]
+
+
+def _claim_sections(records: Sequence[Record], papers: Sequence[str]) -> list[Section]:
+    """What each paper says and what the records say of it."""
+    return [
+        Section(
+            name=f"claims-{name}",
+            title=f"What {paper.title} says, and what these models say",
+            short="Claims",
+            text="A verdict is on these models and this text alone. Intervals are 95 % bootstrap intervals; where one "
+            "allows both answers, the verdict is that the question is not settled.",
+            tables=[tables.claim_table(paper.claims(records))],
+        )
+        for name in papers
+        for paper in [cast("Paper", PAPERS.find(name)())]
+    ]
 
 
 def _notes(records: Sequence[Record], failures: Sequence[Failure], laws: Sequence[LawReport]) -> list[str]:

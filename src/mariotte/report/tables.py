@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mariotte.chain import print_number
+from mariotte.report.claim import Claim
 from mariotte.report.lawtable import FittedLaw, LawReport
 from mariotte.report.series import (
     Cut,
@@ -488,6 +489,14 @@ def protocol_table(records: Sequence[Record]) -> Table:
         for (measure, protocol), (values, models) in sorted(protocols.items())
     )
     return Table(columns=("Protocol", "Measure and models", "Settings"), rows=rows, fold="Protocols")
+
+
+def claim_table(claims: Sequence[Claim]) -> Table:
+    """What a paper says, our statistic, and whether it holds."""
+    return Table(
+        columns=("The paper says", "Here", "Verdict"),
+        rows=tuple(_row(c.sentence, c.statistic, Cell(text=c.verdict, strong=True)) for c in claims),
+    )
 
 
 def has_dense(records: Iterable[Record]) -> bool:
