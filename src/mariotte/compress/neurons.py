@@ -29,6 +29,13 @@ def neuron_width(model: Model, amount: float, round_to: int | None) -> tuple[int
     return cut_width(shape.ffn, amount, multiple), multiple
 
 
+def refuse_unequal_widths(model: Model) -> str | None:
+    """Why a method that keeps one width cannot work on `model`, or None when it can; as `Step.refuse`."""
+    if model.shape.ffns is not None:
+        return "removes the same number of neurons from each block, and the blocks of this model differ in width"
+    return None
+
+
 def removed_with_neurons(model: Model, width: int) -> int:
     """Parameters that go when each block keeps `width` neurons, from shapes alone."""
     return model.counts.n_params - accounting.count_shape(replace(model.shape, ffn=width)).n_params

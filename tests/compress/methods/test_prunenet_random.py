@@ -8,17 +8,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mariotte.compress.methods.prunenet import PruneNet
 from mariotte.compress.methods.prunenet_random import PruneNetRandom
+from mariotte.compress.methods.slicegpt import SliceGPT
+from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
+from mariotte.models import checkpoint
+from mariotte.models.load import load
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of
-from mariotte.testing.tiny import tiny
+from mariotte.testing.methods import MethodConformance, cases, context_of, logits
+from mariotte.testing.tiny import random_tokens, tiny
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def cut(step, model, amount, folder, seed=0):
-    context = replace(context_of(model, folder), seed=seed, calibration=None)
+def cut(step, model, amount, folder, seed=0, calibration=None):
+    context = replace(context_of(model, folder), seed=seed, calibration=calibration)
     return step.apply(model, prepare_once(step, model, context, [amount]), amount, context)
 
 
@@ -88,6 +93,29 @@ def test_every_neuron_is_as_likely_to_stay(tmp_path):
     assert 65 < draws.min() <= draws.max() < 135
     chi_squared = float(((draws - 100).square() / 50).sum() * 47 / 48)
     assert chi_squared < 80  # 47 degrees of freedom: 0.2 % lie above
+
+
+def test_it_works_on_a_model_with_shortcuts(tmp_path):
+    sliced = cut(SliceGPT(), tiny("llama", mlp_bias=True), 0.25, tmp_path / "sliced", calibration=random_tokens())
+    result = cut(PruneNetRandom(), sliced, 0.5, tmp_path / "cut")
+    assert result.shape == replace(sliced.shape, ffn=24)
+    assert result.measured_params() == result.counts.n_params
+    assert result.measured_params() == sliced.measured_params() - PruneNetRandom().removes(sliced, 0.5)
+    loaded = load(checkpoint.save(result, tmp_path / "saved"))
+    assert torch.allclose(logits(loaded), logits(result), atol=1e-4)
+
+
+def test_blocks_of_unequal_width_are_refused():
+    model = tiny("llama")
+    names, kept = parameter_names(model), {0: 40, 1: 48}
+    weights = {names[block.down.weight]: block.down.weight[:, : kept[i]] for i, block in enumerate(model.blocks)}
+    for i, block in enumerate(model.blocks):
+        weights |= {names[linear.weight]: linear.weight[: kept[i]] for linear in block.ffn[:-1]}
+    unequal = derive(model, weights, {"ffn_sizes": [40, 48]}, irregular=True)
+    assert unequal.shape.ffns == (40, 48)
+    for step in (PruneNetRandom(), PruneNet()):
+        assert "the blocks of this model differ in width" in step.refuse(unequal)
+        assert step.refuse(model) is None
 
 
 def test_round_to_must_be_positive():

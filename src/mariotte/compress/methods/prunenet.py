@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from mariotte.compress.neurons import keep_neurons, neuron_width, removed_with_neurons
+from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.surgery import cut_width
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Model
@@ -210,9 +210,11 @@ class PruneNet(Step):
     -----
     The policy sees the rows of the first matrix of the MLP: gate, or up where there is none. It is paid 1 / KS, with KS
     the Kolmogorov-Smirnov distance between the singular values of the whole matrix and those of the rows that were
-    kept. No text is read. What the reward measures is the spectrum of one matrix, not the model's loss: on small models
-    the policy's cuts are hardly better than random ones (``benchmarks/results/prunenet_parity.md``), so compare with
-    prunenet-random before paying for it.
+    kept. No text is read. What the reward measures is the spectrum of one matrix, not the model's loss, and all rewards
+    are positive with no baseline to compare them with: whatever was drawn becomes likelier, all probabilities rise
+    towards 1 (on stories260K from 0.61 to 0.95 and more), and the draw becomes a uniform one. There the reward of
+    its cuts and their loss differ from those of prunenet-random by less than one seed from another, ours and the
+    published code's alike (``benchmarks/results/prunenet_parity.md``): compare with it before paying for a policy.
 
     From the published code (commit 0b67c44), where it differs from the paper: the reward of a block is discounted by
     its place and later rewards are not added; the loss draws its Gumbel noise anew; gradients are not clipped (the
@@ -278,6 +280,10 @@ class PruneNet(Step):
             raise DataError(f"prunenet found no policy at {path}: name a policy-*.safetensors of a preparation")
         stat = path.stat()
         return {"policy": _sha256(path, stat.st_mtime_ns, stat.st_size)}
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        return refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

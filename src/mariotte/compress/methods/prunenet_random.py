@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from mariotte.compress.neurons import keep_neurons, neuron_width, removed_with_neurons
+from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -65,6 +65,10 @@ class PruneNetRandom(Step):
         super().__post_init__()
         if self.round_to is not None and self.round_to < 1:
             raise ChainError(f"{self.name()}: round_to must be a positive number of neurons, got {self.round_to}")
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        return refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
