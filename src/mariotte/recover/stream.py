@@ -44,11 +44,12 @@ class Course:
         return self.steps - self.leave
 
 
-def course(recovery_tokens: int, block: int, batch: int) -> Course:
+def course(who: str, recovery_tokens: int, block: int, batch: int) -> Course:
     """Rows and steps of a run that sees `recovery_tokens`, rounded down to whole rows.
 
     Parameters
     ----------
+    who : the recovery that asks, for messages
     recovery_tokens : D, tokens seen, decay included
     block : tokens of a row
     batch : rows of a batch
@@ -61,8 +62,8 @@ def course(recovery_tokens: int, block: int, batch: int) -> Course:
     rows = recovery_tokens // block
     if rows < 1:
         raise ChainError(
-            f"lora must see at least one row of {block} tokens, got {print_number(recovery_tokens)}: "
-            f"write lora@{block} or more, or a shorter block"
+            f"{who} must see at least one row of {block} tokens, got {print_number(recovery_tokens)}: "
+            f"write {who}@{block} or more, or a shorter block"
         )
     return Course(rows=rows, steps=-(-rows // batch), leave=rows * 9 // (10 * batch))
 
@@ -123,13 +124,23 @@ class Source:
         generator : of the order of a window, by epoch and window
         """
         window = max(1, _WINDOW_TOKENS // block)
-        tokens_NT = _rows(self.text, self.tokenizer_sha256, block).first(-(-rows // window) * window, self)
+        tokens_NT = _rows("train", self.text, self.tokenizer_sha256, block).first(-(-rows // window) * window, self)
 
         @functools.lru_cache(maxsize=2)
         def permutation(epoch: int, window: int, size: int) -> Tensor:
             return torch.randperm(size, generator=generator(epoch, window))
 
         return Stream(tokens_NT, window, permutation)
+
+    def held_out(self, block: int, rows: int) -> Tensor:
+        """The first rows of the validation split, or all of them where it holds fewer, (N, T).
+
+        Raises
+        ------
+        DataError
+            When the split holds not one row.
+        """
+        return _rows("valid", self.corpus.fingerprint("valid"), self.tokenizer_sha256, block).first(rows, self)
 
 
 def find_source(who: str, name: str | None, model: Model) -> Source:
@@ -161,8 +172,9 @@ def find_source(who: str, name: str | None, model: Model) -> Source:
 
 @dataclass
 class _Rows:
-    """The rows of a training split, read from its beginning as far as they were asked for."""
+    """The rows of a split, read from its beginning as far as they were asked for."""
 
+    split: corpora.Split
     block: int
     tokens_NT: Tensor | None = None
     ended: bool = False
@@ -173,18 +185,20 @@ class _Rows:
         if self.tokens_NT is None or (known < rows and not self.ended):
             # At least twice as many as before: amounts that grow one by one read the text twice, not over and over.
             wanted = max(rows, 2 * known)
-            self.tokens_NT = tokens.blocks(source.corpus, "train", source.tokenizer, self.block, wanted, at_most=True)
+            self.tokens_NT = tokens.blocks(
+                source.corpus, self.split, source.tokenizer, self.block, wanted, at_most=True
+            )
             self.ended = len(self.tokens_NT) < wanted
         return self.tokens_NT[:rows]
 
 
-@functools.lru_cache(maxsize=2)
-def _rows(text: str, tokenizer_sha256: str, block: int) -> _Rows:
+@functools.lru_cache(maxsize=4)
+def _rows(split: corpora.Split, text: str, tokenizer_sha256: str, block: int) -> _Rows:
     """The rows of a text with this fingerprint, kept from call to call.
 
     Every cut of a study recovers on the same rows, and tokenizing them can cost more than a short recovery.
     """
-    return _Rows(block)
+    return _Rows(split, block)
 
 
 _tokenizer_sha256 = functools.lru_cache(maxsize=8)(tokens.tokenizer_hash)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
@@ -20,7 +21,32 @@ from torch.optim import Optimizer
 from mariotte.errors import MariotteError
 from mariotte.models.step import MANIFEST
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _FORMAT = 1
+
+
+class DivergedError(MariotteError):
+    """Training that left the numbers; the state is as it was before the step that failed.
+
+    Parameters
+    ----------
+    said : the sentence
+    step : the step that failed, counted from 0
+    """
+
+    def __init__(self, said: str, step: int) -> None:
+        super().__init__(said)
+        self.step = step
+
+    @classmethod
+    def of(cls, what: str, value: float, step: int) -> DivergedError:
+        """The error for a value that is no number."""
+        return cls(f"the {what} became {value} at step {step} of training; lower the learning rates", step)
+
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[str, int]]:  # it may cross from one process to another
+        return DivergedError, (str(self), self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +71,7 @@ class TrainState:
         (seed, step), so that the step count is the whole state of the generator, on any device
     step : steps already made
     tokens : tokens already seen
+    notes : plain JSON that travels with the state, such as sums over the steps made
     """
 
     module: nn.Module
@@ -52,6 +79,7 @@ class TrainState:
     seed: int = 0
     step: int = 0
     tokens: int = 0
+    notes: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
     _rates: list[list[float]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +124,7 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "scalars": scalars,
+            "notes": self.notes,
         }
         draft = folder / (MANIFEST + ".draft")
         draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -146,6 +175,7 @@ class TrainState:
                     states.setdefault(int(where[1]), {})[where[2]] = value
             optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         self.seed, self.step, self.tokens = manifest["seed"], manifest["step"], manifest["tokens"]
+        self.notes = manifest.get("notes", {})
         return self
 
 
@@ -164,6 +194,44 @@ def causal_loss(module: Callable[..., Any], tokens_BT: Tensor) -> Tensor:
     logits_BTV = module(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
     # float32: in bf16 the logarithm of a sum over V terms is off by more than a step of training gains.
     return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class _Together:
+    """A step of training shared by several processes, each with its rows of every batch.
+
+    What is sharded, and how, is accelerate's configuration; the mean gradient is that of one process alone.
+    """
+
+    accelerator: Accelerator
+    module: nn.Module
+    optimizers: Sequence[Optimizer]
+
+    @classmethod
+    def find(cls, state: TrainState) -> _Together | None:
+        """The other processes that ``accelerate launch`` or ``torchrun`` started with this one; None without any."""
+        # Not on one process: wrapped, a step of the testbed's models would take longer and learn the same.
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        from accelerate import Accelerator
+
+        accelerator = Accelerator()
+        module, *optimizers = cast("list[Any]", accelerator.prepare(state.module, *state.optimizers))
+        return cls(accelerator, module, optimizers)
+
+    def backward(self, loss: Callable[[nn.Module, Tensor], Tensor], tokens_BT: Tensor) -> float:
+        """The mean loss of a batch, its gradient left with the parameters of every process."""
+        n, index = self.accelerator.num_processes, self.accelerator.process_index
+        own_BT = tokens_BT[index::n]
+        # So that the mean over processes is that over rows; one without rows still exchanges gradients, of nothing.
+        weight = n * len(own_BT) / len(tokens_BT)
+        mean = loss(self.module, own_BT if len(own_BT) else tokens_BT[:1]) * weight
+        self.accelerator.backward(mean)
+        return cast(Tensor, self.accelerator.reduce(mean.detach(), "mean")).item()
+
+    def clip(self, trained: Sequence[nn.Parameter], norm: float) -> float:
+        """Scale the gradient down to a norm; the norm that it had."""
+        return float(cast(Tensor, self.accelerator.clip_grad_norm_(trained, norm)))
 
 
 def train(
@@ -196,13 +264,23 @@ def train(
     Raises
     ------
     MariotteError
-        When nothing trains, or the loss stops being a number: lower the learning rates.
+        When nothing trains.
+    DivergedError
+        When the loss or the gradient stops being a number: lower the learning rates. The state is as it was before
+        that step.
+
+    Notes
+    -----
+    Under ``accelerate launch`` the processes share each batch by rows, and parameters and optimizers are prepared by
+    accelerate, so that data parallelism is configuration. In one process accelerate is not even imported.
     """
     trained = list(state.trained.values())
     if not trained:
         raise MariotteError("training needs parameters with requires_grad, got none; unfreeze some or add an adapter")
     device = trained[0].device
     was_training = state.module.training
+    together = _Together.find(state)
+    optimizers = state.optimizers if together is None else together.optimizers
     state.module.train()
     try:
         # Forked: a run neither disturbs the caller's random numbers nor depends on them.
@@ -212,16 +290,21 @@ def train(
                 tokens_BT = batch(state.step)
                 factor = schedule(state.step)
                 state.set_rates_(factor)
-                mean = loss(state.module, tokens_BT.to(device))
-                mean.backward()
-                value = mean.item()
+                if together is None:
+                    mean = loss(state.module, tokens_BT.to(device))
+                    mean.backward()
+                    value = mean.item()
+                else:
+                    value = together.backward(loss, tokens_BT.to(device))
                 if not math.isfinite(value):
-                    raise MariotteError(
-                        f"the loss became {value} at step {state.step} of training; lower the learning rates"
-                    )
+                    raise DivergedError.of("loss", value, state.step)
                 if clip is not None:
-                    nn.utils.clip_grad_norm_(trained, clip)
-                for optimizer in state.optimizers:
+                    clipped = (
+                        nn.utils.clip_grad_norm_(trained, clip).item() if not together else together.clip(trained, clip)
+                    )
+                    if not math.isfinite(clipped):
+                        raise DivergedError.of("gradient", clipped, state.step)
+                for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 state.step += 1
@@ -229,5 +312,7 @@ def train(
                 if watch is not None:
                     watch(Progress(step=state.step, tokens=state.tokens, loss=value, factor=factor))
     finally:
+        for optimizer in state.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # what a step that failed left behind
         state.module.train(was_training)
     return state
