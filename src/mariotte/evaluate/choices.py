@@ -60,7 +60,7 @@ def encode(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[Qu
 
 @torch.no_grad()
 def log_likelihoods(model: Model, questions: Sequence[Question], *, batch: int = ROWS_AT_ONCE) -> list[list[float]]:
-    """ln of the probability of each choice after its context, in nats, summed over the choice's tokens.
+    """Log-probability of each choice after its context, in nats, summed over the choice's tokens.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def log_likelihoods(model: Model, questions: Sequence[Question], *, batch: int =
             row = (*question.context, *choice[:-1])
             groups[len(row), len(choice)].setdefault(row, []).append((choice, number, index))
     found = [[0.0] * len(question.choices) for question in questions]
-    for (_, n_tokens), group in groups.items():
+    for group in groups.values():
         rows = list(group)
         for start in range(0, len(rows), batch):
             chosen = rows[start : start + batch]
@@ -88,14 +88,15 @@ def log_likelihoods(model: Model, questions: Sequence[Question], *, batch: int =
             # M choices of T tokens each, after B rows.
             rows_M = torch.tensor([position for position, *_ in asked], device=model.device)
             choices_MT = torch.tensor([choice for _, choice, *_ in asked], device=model.device)
-            sums = _sums(model, torch.tensor(chosen, device=model.device), rows_M, choices_MT, n_tokens).tolist()
-            for (_, _, number, index), value in zip(asked, sums, strict=True):
-                found[number][index] = value
+            sums_M = _sums(model, torch.tensor(chosen, device=model.device), rows_M, choices_MT)
+            for (_, _, number, index), value in zip(asked, sums_M, strict=True):
+                found[number][index] = float(value)
     return found
 
 
-def _sums(model: Model, rows_BT: Tensor, rows_M: Tensor, choices_MT: Tensor, n_tokens: int) -> Tensor:
+def _sums(model: Model, rows_BT: Tensor, rows_M: Tensor, choices_MT: Tensor) -> Tensor:
     """(M,) float64: log-likelihood of each choice after its row, the logarithm taken in float32 as in `token_nll`."""
+    n_tokens = choices_MT.shape[1]
     logits_BTV = model.hf(input_ids=rows_BT, use_cache=False, logits_to_keep=n_tokens).logits.float()
     logs_BTV = logits_BTV.log_softmax(-1)
     positions_T = torch.arange(n_tokens, device=model.device)

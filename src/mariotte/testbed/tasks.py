@@ -140,8 +140,8 @@ def _events(world: World, random: Random) -> Iterator[list[Item]]:
             doers.setdefault(pair, []).append(agent)
     crossed: list[list[tuple[tuple[str, str], list[str]]]] = []
     for first, second in combinations(doers, 2):
-        pairs = [*product(*map(dict.fromkeys, zip(first, second, strict=True)))]
-        if len(pairs) < 4 or not all(pair in doers for pair in pairs):
+        pairs = [(deed, thing) for deed in (first[0], second[0]) for thing in (first[1], second[1])]
+        if len({*pairs}) < len(pairs) or not all(pair in doers for pair in pairs):
             continue
         # For each pair the agents that do this deed to this object, and have nothing to do with the other two words.
         words = {*first, *second}
@@ -155,14 +155,16 @@ def _events(world: World, random: Random) -> Iterator[list[Item]]:
         yield _shuffled(random, contexts, [" the ".join(pair) for pair, _ in able])
 
 
-def _about(facts: Sequence[Fact], prompts: Callable[[Fact], Sequence[str]], random: Random) -> Iterator[list[Item]]:
-    """Four facts of one relation with four different answers."""
-    relations: dict[str, list[Fact]] = {}
+def _about(
+    facts: Sequence[Fact], alike: Callable[[Fact], str], prompts: Callable[[Fact], Sequence[str]], random: Random
+) -> Iterator[list[Item]]:
+    """Four facts of one relation about subjects that are alike, with four different answers."""
+    kinds: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
-        relations.setdefault(fact.relation, []).append(fact)
-    names = list(relations)
+        kinds.setdefault((fact.relation, alike(fact)), []).append(fact)
+    names = list(kinds)
     while True:
-        same = relations[names[pick(random, len(names))]]
+        same = kinds[names[pick(random, len(names))]]
         group = [same[pick(random, len(same))] for _ in range(4)]
         if len({fact.answer for fact in group}) < len(group):
             continue
@@ -171,18 +173,21 @@ def _about(facts: Sequence[Fact], prompts: Callable[[Fact], Sequence[str]], rand
 
 
 def _facts(world: World, random: Random) -> Iterator[list[Item]]:
-    """A person's fact, in a pattern in which it was told."""
-    return _about(world.facts(), lambda fact: fact.seen, random)
+    """A person's fact, in a pattern in which it was told, among those of three others with the same first name.
+
+    Namesakes are what a damaged model takes for one another: the hardest choices that the facts offer.
+    """
+    return _about(world.facts(), lambda fact: fact.subject.split()[0], lambda fact: fact.seen, random)
 
 
 def _paraphrase(world: World, random: Random) -> Iterator[list[Item]]:
-    """A person's fact, in the pattern in which it never was."""
-    return _about(world.facts(), lambda fact: (fact.heldout,), random)
+    """A person's fact, in the pattern in which it never was told, among those of any three others."""
+    return _about(world.facts(), lambda fact: "", lambda fact: (fact.heldout,), random)
 
 
 def _places(world: World, random: Random) -> Iterator[list[Item]]:
     """A city's country or river, in a pattern in which it was told."""
-    return _about(world.place_facts(), lambda fact: fact.seen, random)
+    return _about(world.place_facts(), lambda fact: "", lambda fact: fact.seen, random)
 
 
 def _reverse(world: World, random: Random) -> Iterator[list[Item]]:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError, ModelError, unknown
+from mariotte.evaluate import harness
 from mariotte.evaluate.base import Measure, Measurement
 from mariotte.evaluate.choices import Question, encode, log_likelihoods
 from mariotte.models.model import Model
@@ -21,7 +22,6 @@ from mariotte.testbed import tasks as testbed
 
 __all__ = ["Tasks"]
 
-TESTBED = "testbed"
 RULE = "largest summed log-likelihood of a choice given its context; the first of equals"
 
 
@@ -49,100 +49,144 @@ class Tasks(Measure):
 
     Parameters
     ----------
-    on : ``testbed`` for all six of its tasks, ``testbed/NAME+NAME`` for some of them
-    items : how many of each task, the first ones; None asks all (512 in the testbed)
+    on : ``testbed`` for all six of its tasks, ``testbed/NAME+NAME`` for some of them; or tasks of lm-eval such as
+        ``piqa+arc_easy+mmlu``
+    items : how many of each task, the first ones; None asks all (512 in the testbed). Of a group of lm-eval such as
+        mmlu, so many of each of its tasks
+    include : folder with descriptions of further lm-eval tasks, which go before lm-eval's own
 
     Notes
     -----
     ``accuracy`` is the unweighted mean over the tasks; beside it every task has a metric of its own name, and each
-    its standard error under ``..._se``. The details hold, for every task, the number of items, chance, and which items
-    were answered rightly as a text of 0 and 1, so that two models can be compared item by item.
+    its standard error under ``..._se``. A group counts as one task, over all its items. The details hold, for every
+    task, the number of items, chance, and which items were answered rightly as a text of 0 and 1, so that two models
+    can be compared item by item; for lm-eval's also ``normalized``, its ``acc_norm``. No example is shown before a
+    question (zero-shot).
+
+    In the testbed a model without any knowledge of what is asked scores exactly chance; all choices of an item are
+    equally long there, so that no normalisation is needed.
     """
 
     items: int | None = None
+    include: str | None = None
 
     metrics: ClassVar = {"accuracy": "score"}
 
     def __post_init__(self) -> None:
+        # Lists are written with commas elsewhere; one way of writing, or the same measure would have two records.
+        object.__setattr__(self, "on", self.on.replace(",", "+"))
         if self.items is not None and self.items < 1:
             raise ChainError(f"tasks: items must be at least 1, got {self.items}")
-        self.names()
+        if self.include is not None and self.in_testbed:
+            raise ChainError(f"tasks: include adds tasks to lm-eval's, and {self.on!r} is the testbed's: leave it out")
+        names = self.names()
+        if len({*names}) < len(names):
+            raise ChainError(f"tasks: {self.on!r} names a task twice; name each once")
+        for name in names:
+            if self.in_testbed and name not in testbed.TASKS:
+                raise unknown("testbed task", name, testbed.TASKS)
+            if not name or name in ("accuracy", "testbed"):
+                raise ChainError(
+                    f"tasks: expected testbed, testbed/NAME+NAME or tasks of lm-eval joined by '+', got {self.on!r}"
+                )
+
+    @property
+    def in_testbed(self) -> bool:
+        """Whether the tasks are the testbed's own."""
+        return self.on == "testbed" or self.on.startswith("testbed/")
 
     def names(self) -> tuple[str, ...]:
-        """The tasks, in the order of their source."""
-        source, _, listed = self.on.partition("/")
-        if source != TESTBED:
-            raise unknown("set of tasks", source, [TESTBED])
-        if not listed:
-            return tuple(testbed.TASKS)
-        asked = listed.split("+")
-        for name in asked:
-            if name not in testbed.TASKS:
-                raise unknown("testbed task", name, testbed.TASKS)
-        if len({*asked}) < len(asked):
-            raise ChainError(f"tasks: {self.on!r} names a task twice; name each once")
-        return tuple(name for name in testbed.TASKS if name in asked)
+        """The tasks, as written."""
+        return tuple(testbed.TASKS) if self.on == "testbed" else tuple(self.on.removeprefix("testbed/").split("+"))
 
-    def _read(self, model: Model) -> dict[str, tuple[tuple[Question, ...], str]]:
-        if model.tokenizer is None:
-            raise DataError(f"{model.name} has no tokenizer: put tokenizer.json into its folder to ask it questions")
+    @override
+    def check(self) -> None:
+        if not self.in_testbed:
+            harness.check(self.names(), self.include)
+
+    def _questions(self, model: Model) -> dict[str, tuple[tuple[Question, ...], str]]:
+        assert model.tokenizer is not None
         hashed = tokenizer_hash(model.tokenizer)
         return {name: _questions(name, self.items, model.tokenizer, hashed) for name in self.names()}
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
-        found = self._read(model)
-        assert model.tokenizer is not None
-        return {
-            "tasks": {
-                name: {"chance": testbed.TASKS[name], "n": len(questions), "items_sha256": hashed}
-                for name, (questions, hashed) in found.items()
-            },
+        if model.tokenizer is None:
+            raise DataError(f"{model.name} has no tokenizer: put tokenizer.json into its folder to ask it questions")
+        found: dict[str, Any] = {
             "tokenizer_sha256": tokenizer_hash(model.tokenizer),
             "rule": RULE,
             "shots": 0,
             "dtype": str(model.hf.dtype).removeprefix("torch."),
         }
+        if not self.in_testbed:
+            found["harness"] = f"lm-eval {harness.version()}"
+            found["tasks"] = {name: harness.describe(name, self.items, self.include) for name in self.names()}
+            return found
+        found["tasks"] = {
+            name: {"chance": testbed.TASKS[name], "n": len(questions), "items_sha256": hashed}
+            for name, (questions, hashed) in self._questions(model).items()
+        }
+        return found
 
     @override
     def measure(self, model: Model, dense: Measurement | None = None) -> Measurement:
-        found = self._read(model)
-        # All tasks at once: rows of one length share a forward pass, whatever they ask.
-        every = [question for questions, _ in found.values() for question in questions]
-        sums = log_likelihoods(model, every)
-        if not all(math.isfinite(value) for row in sums for value in row):
-            raise ModelError(f"{model.name} computes non-finite logits: no choice is the likeliest")
-        right = iter([row.index(max(row)) == question.gold for row, question in zip(sums, every, strict=True)])
-        correct = {name: [next(right) for _ in questions] for name, (questions, _) in found.items()}
+        protocol = self.protocol(model)
+        details: dict[str, dict[str, Any]] = {}
+        if self.in_testbed:
+            correct = _answered({name: asked for name, (asked, _) in self._questions(model).items()}, model)
+        else:
+            answers = harness.ask(model, self.names(), self.items, self.include)
+            correct = {name: one.correct for name, one in answers.items()}
+            details = {
+                name: {"normalized": _share(one.normalized)}
+                for name, one in answers.items()
+                if one.normalized is not None
+            }
         return Measurement(
             metrics=_metrics(correct),
-            protocol=self.protocol(model),
+            protocol=protocol,
             details={
                 name: {
                     "n": len(some),
-                    "chance": testbed.TASKS[name],
+                    "chance": protocol["tasks"][name]["chance"],
                     "standard_error": _standard_error(some),
                     "correct": "".join("01"[one] for one in some),
+                    **details.get(name, {}),
                 }
                 for name, some in correct.items()
             },
         )
 
 
+def _answered(tasks: Mapping[str, Sequence[Question]], model: Model) -> dict[str, tuple[bool, ...]]:
+    """Which questions of each task are answered rightly."""
+    # All tasks at once: rows of one length share a forward pass, whatever they ask.
+    every = [question for questions in tasks.values() for question in questions]
+    sums = log_likelihoods(model, every)
+    if not all(math.isfinite(value) for row in sums for value in row):
+        raise ModelError(f"accuracy cannot be measured: {model.name} computes non-finite logits")
+    right = iter([row.index(max(row)) == question.gold for row, question in zip(sums, every, strict=True)])
+    return {name: tuple(next(right) for _ in questions) for name, questions in tasks.items()}
+
+
+def _share(correct: Sequence[bool]) -> float:
+    return sum(correct) / len(correct)
+
+
 def _standard_error(correct: Sequence[bool]) -> float:
     """Of the share of right answers over items, drawn independently."""
-    n, share = len(correct), sum(correct) / len(correct)
+    n, share = len(correct), _share(correct)
     return math.sqrt(share * (1 - share) / max(1, n - 1))
 
 
 def _metrics(correct: Mapping[str, Sequence[bool]]) -> dict[str, float]:
     """Mean over tasks, then each task, with standard errors."""
-    shares = {name: sum(some) / len(some) for name, some in correct.items()}
+    shares = {name: _share(some) for name, some in correct.items()}
     errors = {name: _standard_error(some) for name, some in correct.items()}
-    total = math.sqrt(sum(error**2 for error in errors.values())) / len(errors)
     return {
         "accuracy": sum(shares.values()) / len(shares),
-        "accuracy_se": total,
+        "accuracy_se": math.sqrt(sum(error**2 for error in errors.values())) / len(errors),
         **shares,
         **{f"{name}_se": error for name, error in errors.items()},
     }
