@@ -182,6 +182,13 @@ def test_speedups_are_medians_of_the_rounds_ratios(dense: Model, scripted: Calla
         "speedup_decode": 0.75,
         "speedup_decode_se": 0.0,
     }
+    # The dense model's speed in these very rounds, not the one that was measured alone.
+    assert found.base == {
+        "prefill_tokens_per_s": 2 * 8 / 2.0,
+        "decode_tokens_per_s": 2 * 4 / 6.0,
+        "speedup_prefill": 1.0,
+        "speedup_decode": 1.0,
+    }
     assert found.details["rounds"] == 7
     assert found.details["prefill"]["change"] == 1.0
     assert found.details["prefill"]["verdict"] == "faster"

@@ -21,11 +21,13 @@ class Measurement:
     metrics : name to value, finite
     protocol : everything that two numbers must share to be compared
     details : plain JSON: parts, lists, standard errors
+    base : the same metrics of the dense model, where they were found anew beside these; None for those found once
     """
 
     metrics: Mapping[str, float]
     protocol: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())
+    base: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.metrics.items():

@@ -422,7 +422,7 @@ class _Recorder:
             seed=self.bench.seed if parts else 0,
             measure=text,
             metrics=dict(found.metrics),
-            base=dict(base.metrics),
+            base=dict(base.metrics if found.base is None else found.base),
             protocol=dict(found.protocol),
             details=dict(found.details),
             n_params=counts.n_params,

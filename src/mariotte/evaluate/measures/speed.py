@@ -213,6 +213,7 @@ class Speed(Measure):
     compressed model is slower. (1 - 1/S is the share of time saved: "60 % faster" may mean S = 1.6, or 60 % of the time
     saved, which is S = 2.5; so that S is what is stored.) The dense model has S = 1 by definition, without error.
 
+    Tokens a second are of these rounds too, for both models: those of different hours do not compare on a busy machine.
     The details give for each part the medians and quartiles in seconds, S with its 95 % interval, the change S - 1
     with its sign, and the verdict: faster, slower, or inside the noise when the interval holds 1. Two copies of one
     model can differ by a percent or two for reasons that rounds do not average out, such as where their weights lie in
@@ -299,18 +300,21 @@ class Speed(Measure):
     def compare(self, model: Model, reference: Model, dense: Measurement) -> Measurement:
         rounds = self._times([reference, model])
         metrics, details = self._alone([own for _, own in rounds])
-        for i, (part, ratios) in enumerate(zip(Times._fields, _compared(rounds), strict=True)):
+        base, of_dense = self._alone([own for own, _ in rounds])
+        for part, ratios in zip(Times._fields, _compared(rounds), strict=True):
             found = median_interval(ratios)
+            base[f"speedup_{part}"] = 1.0
             metrics[f"speedup_{part}"] = found.median
             metrics[f"speedup_{part}_se"] = _standard_error(ratios)
             details[part] |= {
-                "dense_seconds": _spread([base[i] for base, _ in rounds]),
+                "dense_seconds": of_dense[part]["seconds"],
                 "speedup": found.median,
                 "interval": [found.lo, found.hi],
                 "change": found.median - 1,
                 "verdict": verdict(found),
             }
-        return Measurement(metrics=metrics, protocol=self.protocol(model), details=details)
+        # The dense model's tokens a second in these rounds: when it was measured alone, the machine was otherwise busy.
+        return Measurement(metrics=metrics, protocol=self.protocol(model), details=details, base=base)
 
     def _times(self, models: Sequence[Model]) -> list[tuple[Times, ...]]:
         generator = torch.Generator().manual_seed(0)
