@@ -77,7 +77,9 @@ def rounding_allowed(done: Done, model: Model) -> float:
     """How far the obtained amount may be from the asked one."""
     shape = model.shape
     if done.unit == "weights":
-        return len(model.blocks) * 7 / max(done.in_scope, 1)  # at most one weight a matrix
+        matrices = model.matrices(done.scope)
+        once = sum(len(matrix.weight) for matrix in matrices) if done.facts.get("per") == "row" else len(matrices)
+        return once / max(done.in_scope, 1)  # at most one weight a row, or a matrix
     sizes = {"hidden": shape.hidden, "neurons": shape.ffn, "heads": shape.heads, "blocks": shape.layers}
     return done.facts.get("rounding", 1) / sizes[done.unit]
 
