@@ -217,7 +217,7 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
             limit=items,
             bootstrap_iters=0,
             log_samples=True,
-            # None leaves the generators of the process as they are; nothing here is drawn.
+            # None leaves torch's generator as it is: lm-eval seeds it by default.
             random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
