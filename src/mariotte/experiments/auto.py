@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import math
+import operator
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -36,7 +37,7 @@ __all__ = ["Auto"]
 DIMENSIONS: Mapping[str, str] = {"shortgpt": "layers", "heads": "heads", "ffn": "ffn", "slice": "hidden"}
 """The methods that a search combines, in the order of the chain, and the size of a model that each reduces."""
 
-PROFILE = (0.125, 0.25, 0.375, 0.5, 0.75)
+PROFILE = (0.125, 0.25, 0.5, 0.75)
 """Shares of one size removed alone, all others whole: what the first guess is made from."""
 
 ROUNDED = 5e-4
@@ -47,6 +48,16 @@ THINNED = 32
 
 NEAR = 0.1
 """Distance, in shares removed, over which what a trial found corrects the estimate of its neighbours."""
+
+HOPELESS = 1.05
+"""A search ends when the best state left is thought to cost this factor more than the best that was tried."""
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {"ffn": {"sequential": True}}
+"""What may make a method lose less at more cost: tried once sizes are known, and kept for the rest if it does."""
+
+SEARCH_ROWS, SEARCH_TOKENS = 32, 1 << 14
+"""Calibration text that a search takes unless told otherwise: so many rows, or what holds so many tokens if that is
+more. On stories260K twice as much changed no choice by more than a trial's noise."""
 
 KEPT_BYTES = 4 << 30
 """Preparations of trials that are kept for later ones, beside those of the last."""
@@ -364,6 +375,68 @@ class Estimate:
         return guess * np.exp((weight * wrong).sum(1) / weight.sum(1))
 
 
+@dataclass
+class _Search:
+    """One amount's trials.
+
+    Parameters
+    ----------
+    base : loss of the model that enters, on the rows that score
+    most : trials
+    """
+
+    space: Space
+    trials: Trials
+    base: float
+    estimate: Estimate
+    most: int
+    steps: tuple[Step, ...] = ()
+    found: list[tuple[Chain, State, float]] = field(default_factory=lambda: list[tuple[Chain, State, float]]())
+
+    def __post_init__(self) -> None:
+        self.steps = self.space.steps
+
+    def attempt(self, state: State) -> float:
+        """What a state adds to the loss, nats, by the steps in use."""
+        chain = self.space.chain(state, self.steps)
+        self.trials.context.progress(f"trial {len(self.found) + 1}: {chain}", len(self.found) / self.most)
+        added = self.trials.loss(chain) - self.base
+        self.found.append((chain, state, added))
+        self.estimate.tried[state] = added
+        return added
+
+    def explore(self, states: Sequence[State], most: int) -> None:
+        """Try what promises most until `most` trials were made or nothing promises more."""
+        known = {state for chain, state, _ in self.found if chain == self.space.chain(state, self.steps)}
+        while len(self.found) < most and (left := [state for state in states if state not in known]):
+            added = self.estimate.added(left)
+            best = min((added for _, _, added in self.found), default=math.inf)
+            if added.min() > HOPELESS * best + 1e-3:
+                break
+            state = left[int(added.argmin())]
+            self.attempt(state)
+            known.add(state)
+
+    def settle(self) -> None:
+        """Try `SETTINGS` where sizes are best, and use those that lose less from now on."""
+        for i, step in enumerate(self.space.steps):
+            cut = [found for found in self.found if found[1][i] < self.space.whole[i] and math.isfinite(found[2])]
+            if step.name() not in SETTINGS or not cut or len(self.found) >= self.most:
+                continue
+            _, state, before = min(cut, key=lambda found: found[2])
+            usual, tried = self.steps, dict(self.estimate.tried)
+            self.steps = (*usual[:i], replace(step, **SETTINGS[step.name()]), *usual[i + 1 :])
+            after = self.attempt(state)
+            if after >= before:
+                self.steps = usual
+                self.estimate.tried[state] = before
+                continue
+            # Where the step is used, it is likely to lose less by the same factor.
+            factor = max(after, 1e-4) / max(before, 1e-4)
+            for other, added in tried.items():
+                self.estimate.tried[other] = added * (factor if other[i] < self.space.whole[i] else 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Auto(Step):
     """Remove a share of the dense model's parameters, spread over depth, heads, feed-forward and hidden width.
@@ -371,9 +444,10 @@ class Auto(Step):
     Parameters
     ----------
     over : names of the methods that may be combined, joined by +; those that refuse the model are left out
-    search : chains tried for one amount
-    held : share of the calibration rows that score the trials, and that the trials' steps do not see
-    rows : calibration rows used in the search; None takes all. The chain found is carried out with all rows
+    search : chains tried for one amount, at most
+    held : share of the rows of a search that score its trials, and that the trials' steps do not see
+    rows : calibration rows used in the search; None takes 32, or what holds 16k tokens if that is more. The chain
+        found is carried out with all rows
     round_to : as for the methods that round widths
 
     Raises
@@ -391,7 +465,9 @@ class Auto(Step):
     with enough parameters removed, and tries the most promising one: the chain's steps, prepared one after the other on
     a part of the calibration rows, and the loss on the others. What a trial finds corrects the estimate in its
     neighbourhood, which makes the search an exchange between dimensions at constant parameters. Each method alone is
-    among the trials where it can remove enough, so that no single one is better on the rows that score.
+    among the trials where it can remove enough, so that no single one is better on the rows that score. Half-way, or
+    when nothing else promises more, the best state is tried with settings that cost more (`SETTINGS`: feed-forward
+    neurons chosen block by block), and the rest of the search uses them if they lose less.
 
     Cost: a trial prepares its steps on the model cut so far, and scores the rows held; preparations are kept for chains
     that begin alike. What each dimension costs alone is measured once for all amounts.
@@ -444,7 +520,8 @@ class Auto(Step):
         return Space(model, tuple(step for step in self._steps() if step.refuse(model) is None))
 
     def _trials(self, model: Model, context: Context) -> Trials:
-        tokens_NT = context.calibration_for(self.name())[: self.rows]
+        tokens_NT = context.calibration_for(self.name())
+        tokens_NT = tokens_NT[: self.rows or max(SEARCH_ROWS, SEARCH_TOKENS // tokens_NT.shape[1])]
         if len(tokens_NT) < 2:
             raise DataError(
                 f"auto needs at least 2 rows of calibration text, some to look at and some to score, got "
@@ -517,24 +594,21 @@ class Auto(Step):
         base = cast(float, prepared.facts["loss"])
         profile = cast("dict[str, list[tuple[int, float]]]", prepared.facts["profile"])
         curves = [tuple(zip(*profile[step.name()], strict=True)) for step in space.steps]
-        estimate = Estimate(space.whole, cast(Any, tuple(curves)))
-        alone = states[: sum(sum(k < n for k, n in zip(s, space.whole, strict=True)) == 1 for s in states)]
-        for number in range(self.search):
-            left = [state for state in states if state not in estimate.tried]
-            if not left:
-                break
-            added = estimate.added(left)
-            state = alone[number] if number < len(alone) else left[int(added.argmin())]
-            context.progress(f"trial {number + 1} of at most {self.search}: {space.chain(state)}", number / self.search)
-            estimate.tried[state] = trials.loss(space.chain(state)) - base
-        best = min(estimate.tried, key=lambda s: (estimate.tried[s], s))
+        search = _Search(space, trials, base, Estimate(space.whole, cast(Any, tuple(curves))), self.search)
+        alone = itertools.takewhile(lambda s: sum(map(operator.ne, s, space.whole)) == 1, states)
+        for state in itertools.islice(alone, self.search):
+            search.attempt(state)
+        search.explore(states, self.search // 2)
+        search.settle()
+        search.explore(states, self.search)
+        chain, best, loss = min(search.found, key=lambda found: found[2])
         return {
-            "chain": str(space.chain(best)),
+            "chain": str(chain),
             "sizes": {
                 DIMENSIONS[step.name()]: [size, kept]
                 for step, size, kept in zip(space.steps, space.whole, best, strict=True)
             },
-            "trials": len(estimate.tried),
+            "trials": len(search.found),
             "held_rows": len(trials.held_NT),
-            "held_loss": [base, base + estimate.tried[best]],
+            "held_loss": [base, base + loss],
         }
