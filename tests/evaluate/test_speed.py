@@ -7,6 +7,7 @@ import gc
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +27,12 @@ from mariotte.evaluate.measures.speed import (
     timer,
     verdict,
 )
+from mariotte.experiments import run as running
 from mariotte.experiments.identity import measure_text, resolve_measure
+from mariotte.experiments.pipeline import measure
+from mariotte.experiments.study import parse
 from mariotte.models.model import Model
+from mariotte.store import open_store
 from mariotte.testing.tiny import random_tokens, tiny
 
 
@@ -278,6 +283,35 @@ def test_what_it_is_measured_on_goes_without_saying() -> None:
     assert measure_text(Speed(batch=2)) == "speed:random(batch=2)"
 
 
+def test_a_study_times_each_cut_beside_the_dense_model(model_folder: Path, tmp_path: Path) -> None:
+    study = parse(
+        f"""
+        format = 1
+        name = "timed"
+        models = ["{model_folder}"]
+        measures = ["speed(prompt=4, new=1, seconds=0)"]
+        chains = ["magnitude@0.5"]
+        """
+    )
+    hashes: list[dict[str, str]] = []
+    for name in ("one.db", "two.db"):
+        with open_store(tmp_path / name, create=True) as store:
+            assert not running.run(study, store).failures
+            records = store.records()
+        hashes.append({record.id: record.result_hash() for record in records})
+        (cut,) = (record for record in records if record.method)
+        assert cut.base["speedup_decode"] == 1.0
+        assert cut.metrics["speedup_decode"] == cut.details["decode"]["speedup"]
+        assert cut.base["decode_tokens_per_s"] == 1 / cut.details["decode"]["dense_seconds"]["median"]
+    assert hashes[0] == hashes[1]  # two timings differ, and are the same result all the same
+
+
+def test_from_python_with_the_dense_model_at_hand(dense: Model) -> None:
+    what = "speed(prompt=4, new=1, seconds=0)"
+    assert "verdict" in measure(dense.copy(), what, reference=dense).details["decode"]
+    assert "verdict" not in measure(dense, what).details["decode"]
+
+
 @pytest.mark.parametrize("clock", ["wall", "cpu"])
 def test_timer_of_a_cpu_goes_on(clock: str) -> None:
     stop = timer(torch.device("cpu"), clock)()
@@ -285,12 +319,12 @@ def test_timer_of_a_cpu_goes_on(clock: str) -> None:
 
 
 def test_the_clock_of_the_processor_is_one_threads(dense: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = dataclasses.replace(SPEED, clock="cpu")
+    by_cpu = dataclasses.replace(SPEED, clock="cpu")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert measure.measure(dense).protocol["clock"] == "cpu"
+    assert by_cpu.measure(dense).protocol["clock"] == "cpu"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ChainError, match="clock=cpu counts the work of one thread of a CPU, got 2 on cpu"):
-        measure.protocol(dense)
+        by_cpu.protocol(dense)
 
 
 @pytest.mark.parametrize(

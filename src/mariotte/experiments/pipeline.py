@@ -502,7 +502,9 @@ def compress_model(
     raise AssertionError(f"the chain {chain} led nowhere")
 
 
-def measure(model: Model, what: str, dense: Measurement | None = None) -> Measurement:
+def measure(
+    model: Model, what: str, dense: Measurement | None = None, *, reference: Model | None = None
+) -> Measurement:
     """Measure a model.
 
     Parameters
@@ -510,10 +512,14 @@ def measure(model: Model, what: str, dense: Measurement | None = None) -> Measur
     model : what to measure
     what : such as ``loss:wikitext2(block=512)`` or ``knowledge:testbed``
     dense : the same measure of the dense model, for what was lost and gained; None for none
+    reference : the dense model itself, for what is only measured side by side, such as ``speed``; None for none
 
     Raises
     ------
     MariotteError
         When there is no such measure, or what it is measured on cannot be had.
     """
-    return identity.resolve_measure(what).measure(model, dense)
+    found = identity.resolve_measure(what)
+    if reference is None:
+        return found.measure(model, dense)
+    return found.compare(model, reference, found.measure(reference) if dense is None else dense)
