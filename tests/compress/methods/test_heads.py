@@ -137,10 +137,10 @@ def test_removed_heads_are_zeroed_heads(family, by, criterion, tmp_path):
     ("sizes", "by", "heads"),
     [
         ({"heads": 6, "kv_heads": 2}, "queries", 4),
-        ({"heads": 4, "kv_heads": 2}, "groups", 2),
+        ({"heads": 4, "kv_heads": 2}, "queries", 2),
         ({"heads": 8, "kv_heads": 4}, "groups", 6),
-        ({"heads": 4, "kv_heads": 4}, "groups", 3),
-        ({"heads": 4, "kv_heads": 1}, "groups", 3),
+        ({"heads": 4, "kv_heads": 4}, "queries", 3),
+        ({"heads": 4, "kv_heads": 1}, "queries", 3),
     ],
 )
 def test_the_finer_choice_is_taken(sizes, by, heads, tmp_path):
@@ -263,7 +263,7 @@ def test_a_single_head_stays(tmp_path):
 def test_impossible_requests_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(ChainError, match="heads: criterion must be one of obs, norm, taylor, got 'best'"):
         Heads(criterion="best")
-    with pytest.raises(ChainError, match="heads: by must be one of groups, queries, or left out, got 'rows'"):
+    with pytest.raises(ChainError, match="heads: by must be one of queries, groups, or left out, got 'rows'"):
         Heads(by="rows")
     with pytest.raises(ChainError, match="heads: ridge must be positive"):
         Heads(ridge=0.0)
@@ -291,8 +291,8 @@ def test_weights_that_are_not_finite_are_refused(criterion, where, tmp_path):
 
 VARIANTS = [
     Heads(criterion="norm"),
-    Heads(criterion="taylor", by="queries"),
-    Heads(by="queries", compensate=False),
+    Heads(criterion="taylor", by="groups"),
+    Heads(by="groups", compensate=False),
 ]
 
 

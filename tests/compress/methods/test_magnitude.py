@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mariotte.compress.methods.magnitude import Magnitude, smallest
-from mariotte.errors import ChainError
-from mariotte.models.step import prepare_once
-from mariotte.testing.methods import context_of
-from mariotte.testing.tiny import tiny
+from mariotte.errors import ChainError, DataError
+from mariotte.models.step import Context, prepare_once
+from mariotte.testing.methods import MethodConformance, cases, context_of
+from mariotte.testing.tiny import tiny, weights_hash
 
 
 def test_smallest_by_hand():
@@ -94,3 +94,55 @@ def test_fields_are_checked():
         Magnitude(per="row")
     with pytest.raises(ChainError, match="magnitude has no scope 'head'; it has all, attention, ffn"):
         Magnitude(scope="head")
+
+
+@pytest.mark.parametrize("allocation", ["influence", "greedy"])
+def test_blocks_lose_different_shares_and_the_whole_is_exact(allocation, tmp_path):
+    model = tiny("llama")
+    with torch.no_grad():
+        for matrix in (model.blocks[1].output, model.blocks[1].down):
+            matrix.weight.mul_(0.01)  # what it writes hardly matters, so that it can lose more
+    step = Magnitude(per="layer", allocation=allocation)
+    context = context_of(model, tmp_path)
+    prepared = prepare_once(step, model, context, [0.2, 0.5])
+    for amount in (0.2, 0.37, 0.5):
+        result = step.apply(model, prepared, amount, context)
+        (done,) = result.done
+        assert done.zeros == result.zeros() == round(amount * done.in_scope) == step.removes(model, amount)
+        first, second = done.facts["shares"]
+        assert first < second
+        for share, block in zip((first, second), result.blocks, strict=True):
+            for matrix in (*block.attention, *block.ffn):
+                assert abs(int((matrix.weight == 0).sum()) - share * matrix.weight.numel()) <= 1.01
+
+
+def test_a_greedy_preparation_serves_smaller_amounts_and_is_made_anew_for_larger(tmp_path):
+    model, step = tiny("llama"), Magnitude(per="layer", allocation="greedy")
+    context = context_of(model, tmp_path)
+    small = step.apply(model, prepare_once(step, model, context, [0.2]), 0.2, context)
+    prepare_once(step, model, context, [0.1])
+    assert context.counters.preparations == 1
+    again = step.apply(model, prepare_once(step, model, context, [0.4]), 0.2, context)
+    assert context.counters.preparations == 2
+    assert weights_hash(small) == weights_hash(again)
+
+
+def test_allocations_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(ChainError, match="allocation=influence needs per=layer"):
+        Magnitude(allocation="influence")
+    with pytest.raises(ChainError, match="allocation must be one of uniform, influence, greedy"):
+        Magnitude(per="layer", allocation="best")
+    model = tiny("llama")
+    for allocation in ("influence", "greedy"):
+        step = Magnitude(per="layer", allocation=allocation)
+        with pytest.raises(DataError, match="magnitude needs calibration text"):
+            step.prepare(model, Context(dense=model, scratch=tmp_path), [0.5])
+
+
+@pytest.mark.parametrize(
+    ("step", "family"),
+    cases([Magnitude(per="layer", allocation=allocation) for allocation in ("influence", "greedy")], ["qwen2"]),
+    ids=lambda v: v if isinstance(v, str) else str(v.link()),
+)
+class TestAllocated(MethodConformance):
+    pass

@@ -28,7 +28,7 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["Heads"]
 
 CRITERIA = ("obs", "norm", "taylor")
-BY = ("groups", "queries")
+BY = ("queries", "groups")
 
 
 class Judge(Protocol):
@@ -248,9 +248,10 @@ class Heads(Step):
         of the calibration loss when the head is masked
     compensate : fold what the removed heads did into the kept ones' columns of the output projection, by least squares
         on calibration activations
-    by : groups: key-value heads go with all query heads that share them; queries: as many query heads of every group,
-        key-value heads only once each serves a single query head. None takes what leaves the finer choice of head
-        counts, and groups where both are as fine
+    by : queries: as many query heads of every group, key-value heads only once each serves a single query head; groups:
+        key-value heads go with all query heads that share them. None takes what leaves the finer choice of head counts,
+        and queries where both are as fine: at equal parameters it lost less (stories260K without 15.8 % of its
+        parameters 2.64, against 2.38 and 3.30 by groups without 11.8 and 17.7 %)
     ridge : added to the diagonal of the activations' second moment, as a share of its mean, for obs and compensation
 
     Raises
