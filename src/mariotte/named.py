@@ -7,6 +7,7 @@ names imports nothing. Packages of other people join through an entry point.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mariotte.errors import unknown
+
+
+@functools.lru_cache(maxsize=64)
+def _plugins(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """What other packages add: looked for once, as it reads a file of every installed package."""
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
+@functools.lru_cache(maxsize=64)
+def _own(package: str) -> frozenset[str]:
+    """Names of the files of a package."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"there is no package {package}"
+    assert spec.submodule_search_locations, f"{package} is a module, not a package"
+    files = (file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.py"))
+    return frozenset(file.stem.replace("_", "-") for file in files if not file.stem.startswith("_"))
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,7 @@ class Catalogue:
 
     def names(self) -> list[str]:
         """Every name, sorted; imports none of the files behind them."""
-        spec = importlib.util.find_spec(self.package)
-        assert spec is not None, f"there is no package {self.package}"
-        assert spec.submodule_search_locations, f"{self.package} is a module, not a package"
-        files = (file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.py"))
-        own = {file.stem.replace("_", "-") for file in files if not file.stem.startswith("_")}
-        return sorted(own | {point.name for point in importlib.metadata.entry_points(group=self.group)})
+        return sorted(_own(self.package) | {point.name for point in _plugins(self.group)})
 
     def __contains__(self, name: str) -> bool:
         return name in self.names()
@@ -51,7 +63,7 @@ class Catalogue:
         UnknownNameError
             When nothing defines it; the message lists its neighbours and all that exist.
         """
-        for point in importlib.metadata.entry_points(group=self.group):
+        for point in _plugins(self.group):
             if point.name == name:
                 return point.load()
         if name not in self.names():

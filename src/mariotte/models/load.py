@@ -6,14 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download  # pyright: ignore[reportUnknownVariableType]
+from huggingface_hub import (
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,  # pyright: ignore[reportUnknownVariableType]
+)
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import build_hf_headers
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -85,7 +93,7 @@ def locate(name: str) -> Path:
 
 
 def peek_config(name: str) -> dict[str, Any] | None:
-    """A model's config without its weights: from its folder, or the hub's file alone; None when neither can be had.
+    """A model's config without its weights: from its folder, the cache, or the hub's file alone; None without it.
 
     Raises
     ------
@@ -95,9 +103,31 @@ def peek_config(name: str) -> dict[str, Any] | None:
     if name.startswith(("testbed/", ".", "~", "/")) or Path(name).is_dir():
         return read_config(locate(name))
     try:
-        return read_config(Path(hf_hub_download(name, "config.json")).parent)
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return read_config(Path(hf_hub_download(name, "config.json", local_files_only=True)).parent)
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return _asked_config(name)
+
+
+_UNREACHABLE: set[str] = set()
+"""Hosts that did not answer: eight models of a study need not wait for the same silence eight times."""
+
+
+def _asked_config(name: str) -> dict[str, Any] | None:
+    """The config as the hub has it, asked for once: downloads retry for half a minute, and this is only a look."""
+    address = hf_hub_url(name, "config.json")
+    host = address.split("/")[2]
+    if HF_HUB_OFFLINE or host in _UNREACHABLE:
         return None
+    request = urllib.request.Request(address, headers=build_hf_headers())
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            found: object = json.load(answer)
+    except (urllib.error.HTTPError, UnicodeDecodeError, json.JSONDecodeError):
+        return None  # no such model, or one that has to be asked for
+    except OSError:
+        _UNREACHABLE.add(host)
+        return None
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
