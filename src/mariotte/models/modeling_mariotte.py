@@ -132,7 +132,7 @@ class MariotteLlamaDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         _shape_(self, config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] the family's arguments, whatever they are in a version
         """The stream behind the block."""
         return _forward(self, hidden_states, **settings)
 
@@ -144,7 +144,7 @@ class MariotteQwen2DecoderLayer(Qwen2DecoderLayer):
         super().__init__(config, layer_idx)
         _shape_(self, config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] the family's arguments, whatever they are in a version
         """The stream behind the block."""
         return _forward(self, hidden_states, **settings)
 

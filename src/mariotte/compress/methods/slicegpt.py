@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from mariotte import accounting
 from mariotte.architectures import Shape
-from mariotte.compress.calibration import Means, outer
+from mariotte.compress.calibration import Means, outer, tokens_for
 from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
@@ -36,7 +36,7 @@ DIRECTIONS = "directions"
 class HalfWalk(Walk):
     """The stream of the calibration rows, held in front of one norm and moved on by half a block."""
 
-    real_NT: Tensor | None = None
+    text_NT: Tensor | None = None
     """True where a token is text; None where all are."""
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class HalfWalk(Walk):
         gather = Means(outer)
         for rows in self.batches():
             x_MD = self.stream_NTD[rows].flatten(0, 1)
-            gather(place, x_MD if self.real_NT is None else x_MD[self.real_NT[rows].flatten()])
+            gather(place, x_MD if self.text_NT is None else x_MD[self.text_NT[rows].flatten().to(x_MD.device)])
         return principal_directions(gather.result(step, model)[place])[0]
 
     @torch.no_grad()
@@ -93,6 +93,10 @@ def text_mask(tokens_NT: Tensor, pad: int | None) -> Tensor | None:
     text_NT = (tokens_NT != pad).flip(1).cumsum(1).flip(1) > 0
     text_NT |= ~text_NT.any(1, keepdim=True)
     return None if bool(text_NT.all()) else text_NT
+
+
+def _text(model: Model, tokens_NT: Tensor) -> Tensor | None:
+    return text_mask(tokens_NT, cast("int | None", model.config.get("pad_token_id")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,31 +203,39 @@ class SliceGPT(Step):
                     f"slicegpt needs finite weights, and {name} of {model.name} has others: check the checkpoint"
                 )
         prepared = Prepared(context.scratch)
-        for key, directions_DD in self._walk(model, context, None, None):
-            prepared.put(key, {DIRECTIONS: directions_DD})
-            if self.sequential:
-                break
+        if self.sequential:
+            prepared.put("stream-0", {DIRECTIONS: self._embedded(model, context)})
+        else:
+            for key, directions_DD in self._walk(model, context, None, self._embedded(model, context)):
+                prepared.put(key, {DIRECTIONS: directions_DD})
         return prepared.finish(hidden=model.shape.hidden)
 
+    def _embedded(self, model: Model, context: Context) -> Tensor:
+        """The principal directions of the embeddings of the calibration tokens, which no amount changes."""
+        tokens_NT = tokens_for(context, self.name())
+        text_NT = _text(model, tokens_NT)
+        ids_M = (tokens_NT if text_NT is None else tokens_NT[text_NT]).flatten()
+        # Each embedding once, as often as its token occurs: the same moment without the tokens' copies of it.
+        count_V = ids_M.bincount(minlength=model.shape.vocab).to(model.device)
+        embedded_VD = model.embeddings.weight.double()
+        return principal_directions(embedded_VD.T @ (embedded_VD * count_V[:, None]) / len(ids_M))[0]
+
     def _walk(
-        self, model: Model, context: Context, width: int | None, first_DD: Tensor | None
+        self, model: Model, context: Context, width: int | None, first_DD: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
         """The principal directions in front of every norm but the last, by key.
 
         Parameters
         ----------
         width : dimensions kept in front of every norm, which all later directions depend on; None keeps all
-        first_DD : the directions of the embeddings, where they are known
+        first_DD : those in front of the first, which are the same whatever is cut
         """
-        tokens_NT = context.calibration_for(self.name())
         walk = HalfWalk(model, context, self.name())
-        real_NT = text_mask(tokens_NT, getattr(model.hf.config, "pad_token_id", None))
-        walk.real_NT = None if real_NT is None else real_NT.to(model.device)
+        walk.text_NT = _text(model, tokens_for(context, self.name()))
         halves = [(block, half) for block in model.blocks for half in ("attention", "mlp")]
         for place, (block, half) in enumerate(halves):
-            known = first_DD if place == 0 else None
             where = f"the stream before {half} of block {place // 2}"
-            directions_DD = walk.directions(self.name(), model, where) if known is None else known
+            directions_DD = first_DD if place == 0 else walk.directions(self.name(), model, where)
             yield f"stream-{place}", directions_DD
             context.progress("rotation", (place + 1) / len(halves))
             if place + 1 == len(halves):

@@ -1,0 +1,203 @@
+"""Loss, size and seconds of slicegpt beside the published code, on the same model, tokens and widths.
+
+    python benchmarks/slicegpt_parity.py stories260K SHARED_DATA [--reference CHECKOUT --python PYTHON]
+    python benchmarks/slicegpt_parity.py testbed/llama-483k [--reference CHECKOUT --python PYTHON]
+
+CHECKOUT holds microsoft/TransformerCompression and PYTHON runs it: torch, transformers 4.41 and ml-collections are what
+this needs of its environment. stories260K is calibrated and tested on the windows of ``stories260k.py``, a model of the
+testbed on 512 rows of its calibration text and 200 of its test text.
+
+The published code subtracts from each embedding its mean, which is right before LayerNorm and changes a model with
+RMSNorm. So it is run twice: as published, beside our method on the model changed in the same way; and with the
+embeddings put back, beside our method on the model itself. It also always takes 1e-5 for the epsilon of norms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+KEPT = (0.875, 0.75, 0.625, 0.5)
+"""Shares of the width, before it is rounded down to a multiple of 8."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="stories260K, or a Llama-shaped model such as testbed/llama-483k")
+    parser.add_argument("data", type=Path, nargs="?", help="for stories260K: folder with models/ and tinystories/")
+    parser.add_argument("--reference", type=Path, help="checkout of the published code; without it, our side alone")
+    parser.add_argument("--python", default=sys.executable, help="what runs the published code")
+    parser.add_argument("--kept", type=float, nargs="+", default=KEPT, help="shares of the width")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--as-reference", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.as_reference is not None:
+        print(json.dumps(published(arguments.reference, arguments.as_reference)))
+        return
+    compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from mariotte.compress.methods.slicegpt import SliceGPT
+    from mariotte.compress.surgery import derive
+    from mariotte.models.nll import token_nll
+
+    model, calibration, test = subject(arguments.model, arguments.data)
+    hidden = model.shape.hidden
+    embedded = model.embeddings.weight.detach()
+    centred = derive(
+        model,
+        {
+            f"{model.entry.embeddings}.weight": embedded - embedded.mean(-1, keepdim=True),
+            f"{model.entry.head}.weight": model.head.weight,
+        },
+        untie=True,
+    )
+    loss = float(token_nll(model, test, batch=8).mean())
+    print(f"{arguments.model}: {model.counts.n_params:,} parameters, loss {loss:.4f}, {len(calibration)} x ", end="")
+    print(f"{calibration.shape[1]} tokens calibrate, {len(test)} x {test.shape[1]} test, {arguments.threads} threads")
+    print("| embeddings | width | parameters | ours | published | apart | ours, s | published, s | times | of CPU |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    one_pass = SliceGPT(sequential=False)
+    for name, dense in (("as they are", model), ("centred", centred)):
+        for kept in arguments.kept:
+            _, before = ours(SliceGPT(), dense, calibration, 1 - kept)
+            found = None
+            if arguments.reference is not None:
+                found = ask(arguments, dense, calibration, test, 1 - kept, centre=name == "centred")
+            cut, after = ours(SliceGPT(), dense, calibration, 1 - kept)
+            # Before and after, since others may be using the machine: a load that changes shows on both sides.
+            wall, cpu = ((x + y) / 2 for x, y in zip(before, after, strict=True))
+            loss = float(token_nll(cut, test, batch=8).mean())
+            row = [name, f"{cut.shape.hidden} of {hidden}", f"{cut.counts.n_params:,}", f"{loss:.4f}"]
+            if found is not None:
+                assert found["parameters"] == cut.counts.n_params, (found, cut.counts)
+                row += [
+                    f"{found['loss']:.4f}",
+                    f"{loss / found['loss'] - 1:+.3%}",
+                    f"{wall:.2f}",
+                    f"{found['wall']:.2f}",
+                ]
+                row += [f"{found['wall'] / wall:.1f}", f"{found['cpu'] / cpu:.1f} ({found['cpu']:.2f} / {cpu:.2f})"]
+            print(f"| {' | '.join(row)} |", flush=True)
+    for kept in arguments.kept:
+        cut, taken = ours(one_pass, model, calibration, 1 - kept)
+        loss = float(token_nll(cut, test, batch=8).mean())
+        print(f"sequential=false: {cut.shape.hidden} of {hidden}, loss {loss:.4f}, {taken[0]:.2f} s")
+
+
+def subject(name: str, data: Path | None) -> tuple[Any, Tensor, Tensor]:
+    """The dense model, its calibration rows and its test rows."""
+    from mariotte.data import corpora, tokens
+    from mariotte.models.load import load
+
+    if name == "stories260K":
+        from stories260k import CALIBRATION, TEST, windows
+
+        assert data is not None, "stories260K needs the folder with models/ and tinystories/"
+        rows = windows(data)
+        return load(data / "models" / "stories260K"), rows[:CALIBRATION], rows[-TEST:]
+    model = load(name)
+    corpus = corpora.find("testbed/all")
+    calibration = tokens.blocks(corpus, "calibration", model.tokenizer, 64, 512)
+    return model, calibration, tokens.blocks(corpus, "test", model.tokenizer, 64, 200)
+
+
+def ours(step: Any, dense: Any, calibration: Tensor, amount: float) -> tuple[Any, tuple[float, float]]:
+    """The sliced model, and the seconds it took to make it from nothing: on the clock, and of the processor."""
+    from mariotte.models.step import Context
+
+    with tempfile.TemporaryDirectory() as scratch:
+        context = Context(dense=dense, scratch=Path(scratch), calibration=calibration)
+        start = time.perf_counter(), time.process_time()
+        cut = step.apply(dense, step.prepare(dense, context, [amount]), amount, context)
+        return cut, (time.perf_counter() - start[0], time.process_time() - start[1])
+
+
+def ask(
+    arguments: argparse.Namespace, dense: Any, calibration: Tensor, test: Tensor, amount: float, *, centre: bool
+) -> dict[str, Any]:
+    """What the published code makes of the same model, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        handed = Path(folder) / "handed.pt"
+        state = {"lm_head.weight": dense.head.weight, **dense.hf.state_dict()}
+        torch.save(
+            {
+                "config": dense.config,
+                "state": {key: value.detach().clone() for key, value in state.items()},
+                "calibration": calibration,
+                "test": test,
+                "amount": amount,
+                "centre": centre,
+            },
+            handed,
+        )
+        command = [arguments.python, __file__, "-", "--reference", arguments.reference, "--as-reference", handed]
+        command += ["--threads", str(arguments.threads)]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the published code failed:\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@torch.no_grad()
+def published(checkout: Path, handed: Path) -> dict[str, Any]:
+    """Run the published code on what was handed over; called in its own environment."""
+    # Its modules without its package's own imports, which ask for data sets, plots and trackers.
+    package = types.ModuleType("slicegpt")
+    package.__path__ = [str(checkout / "src" / "slicegpt")]
+    sys.modules["slicegpt"] = package
+    from slicegpt import layernorm_fusion, rotate
+    from slicegpt.adapters.llama_adapter import LlamaModelAdapter
+    from slicegpt.slicing_scheduler import ConstSlicingScheduler
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    given = torch.load(handed, weights_only=True)
+    config, state = given["config"], given["state"]
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keys += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", "pad_token_id")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{key: config[key] for key in keys},
+            rope_theta=config["rope_parameters"]["rope_theta"],
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    ).eval()
+    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"], "it knows no other head size"
+    model.load_state_dict(state)
+    adapter = LlamaModelAdapter(model)
+    # Batches of 16 rows, its default.
+    loader = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in given["calibration"].split(16)]
+    width = int((1 - given["amount"]) * adapter.hidden_size)
+    width -= width % 8
+    start = time.perf_counter(), time.process_time()
+    layernorm_fusion.replace_layers(adapter)
+    layernorm_fusion.fuse_modules(adapter)
+    if not given["centre"]:
+        model.model.embed_tokens.weight.data = state["model.embed_tokens.weight"].clone()
+    rotate.rotate_and_slice(adapter, loader, ConstSlicingScheduler(width), final_orientation="pca")
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    total, count = 0.0, 0
+    for rows in given["test"].split(8):
+        logits = model(input_ids=rows).logits[:, :-1].flatten(0, 1)
+        total += float(functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum"))
+        count += rows[:, 1:].numel()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"loss": total / count, "parameters": parameters, "wall": wall, "cpu": cpu, "width": width}
+
+
+if __name__ == "__main__":
+    main()
