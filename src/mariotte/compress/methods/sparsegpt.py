@@ -31,6 +31,15 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["SparseGPT"]
 
 
+def count(weights: int, amount: float) -> int:
+    """Weights of some that become zero at a share: one more than the whole ones in it, and never all.
+
+    The published code takes all errors up to and including the one at the rank of the share. Without that one, a few
+    masks in a thousand differ from its own in small matrices, since each zero moves other weights.
+    """
+    return min(whole(weights, amount) + 1, weights - 1) if amount else 0
+
+
 def sparsegpt(
     weight_OI: Tensor,
     moment_II: Tensor,
@@ -46,7 +55,7 @@ def sparsegpt(
     ----------
     weight_OI : (O, I) float64
     moment_II : (I, I) float64, mean of x xᵀ over the inputs
-    amount : share of the weights of each `columns` columns, in [0, 1), rounded down to whole weights
+    amount : share of the weights of each `columns` columns, in [0, 1), in whole weights as by `count`
     pattern : instead, so many of every few neighbours of a row
     columns : columns whose zeros are chosen together
     damp : added to the diagonal of the moment, as a share of its mean
@@ -85,7 +94,7 @@ def sparsegpt(
         mask_OC = torch.zeros_like(now_OC, dtype=torch.bool)
         if pattern is None:
             cost_OC = (now_OC / upper_CC.diagonal()).square().masked_fill(dead_I[start : start + columns], 0.0)
-            cheapest = cost_OC.flatten().argsort(stable=True)[: whole(cost_OC.numel(), amount)]
+            cheapest = cost_OC.flatten().argsort(stable=True)[: count(cost_OC.numel(), amount)]
             mask_OC.view(-1)[cheapest] = True
         for j in range(now_OC.shape[1]):
             if pattern is not None and j % pattern.of == 0:
@@ -124,9 +133,9 @@ class SparseGPT(Step):
 
     Notes
     -----
-    Of every `columns` columns of a matrix floor(amount x weights) are set to zero; the published code takes those up to
-    and including the one at that rank, one more. Weights that were zero before are the first to be chosen; those that
-    are not chosen are updated like all others, and stop being zero.
+    Of every `columns` columns of a matrix floor(amount x weights) + 1 are set to zero, as by the published code; of a
+    pattern, exactly what it says. Weights that were zero before are the first to be chosen; those that are not chosen
+    are updated like all others, and stop being zero.
 
     Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up.
 
@@ -180,7 +189,7 @@ class SparseGPT(Step):
             self.pattern.check_amount(self.name(), amount)
             return bool(amount) * sum(o * i * self.pattern.zeros // self.pattern.of for o, i in shapes)
         return sum(
-            whole(o * min(self.columns, i - start), amount) for o, i in shapes for start in range(0, i, self.columns)
+            count(o * min(self.columns, i - start), amount) for o, i in shapes for start in range(0, i, self.columns)
         )
 
     @override
