@@ -262,7 +262,8 @@ def other_table(records: Sequence[Record]) -> Table | None:
         return None
     rows: list[tuple[Cell, ...]] = []
     for (setting, chain), group in list(groups.items())[:MOST_ROWS]:
-        for metric in sorted({name for record in group for name in record.metrics}):
+        names = {name for record in group for name in record.metrics}
+        for metric in sorted(names - {f"{name}_se" for name in names}):  # a standard error is no metric of its own
             values = [record.metrics[metric] for record in group if metric in record.metrics]
             base = [record.base[metric] for record in group if metric in record.base]
             rows.append(
