@@ -99,6 +99,15 @@ class Tasks(Measure):
         """The tasks, as written."""
         return tuple(testbed.TASKS) if self.on == "testbed" else tuple(self.on.removeprefix("testbed/").split("+"))
 
+    @property
+    @override
+    def tokens(self) -> int:
+        if not self.in_testbed:
+            return 0  # known when lm-eval has loaded them
+        items = [item for name in self.names() for item in testbed.task(name).items[: self.items]]
+        # One row for choices of one token, else about one for every choice but its last token.
+        return sum(len(item.context.split()) * (len(item.choices) if " " in item.choices[0] else 1) for item in items)
+
     @override
     def check(self) -> None:
         if not self.in_testbed:
