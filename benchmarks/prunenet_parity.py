@@ -5,7 +5,7 @@ python benchmarks/prunenet_parity.py MODEL [--reference CHECKOUT] [--published] 
 MODEL has llama's shape. CHECKOUT is a copy of github.com/LCS2-IIITD/PruneNet; its training loop, its slicing and its
 reward run unchanged, in float32 (its float16 autocast is off) unless --published is given. SHARED_DATA, as in
 stories260k.py, adds the test loss of every cut. A row of the table is one seed; the last rows are means and standard
-deviations over the seeds. Widths are the published ones, int((1 - ratio) F).
+deviations over the seeds that came so far. Widths are the published ones, int((1 - ratio) F).
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def theirs(
             script._prune_model(arguments, cut.hf.base_model, policy)
             result = reward_of(model, cut)
         except RuntimeError as error:
-            if not published:
+            # Its probabilities are no numbers any more: the rewards until then count, and there is no cut.
+            if "probability tensor" not in str(error):
                 raise
             print(f"ratio {ratio} seed {seed}: ended in episode {len(rewards) // len(model.blocks)}: {error}")
         finally:
@@ -154,8 +155,16 @@ def main() -> None:
             for seed, found in enumerate(runs):
                 show(ratio, name, str(seed), found)
             table = np.array(runs)
-            show(ratio, name, "mean", Run(*table.mean(0)))
-            show(ratio, name, "sd", Run(*table.std(0, ddof=1)))
+            finished = np.isfinite(table).sum(0).clip(min=2)
+            corrected = finished / (finished - 1)
+            show(ratio, name, "mean", Run(*mean(table)))
+            show(ratio, name, "sd", Run(*mean((table - mean(table)) ** 2 * corrected) ** 0.5))
+
+
+def mean(table: np.ndarray) -> np.ndarray:
+    """Column by column, of the rows that have a number; none where no row has."""
+    there = np.isfinite(table)
+    return np.where(there.any(0), np.where(there, table, 0).sum(0) / there.sum(0).clip(min=1), np.nan)
 
 
 def show(ratio: float, name: str, label: str, run: Run) -> None:
