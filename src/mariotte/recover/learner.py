@@ -87,6 +87,12 @@ def twin(model: Model, parameters: Mapping[int, nn.Parameter]) -> nn.Module:
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
+_SMALL = 1 << 16
+"""Weights of a matrix up to which a step is faster with the change added to the matrix first: two products of matrices
+forward and four back instead of three and five, none of them thin, and no sum over the outputs. Measured on one core
+with 256 tokens a step: 17 % less time a step at width 48, 18 % at 96, 8 % at 128. Of larger matrices the gradient of
+the whole matrix costs more than that saves."""
+
 
 class Adapted(nn.Module):
     """A frozen matrix with a low-rank change beside it: x W^T + bias + scale · dropout(x) A^T B^T.
@@ -117,10 +123,17 @@ class Adapted(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        linear = nn.functional.linear
-        plain = linear(x, self.base.weight, self.base.bias)
+        linear, weight = nn.functional.linear, self.base.weight
+        dropout = self.dropout and self.training
+        if not dropout and weight.dtype == self.a_RI.dtype and (self.mask_OI is not None or weight.numel() <= _SMALL):
+            if self.mask_OI is None:
+                changed_OI = torch.addmm(weight, self.b_OR, self.a_RI, alpha=self.scale)
+            else:
+                changed_OI = weight + self.delta()
+            return linear(x, changed_OI, self.base.bias)
+        plain = linear(x, weight, self.base.bias)
         x = x.to(self.a_RI.dtype)
-        if self.dropout and self.training:
+        if dropout:
             x = nn.functional.dropout(x, self.dropout)
         if self.mask_OI is None:
             change = linear(linear(x, self.a_RI), self.b_OR) * self.scale

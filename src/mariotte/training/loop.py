@@ -179,19 +179,20 @@ class TrainState:
         return self
 
 
-def causal_loss(module: Callable[..., Any], tokens_BT: Tensor) -> Tensor:
+def causal_loss(module: Callable[..., Any], tokens_BT: Tensor, **inputs: Any) -> Tensor:
     """Mean negative log-likelihood, in nats, of each row's T - 1 last tokens given those before.
 
     Parameters
     ----------
     module : a transformers causal language model, compiled or not
     tokens_BT : (B, T) token ids
+    inputs : what else the module is given
 
     Returns
     -------
     scalar, float32
     """
-    logits_BTV = module(input_ids=tokens_BT, use_cache=False).logits[:, :-1]
+    logits_BTV = module(input_ids=tokens_BT, use_cache=False, **inputs).logits[:, :-1]
     # float32: in bf16 the logarithm of a sum over V terms is off by more than a step of training gains.
     return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
 

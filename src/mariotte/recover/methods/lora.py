@@ -49,6 +49,7 @@ class LoRA(Recovery):
     """
 
     reference: ClassVar[str] = "hu2022lora"
+    version: ClassVar[int] = 2  # small matrices are changed before the product: other rounding
 
     rank: int = 16
     alpha: float = 32.0
