@@ -3,8 +3,9 @@
     python benchmarks/sharing.py studies/testbed/pruning-laws.toml --models testbed/qwen2-345k --chains 72
 
 The sample takes every k-th experiment of these models in the order of the file: all of them when there are no more. A
-sample that leaves many out shares less than the study does. Alone, an experiment loads its model, measures it dense, prepares, applies and measures; both sides write to
-a store. Both are timed by the processor's time of this process too, which other work on the machine does not change.
+sample that leaves many out shares less than the study does. Alone, an experiment loads its model, measures it dense,
+prepares, applies and measures; both sides write to a store. Both are timed by the processor's time of this process too,
+which other work on the machine does not change.
 """
 
 from __future__ import annotations
