@@ -8,6 +8,9 @@ SHARED_DATA holds models/stories260K and tinystories/tinystories_sample.txt, one
 cut into windows of 256: the first 128 calibrate, the last 200 test. Testbed models calibrate on 128 rows of 64 tokens
 of testbed/all and are tested on all rows of its test split and on all facts.
 
+With --cache FOLDER what each method made of each model is kept there, and not done again: an interrupted run goes on,
+and a method whose file is removed is done anew.
+
 All amounts are shares of the dense model's parameters, a tied embedding counted once. Widths are rounded to 1, so that
 what is removed is equal; methods that take whole blocks or heads come as near as they can.
 """
@@ -15,12 +18,15 @@ what is removed is equal; methods that take whole blocks or heads come as near a
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +83,17 @@ class Found:
     nll_N: Tensor
     known: frozenset[str] | None
     seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON."""
+        known = None if self.known is None else sorted(self.known)
+        return {**self.__dict__, "nll_N": self.nll_N.tolist(), "known": known}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Found:
+        """What `to_dict` wrote."""
+        known = None if given["known"] is None else frozenset(given["known"])
+        return cls(**{**given, "nll_N": torch.tensor(given["nll_N"], dtype=torch.float64), "known": known})
 
     @property
     def loss(self) -> float:
@@ -139,6 +156,20 @@ def run(case: Case, name: str, ratios: Sequence[float], dense: Found) -> list[Fo
     return found
 
 
+def cached(cache: Path | None, key: str, work: Callable[[], list[Found | str]]) -> list[Found | str]:
+    """What `work` finds, from a file of the cache where it is there."""
+    file = None if cache is None else cache / f"{key}.json"
+    if file is not None and file.is_file():
+        stored = cast("list[Any]", json.loads(file.read_text(encoding="utf-8")))
+        return [found if isinstance(found, str) else Found.from_dict(found) for found in stored]
+    results = work()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([found if isinstance(found, str) else found.to_dict() for found in results])
+        file.write_text(text, encoding="utf-8")
+    return results
+
+
 def compared(found: dict[str, Found], ratio: float, dense: Found) -> str:
     """How auto stands against the best of the others, in loss and in facts, with twice the paired standard error."""
     auto = found["auto"]
@@ -164,11 +195,16 @@ def verdict(worse: float, noise: float) -> str:
     return "best" if worse <= 0 else "within noise" if worse <= noise else "worse"
 
 
-def section(name: str, case: Case, ratios: Sequence[float]) -> str:
+def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None = None) -> str:
     """The model's part of the results."""
     model = case.model
     dense = Found("dense", 0.0, row_losses(model, case.test_NT), known_facts(case, model), 0.0)
-    by_method = {method: run(case, method, ratios, dense) for method in METHODS}
+    by_method = {
+        method: cached(
+            cache, "-".join([name, method, *map(str, ratios)]), functools.partial(run, case, method, ratios, dense)
+        )
+        for method in METHODS
+    }
     asked = "" if dense.known is None else f", {len(dense.known):,} facts known"
     lines = [
         f"## {name}",
@@ -224,13 +260,14 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="stories260K, or names of testbed models")
     parser.add_argument("--data", type=Path, help="folder with models/ and tinystories/, for stories260K")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--cache", type=Path, help="folder for what was done")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.models:
         if name == "stories260K" and given.data is None:
             parser.error("stories260K needs --data")
         case = stories(given.data) if name == "stories260K" else testbed(name)
-        text = section(name, case, given.ratios)
+        text = section(name, case, given.ratios, given.cache)
         print(text)
         if tuple(given.ratios) == RATIOS:
             write(name, text)

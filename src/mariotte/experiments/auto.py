@@ -52,6 +52,9 @@ NEAR = 0.1
 HOPELESS = 1.05
 """A search ends when the best state left is thought to cost this factor more than the best that was tried."""
 
+FAR = 2.0
+"""A method alone is tried unless it is thought to cost this factor more than the best state of all."""
+
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"ffn": {"sequential": True}}
 """What may make a method lose less at more cost: tried once sizes are known, and kept for the rest if it does."""
 
@@ -288,11 +291,11 @@ class Trials:
             temporary = self._store.with_suffix(".part")
             temporary.write_text(json.dumps(self.losses), encoding="utf-8")
             temporary.replace(self._store)
-            self._forget(chain)
+            self.forget(chain)
         return self.losses[text]
 
-    def _forget(self, chain: Chain) -> None:
-        """Remove the oldest preparations over `KEPT_BYTES`, but none of the last chain's."""
+    def forget(self, chain: Chain) -> None:
+        """Remove the oldest preparations over `KEPT_BYTES`, but none of this chain's."""
         last = {_folder(self.folder, chain.links[:depth]) for depth in range(len(chain.links))}
         folders = sorted((f for f in self.folder.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
         sizes = {folder: sum(file.stat().st_size for file in folder.rglob("*")) for folder in folders}
@@ -465,9 +468,10 @@ class Auto(Step):
     with enough parameters removed, and tries the most promising one: the chain's steps, prepared one after the other on
     a part of the calibration rows, and the loss on the others. What a trial finds corrects the estimate in its
     neighbourhood, which makes the search an exchange between dimensions at constant parameters. Each method alone is
-    among the trials where it can remove enough, so that no single one is better on the rows that score. Half-way, or
-    when nothing else promises more, the best state is tried with settings that cost more (`SETTINGS`: feed-forward
-    neurons chosen block by block), and the rest of the search uses them if they lose less.
+    among the trials where it can remove enough and what it costs alone is no more than twice the best guess (`FAR`), so
+    that no single one is better on the rows that score. Half-way, or when nothing else promises more, the best state is
+    tried with settings that cost more (`SETTINGS`: feed-forward neurons chosen block by block), and the rest of the
+    search uses them if they lose less.
 
     Cost: a trial prepares its steps on the model cut so far, and scores the rows held; preparations are kept for chains
     that begin alike. What each dimension costs alone is measured once for all amounts.
@@ -595,12 +599,15 @@ class Auto(Step):
         profile = cast("dict[str, list[tuple[int, float]]]", prepared.facts["profile"])
         curves = [tuple(zip(*profile[step.name()], strict=True)) for step in space.steps]
         search = _Search(space, trials, base, Estimate(space.whole, cast(Any, tuple(curves))), self.search)
-        alone = itertools.takewhile(lambda s: sum(map(operator.ne, s, space.whole)) == 1, states)
-        for state in itertools.islice(alone, self.search):
-            search.attempt(state)
+        guess = dict(zip(states, search.estimate.alone(states).tolist(), strict=True))
+        alone = [state for state in states if sum(map(operator.ne, state, space.whole)) == 1]
+        for state in sorted(alone, key=guess.__getitem__)[: -(-self.search // 2)]:
+            if guess[state] <= FAR * min(guess.values()):
+                search.attempt(state)
         search.explore(states, self.search // 2)
         search.settle()
         search.explore(states, self.search)
+        trials.forget(Chain())
         chain, best, loss = min(search.found, key=lambda found: found[2])
         return {
             "chain": str(chain),
