@@ -54,19 +54,26 @@ class CompressionLaws(Paper):
     def claims(self, records: Sequence[Record]) -> list[Claim]:
         loss, accuracy = curves(records, "loss"), curves(records, "tasks", "accuracy")
         return [
-            _shape(loss, "The loss grows quadratically with the ratio: β = 2.0 in L0^α (1 + r)^β.", 2.0, "losses"),
             _shape(
-                accuracy,
+                _free(loss), "The loss grows quadratically with the ratio: β = 2.0 in L0^α (1 + r)^β.", 2.0, "losses"
+            ),
+            _shape(
+                _free(accuracy),
                 "The accuracy of tasks falls linearly with the ratio: β = -1.0 in L0^α (1 + r)^β.",
                 -1.0,
                 "accuracies of tasks",
             ),
             _recovery(records),
             _speed(records),
-            _critical(accuracy),
+            _critical(_free(accuracy)),
             _calibration(loss),
             _small_or_large(loss),
         ]
+
+
+def _free(found: Sequence[Curve]) -> Sequence[Curve]:
+    """The curves of pruning without calibration, which the paper's coefficients are of; all where there are none."""
+    return [curve for curve in found if curve.method in ("prunenet-random", "prunenet")] or found
 
 
 def _shape(found: Sequence[Curve], sentence: str, published: float, what: str) -> Claim:
