@@ -218,17 +218,23 @@ class Weights:
     masks: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: Model) -> Weights:
+    def of(cls, model: Model, *, within: str = "") -> Weights:
         """All weights as they are, in float32: in bf16 a small update vanishes in rounding.
 
         Where an earlier step of the chain set weights to zero, the zeros of every matrix stay.
+
+        Parameters
+        ----------
+        within : path of the part of the model that trains; empty for all of it
         """
         own = {id(p): nn.Parameter(p.detach().float().clone()) for p in model.hf.parameters()}
         module = twin(model, own)
+        for name, p in module.named_parameters():
+            p.requires_grad_(name.startswith(within))
         masks: dict[str, Tensor] = {}
         if _is_sparse(model):
             for name, p in module.named_parameters():
-                if p.ndim < 2:
+                if p.ndim < 2 or not p.requires_grad:
                     continue
                 masks[name] = mask = (p != 0).detach()
                 # Without a gradient Adam's moments stay zero, and so does the weight, to the bit.

