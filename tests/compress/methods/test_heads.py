@@ -18,6 +18,7 @@ from mariotte.compress.methods.heads import (
     mask_gradients,
     removal_order,
 )
+from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, prepare_once
@@ -287,6 +288,26 @@ def test_weights_that_are_not_finite_are_refused(criterion, where, tmp_path):
         getattr(model.blocks[-1], where).weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match=r"heads found .* not finite .* of tiny-llama"):
         Heads(criterion=criterion).prepare(model, context_of(model, tmp_path), [0.5])
+
+
+@torch.no_grad()
+def test_feed_forward_widths_of_their_own_stay(tmp_path):
+    model = tiny("qwen2")
+    weights = {}
+    for path in ("gate_proj", "up_proj"):
+        name = f"model.layers.0.mlp.{path}.weight"
+        weights[name] = model.hf.get_parameter(name)[:40]
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = model.hf.get_parameter(name)[:, :40]
+    uneven = derive(model, weights, {"ffn_sizes": [40, 48]}, irregular=True)
+    step = Heads()
+    context = context_of(uneven, tmp_path)
+    cut = step.apply(uneven, prepare_once(step, uneven, context, [0.5]), 0.5, context)
+    assert cut.shape.ffns == (40, 48)
+    assert cut.shape.heads == 2
+    assert uneven.measured_params() - cut.measured_params() == step.removes(uneven, 0.5)
+    assert cut.measured_params() == cut.counts.n_params
+    assert bool(logits(cut).isfinite().all())
 
 
 VARIANTS = [

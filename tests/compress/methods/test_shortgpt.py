@@ -9,6 +9,7 @@ import torch
 
 from mariotte.compress.influence import block_influence, cosines
 from mariotte.compress.methods.shortgpt import ShortGPT, keep_blocks
+from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load
@@ -134,3 +135,17 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path):
         model.blocks[0].down.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match="shortgpt found activations that are not finite in the stream of tiny-llama"):
         step.prepare(model, context_of(model, tmp_path), [0.5])
+
+
+@torch.no_grad()
+def test_blocks_of_different_sizes_are_refused():
+    model = tiny("llama")
+    weights = {}
+    for path in ("gate_proj", "up_proj"):
+        name = f"model.layers.0.mlp.{path}.weight"
+        weights[name] = model.hf.get_parameter(name)[:40]
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = model.hf.get_parameter(name)[:, :40]
+    uneven = derive(model, weights, {"ffn_sizes": [40, 48]}, irregular=True)
+    assert "remove blocks first" in (ShortGPT().refuse(uneven) or "")
+    assert ShortGPT().refuse(model) is None

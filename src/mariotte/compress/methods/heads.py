@@ -268,6 +268,13 @@ class Heads(Step):
 
     Removal orders are nested, so that one preparation serves all amounts.
 
+    When to use it: for small shares, in combination with other cuts, and with compensation, which took away a fifth to
+    three fifths of what losing about half the heads cost on seven small models. Heads are few and each does much: on
+    the five where it was tried, as many parameters of feed-forward neurons cost less. Of the criteria with
+    compensation, obs and norm are nearly equal (norm by up to 0.07 nats ahead on three models, obs by up to 0.11, above
+    all at deep cuts and on the larger models); taylor lost up to 0.08 nats less at some mild cuts, and more than a nat
+    more at some deep ones.
+
     Cost: a forward pass with I² more multiplications a token and block (taylor: a backward pass too); I³ a block for
     the order and one factorisation; an amount then costs D I² a block. Stored: I² + D I float64 a block.
 

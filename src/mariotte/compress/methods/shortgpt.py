@@ -34,7 +34,8 @@ def keep_blocks(model: Model, kept: Sequence[int]) -> Model:
     Notes
     -----
     Attention modules carry the number of their block, under which they find their keys and values in the cache: it is
-    counted anew. So are the lists in which a config says something of each block, such as ``layer_types``.
+    counted anew. Lists in which a config says something of each block, such as ``layer_types``, lose what they say of
+    those that go.
     """
     kept = sorted(kept)
     assert kept, "a model needs a block"
@@ -51,7 +52,8 @@ def keep_blocks(model: Model, kept: Sequence[int]) -> Model:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = index  # pyright: ignore[reportArgumentType]
     for key, value in model.config.items():
-        if "layer" in key and isinstance(value, list) and len(cast("list[Any]", value)) == len(blocks):
+        by_block = "layer" in key or key == "ffn_sizes"
+        if by_block and isinstance(value, list) and len(cast("list[Any]", value)) == len(blocks):
             setattr(hf.config, key, [value[index] for index in kept])
     setattr(hf.config, model.entry.layers, len(kept))
     return Model(
@@ -75,8 +77,8 @@ class ShortGPT(Step):
     the least go, all by their influence in the uncut model; of equal ones the first goes first. At least one stays.
 
     When to use it: each block removed makes prefill and decode faster by its share, on any hardware, and no width
-    becomes odd. It loses more than width pruning at equal parameters, most of all in models of few blocks, where every
-    block is far from redundant.
+    becomes odd. In models of few blocks none is redundant: one of five removed cost 0.06 to 0.18 nats on two testbed
+    models, two cost 0.56 to 0.78.
 
     Cost: one forward pass over the calibration tokens; an amount costs a copy of what stays.
 
@@ -88,6 +90,15 @@ class ShortGPT(Step):
     unit: ClassVar[str] = "blocks"
     family: ClassVar[str] = "depth"
     reference: ClassVar[str] = "men2024shortgpt"
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        shape = model.shape
+        if shape.shortcuts:
+            return "needs one stream through all blocks, and this one is handed on through shortcut matrices"
+        if shape.ffns is not None and len(set(shape.ffns)) > 1:
+            return "counts blocks of one size, and these have feed-forward widths of their own: remove blocks first"
+        return None
 
     def _kept(self, model: Model, amount: int | float) -> int:
         return cut_width(model.shape.layers, amount, 1)
