@@ -60,7 +60,7 @@ def subject(name: str, data: Path | None) -> tuple[Model, Tensor, Tensor]:
     model, corpus = load(name), corpora.find("testbed/all")
     assert model.tokenizer is not None
     calibration, test = (
-        tokens.blocks(corpus, split, model.tokenizer, 64, count).tokens
+        tokens.blocks(corpus, split, model.tokenizer, 64, count)
         for split, count in (("calibration", ROWS), ("test", TEST))
     )
     return model, calibration, test

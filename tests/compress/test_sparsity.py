@@ -12,9 +12,16 @@ from mariotte.testing.tiny import tiny
 
 def test_smallest_of_rows_by_hand_and_of_equal_ones_the_first():
     score = torch.tensor([[3.0, 1.0, 2.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
-    assert smallest_of_rows(score, 1).tolist() == [[False, True, False, False], [True, False, False, False]]
-    assert smallest_of_rows(score, 3).tolist() == [[False, True, True, True], [True, True, True, False]]
-    assert not smallest_of_rows(score, 0).any()
+    assert smallest_of_rows(score, torch.tensor([1, 1])).tolist() == [
+        [False, True, False, False],
+        [True, False, False, False],
+    ]
+    assert smallest_of_rows(score, torch.tensor([3, 3])).tolist() == [
+        [False, True, True, True],
+        [True, True, True, False],
+    ]
+    assert smallest_of_rows(score, torch.tensor([0, 4])).sum(1).tolist() == [0, 4]
+    assert not smallest_of_rows(score, torch.tensor([0, 0])).any()
 
 
 def test_smallest_of_groups_by_hand():

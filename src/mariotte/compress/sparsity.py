@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
+from mariotte.compress import allocate
 from mariotte.compress.calibration import Means, check_finite, observe
 from mariotte.compress.sequential import Walk
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
-from mariotte.models.step import Context, Prepared
+from mariotte.models.nll import token_nll
+from mariotte.models.step import Context, Prepared, Step
+
+Cut = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""Given weights (O, I), a statistic of their input, both float64, and how many of each part go: the new weights."""
 
 _SLACK = 9
 """Decimals to which a number of weights is rounded before its fraction is dropped: 100 x 0.29 is 29."""
@@ -83,16 +91,17 @@ def whole(weights: int, amount: float) -> int:
     return min(math.floor(round(weights * amount, _SLACK)), weights - 1)
 
 
-def smallest_of_rows(score_OI: Tensor, count: int) -> Tensor:
-    """Mask of the `count` smallest scores of each row; of equal ones the first."""
+def smallest_of_rows(score_OI: Tensor, counts_O: Tensor) -> Tensor:
+    """Mask of the smallest scores of each row, so many as `counts_O` says; of equal ones the first."""
     order_OI = score_OI.argsort(dim=1, stable=True)
-    return torch.zeros_like(score_OI, dtype=torch.bool).scatter_(1, order_OI[:, :count], value=True)
+    gone_OI = torch.arange(score_OI.shape[1], device=score_OI.device) < counts_O.to(score_OI.device)[:, None]
+    return torch.zeros_like(gone_OI).scatter_(1, order_OI, gone_OI)
 
 
 def smallest_of_groups(score_OI: Tensor, pattern: Pattern) -> Tensor:
     """Mask of the smallest scores of every group of neighbours in a row; of equal ones the first."""
     groups = score_OI.reshape(-1, pattern.of)
-    return smallest_of_rows(groups, pattern.zeros).view(score_OI.shape)
+    return smallest_of_rows(groups, torch.full((len(groups),), pattern.zeros)).view(score_OI.shape)
 
 
 def readers(block: Block, scope: str) -> dict[str, tuple[nn.Linear, ...]]:
@@ -116,11 +125,10 @@ def check_weights(model: Model, step: str, scope: str) -> None:
                 check_finite(matrix.weight, step, f"block-{index} {part}", model, what="weights")
 
 
-@torch.no_grad()
-def prepare_statistics(
-    model: Model, context: Context, step: str, scope: str, statistic: Callable[[Tensor], Tensor]
-) -> Prepared:
-    """The mean of a statistic of every input in scope, in the model as it enters, for all amounts."""
+def store_statistics(
+    prepared: Prepared, model: Model, context: Context, step: str, scope: str, statistic: Callable[[Tensor], Tensor]
+) -> None:
+    """Measure the mean of a statistic of every input in scope, in the model as it enters, and store it by block."""
     inputs = {
         f"block-{index} {part}": [matrices[0]]
         for index, block in enumerate(model.blocks)
@@ -129,23 +137,21 @@ def prepare_statistics(
     means = Means(statistic)
     observe(model, context, step, inputs, means)
     found = means.result(step, model)
-    prepared = Prepared(context.scratch)
     for index, block in enumerate(model.blocks):
         prepared.put(f"block-{index}", {part: found[f"block-{index} {part}"] for part in readers(block, scope)})
-    return prepared.finish()
 
 
 @torch.no_grad()
-def prune(model: Model, prepared: Prepared, scope: str, cut: Callable[[Tensor, Tensor], Tensor]) -> Model:
-    """A copy with each matrix in scope cut by the statistic that was prepared for its input.
+def prune(model: Model, prepared: Prepared, scope: str, cut: Cut, counts: Sequence[Sequence[Sequence[int]]]) -> Model:
+    """A copy with each matrix in scope cut by the statistic that was stored for its input.
 
     Parameters
     ----------
-    cut : given weights (O, I) and a statistic, both float64, returns the new weights
+    counts : weights that go, of each part of each matrix of each block
     """
     pruned = model.copy()
     for index, block in enumerate(pruned.blocks):
-        _cut(block, scope, prepared.get(f"block-{index}"), cut)
+        _cut(block, scope, prepared.get(f"block-{index}"), cut, counts[index])
     return pruned
 
 
@@ -156,7 +162,8 @@ def prune_sequentially(
     step: str,
     scope: str,
     statistic: Callable[[Tensor], Tensor],
-    cut: Callable[[Tensor, Tensor], Tensor],
+    cut: Cut,
+    counts: Sequence[Sequence[Sequence[int]]],
 ) -> Model:
     """A copy with each matrix in scope cut by the mean of a statistic of its input behind the blocks already cut.
 
@@ -166,7 +173,7 @@ def prune_sequentially(
     Parameters
     ----------
     statistic : as for `calibration.Means`
-    cut : given weights (O, I) and a mean, both float64, returns the new weights
+    counts : weights that go, of each part of each matrix of each block
     """
     pruned = model.copy()
     walk = Walk(pruned, context, step)
@@ -175,15 +182,156 @@ def prune_sequentially(
         means = Means(statistic)
         walk.observe(block.module, {f"block-{index} {part}": [some[0]] for part, some in found.items()}, means)
         result = means.result(step, model)
-        _cut(block, scope, {part: result[f"block-{index} {part}"] for part in found}, cut)
+        _cut(block, scope, {part: result[f"block-{index} {part}"] for part in found}, cut, counts[index])
         if index + 1 < len(pruned.blocks):
             walk.advance(block.module)
         context.progress("pruning", (index + 1) / len(pruned.blocks))
     return pruned
 
 
-def _cut(block: Block, scope: str, statistics: Mapping[str, Tensor], cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+def _cut(block: Block, scope: str, statistics: Mapping[str, Tensor], cut: Cut, counts: Sequence[Sequence[int]]) -> None:
+    each = iter(counts)
     for part, matrices in readers(block, scope).items():
         for matrix in matrices:
             weight_OI = matrix.weight.double()
-            matrix.weight.copy_(cut(weight_OI, statistics[part].to(weight_OI.device)))
+            matrix.weight.copy_(cut(weight_OI, statistics[part].to(weight_OI.device), next(each)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShot(Step):
+    """A method that sets weights to zero by what their inputs are like, a matrix at a time, without training.
+
+    Subclasses say which statistic of the inputs they need, into which parts they divide a matrix, so many weights of
+    each going, and what they make of a matrix.
+
+    Parameters
+    ----------
+    nm : such as 2:4, exactly so many of every few neighbouring weights of a row; the amount must then say the same
+    sequential : measure each block behind the pruned ones before it, for every amount anew
+    allocation : how the blocks share the amount: one of `allocate.ALLOCATIONS`
+    """
+
+    unit: ClassVar[str] = "weights"
+    family: ClassVar[str] = "unstructured"
+    scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
+    per: ClassVar[str]
+
+    nm: str | None = None
+    sequential: bool = True
+    allocation: str = "uniform"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self.name()
+        allocate.check_allocation(name, self.allocation)
+        if self.pattern is not None and self.of is not None:
+            raise ChainError(f"{name}: nm={self.nm} fixes the share of weights, leaving none to of={self.of}: drop one")
+        if self.pattern is not None and self.allocation != "uniform":
+            raise ChainError(
+                f"{name}: nm={self.nm} fixes the share of each block, leaving none to allocation={self.allocation}: "
+                "drop one"
+            )
+
+    @abstractmethod
+    def statistic(self, x_MI: Tensor) -> Tensor:
+        """The sum over tokens of what is to be known of inputs, (M, I) float64."""
+
+    @abstractmethod
+    def parts(self, outputs: int, inputs: int) -> list[int]:
+        """The weights of each part of a matrix of which a share of its own goes."""
+
+    @abstractmethod
+    def count(self, weights: int, amount: float) -> int:
+        """How many weights of a part a share makes."""
+
+    @abstractmethod
+    def cut(self, weight_OI: Tensor, statistic: Tensor, counts: Sequence[int]) -> Tensor:
+        """The new weights, from the mean of the statistic and how many of each part go."""
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """What `nm` says."""
+        return None if self.nm is None else Pattern.parse(self.name(), self.nm)
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        return None if self.pattern is None else self.pattern.refuse(model.matrices(self.scope))
+
+    def _matrices(self, model: Model) -> list[list[nn.Linear]]:
+        """The matrices in scope of each block, in the order in which they are cut."""
+        return [[m for some in readers(block, self.scope).values() for m in some] for block in model.blocks]
+
+    def _counts(self, model: Model, amount: float, shares: Sequence[float]) -> list[list[list[int]]]:
+        """Weights that go, of each part of each matrix of each block, when the blocks lose these shares."""
+        by_block = [[self.parts(*m.weight.shape) for m in some] for some in self._matrices(model)]
+        if self.allocation == "uniform":
+            pattern = self.pattern
+            if pattern is not None:
+                pattern.check_amount(self.name(), amount)
+
+            def gone(size: int) -> int:
+                if pattern is None:
+                    return self.count(size, amount)
+                return size * pattern.zeros // pattern.of if amount else 0
+
+            return [[[gone(size) for size in sizes] for sizes in matrices] for matrices in by_block]
+        sizes = [size for matrices in by_block for some in matrices for size in some]
+        each = [s for s, matrices in zip(shares, by_block, strict=True) for some in matrices for _ in some]
+        found = iter(allocate.whole(each, sizes, round(amount * sum(sizes))))
+        return [[[next(found) for _ in some] for some in matrices] for matrices in by_block]
+
+    @override
+    def removes(self, model: Model, amount: int | float) -> int:
+        if self.allocation != "uniform":
+            return round(amount * sum(self._sizes(model)))
+        counts = self._counts(model, amount, [amount] * len(model.blocks))
+        return sum(sum(parts) for matrices in counts for parts in matrices)
+
+    def _sizes(self, model: Model) -> list[int]:
+        return [sum(m.weight.numel() for m in some) for some in self._matrices(model)]
+
+    @override
+    @torch.no_grad()
+    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        tokens_NT = context.calibration_for(self.name())
+        check_weights(model, self.name(), self.scope)
+        prepared, sizes = Prepared(context.scratch), self._sizes(model)
+        # The trials of a greedy allocation are not sequential either: the blocks are only compared by them.
+        if not self.sequential or self.allocation == "greedy":
+            store_statistics(prepared, model, context, self.name(), self.scope, self.statistic)
+
+        def loss(shares: Sequence[float]) -> float:
+            amount = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+            pruned = prune(model, prepared, self.scope, self.cut, self._counts(model, amount, shares))
+            return float(token_nll(pruned, tokens_NT).double().mean())
+
+        tensors = allocate.gather(self.allocation, model, context, self.name(), sizes, amounts, loss)
+        if tensors:
+            prepared.put("allocation", tensors)
+        return prepared.finish(until=max(amounts, default=0.0))
+
+    @override
+    def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
+        # A greedy path ends at the largest amount that was asked for.
+        return self.allocation != "greedy" or prepared.facts["until"] >= max(amounts, default=0.0)
+
+    @override
+    @torch.no_grad()
+    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
+        sizes = self._sizes(model)
+        tensors = prepared.get("allocation") if "allocation" in prepared else {}
+        shares = allocate.spread(self.allocation, tensors, amount, sizes)
+        counts = self._counts(model, amount, shares)
+        zeros = sum(sum(parts) for matrices in counts for parts in matrices)
+        facts: dict[str, Any] = {"per": self.per}
+        if self.allocation != "uniform":
+            facts |= {"allocation": self.allocation, "shares": [round(share, 6) for share in shares]}
+        done = self.done(amount, zeros / sum(sizes), zeros=zeros, in_scope=sum(sizes), **facts)
+        if not zeros:
+            return model.copy().after(done)
+        if self.sequential:
+            pruned = prune_sequentially(model, context, self.name(), self.scope, self.statistic, self.cut, counts)
+        else:
+            pruned = prune(model, prepared, self.scope, self.cut, counts)
+        return pruned.after(done)

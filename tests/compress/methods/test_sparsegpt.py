@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mariotte.compress.methods.sparsegpt import SparseGPT, sparsegpt
+from mariotte.compress.methods.sparsegpt import SparseGPT, count, sparsegpt
 from mariotte.compress.sparsity import Pattern
 from mariotte.errors import ChainError, ModelError
 from mariotte.models.step import prepare_once
@@ -33,6 +33,11 @@ def layer(outputs=6, inputs=16, tokens=80, seed=0):
     mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixing
     return torch.randn(outputs, inputs, generator=generator, dtype=torch.float64), x
+
+
+def run(weight, x, amount, pattern=None, *, columns=128):
+    sizes = SparseGPT(columns=columns).parts(*weight.shape)
+    return sparsegpt(weight, x.T @ x / len(x), [count(size, amount) for size in sizes], pattern, columns=columns)
 
 
 def naive(weight, x, amount, *, columns, damp, pattern=None):
@@ -66,7 +71,7 @@ def naive(weight, x, amount, *, columns, damp, pattern=None):
 @pytest.mark.parametrize("amount", [0.25, 0.5, 0.8])
 def test_mask_and_update_equal_naive_optimal_brain_surgeon(columns, amount):
     weight, x = layer()
-    found = sparsegpt(weight, x.T @ x / len(x), amount, columns=columns, damp=0.01)
+    found = run(weight, x, amount, columns=columns)
     expected, gone = naive(weight, x, amount, columns=columns, damp=0.01)
     assert torch.equal(found == 0, torch.from_numpy(gone))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
@@ -76,7 +81,7 @@ def test_mask_and_update_equal_naive_optimal_brain_surgeon(columns, amount):
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 2), Pattern(4, 8), Pattern(1, 4)])
 def test_patterns_equal_naive_optimal_brain_surgeon(columns, pattern):
     weight, x = layer(seed=1)
-    found = sparsegpt(weight, x.T @ x / len(x), pattern.share, pattern, columns=columns)
+    found = run(weight, x, pattern.share, pattern, columns=columns)
     expected, gone = naive(weight, x, pattern.share, columns=columns, damp=0.01, pattern=pattern)
     assert torch.equal(found == 0, torch.from_numpy(gone))
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
@@ -84,7 +89,7 @@ def test_patterns_equal_naive_optimal_brain_surgeon(columns, pattern):
 
 def test_the_update_lowers_the_error_of_the_output():
     weight, x = layer(outputs=10, inputs=40, tokens=400)
-    found = sparsegpt(weight, x.T @ x / len(x), 0.5)
+    found = run(weight, x, 0.5)
     plain = weight.masked_fill(found == 0, 0.0)
     error = {name: float((x @ (weight - w).T).square().mean()) for name, w in (("found", found), ("plain", plain))}
     assert error["found"] < 0.8 * error["plain"]
@@ -93,11 +98,11 @@ def test_the_update_lowers_the_error_of_the_output():
 def test_inputs_that_are_always_zero_go_first_and_move_no_others():
     weight, x = layer()
     x[:, 5] = 0
-    found = sparsegpt(weight, x.T @ x / len(x), 5 / 96)
+    found = run(weight, x, 5 / 96)
     assert (found[:, 5] == 0).all()
     rest = [i for i in range(16) if i != 5]
     torch.testing.assert_close(found[:, rest], weight[:, rest])
-    assert sparsegpt(weight, torch.zeros(16, 16).double(), 0.5).isfinite().all()
+    assert sparsegpt(weight, torch.zeros(16, 16).double(), [48]).isfinite().all()
 
 
 @pytest.mark.parametrize("scope", ["all", "attention", "ffn"])
@@ -111,6 +116,15 @@ def test_zeros_are_counted_exactly_and_only_in_scope(scope, tmp_path):
             for matrix, old in zip(getattr(block, part), getattr(before, part), strict=True):
                 assert torch.equal(matrix.weight, old.weight) == (scope not in ("all", part))
     assert result.head.weight is result.embeddings.weight
+
+
+@pytest.mark.parametrize("allocation", ["influence", "greedy"])
+def test_blocks_may_share_the_amount_otherwise(allocation, tmp_path):
+    result = cut(SparseGPT(allocation=allocation), tiny("llama"), 0.37, tmp_path)
+    (done,) = result.done
+    assert done.zeros == result.zeros() == round(0.37 * done.in_scope)
+    assert len(set(done.facts["shares"])) == 2
+    assert sum(done.facts["shares"]) / 2 == pytest.approx(0.37)
 
 
 @pytest.mark.parametrize("sequential", [True, False])

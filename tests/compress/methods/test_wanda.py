@@ -19,7 +19,7 @@ from mariotte.testing.tiny import random_tokens, tiny
 
 @pytest.mark.parametrize(
     ("step", "family"),
-    cases([Wanda(sequential=False)], ["qwen2"]),
+    cases([Wanda(sequential=False), Wanda(allocation="greedy")], ["qwen2"]),
     ids=lambda v: v if isinstance(v, str) else str(v.link()),
 )
 class TestVariants(MethodConformance):
@@ -47,14 +47,14 @@ def test_the_mask_is_the_papers_formula_written_naively(amount):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     inputs = torch.randn(30, 12, generator=generator, dtype=torch.float64) * torch.arange(12)
-    found = wanda(weight, inputs.square().mean(0), amount)
+    found = wanda(weight, inputs.square().mean(0), [int(12 * amount)] * 5)
     assert torch.equal(found, naive(weight, inputs, amount))
 
 
 def test_a_pattern_by_hand():
     weight = torch.tensor([[1.0, -2.0, 3.0, 4.0, 5.0, 1.0, 1.0, -1.0]], dtype=torch.float64)
     scale = torch.tensor([9.0, 1.0, 1.0, 0.0, 1.0, 1.0, 4.0, 9.0], dtype=torch.float64)
-    found = wanda(weight, scale.square(), 0.5, Pattern(2, 4))
+    found = wanda(weight, scale.square(), [4], Pattern(2, 4))
     assert found.tolist() == [[1.0, 0.0, 3.0, 0.0, 5.0, 0.0, 0.0, -1.0]] or found.tolist() == [
         [1.0, 0.0, 3.0, 0.0, 0.0, 0.0, 1.0, -1.0]
     ]
@@ -111,6 +111,24 @@ def test_every_group_of_a_pattern_has_its_zeros(sequential, tmp_path):
     assert cut(Wanda(nm="2:4"), model, 0.0, tmp_path / "0").zeros() == 0
 
 
+@pytest.mark.parametrize("scope", ["all", "ffn"])
+def test_blocks_of_little_influence_lose_more_and_the_sum_is_exact(scope, tmp_path):
+    model = tiny("llama", layers=3)
+    with torch.no_grad():
+        for matrix in (model.blocks[1].down, model.blocks[1].output):
+            matrix.weight *= 0.01
+    result = cut(Wanda(allocation="influence", scope=scope), model, 0.37, tmp_path)
+    (done,) = result.done
+    assert done.zeros == result.zeros() == round(0.37 * done.in_scope)
+    shares = done.facts["shares"]
+    assert max(shares) == shares[1] > 0.37 > min(shares)
+    for block, share in zip(result.blocks, shares, strict=True):
+        for matrix in block.ffn:
+            zeros = (matrix.weight == 0).sum(1)
+            assert zeros.max() - zeros.min() <= 1
+            assert abs(float(zeros.double().mean()) - share * matrix.in_features) <= 1
+
+
 def test_links_with_a_pattern_are_read_back():
     (part,) = identity.resolve(chain.parse("wanda@0.5:ffn(nm=2:4)"))
     assert part.step == Wanda(nm="2:4", scope="ffn")
@@ -127,6 +145,10 @@ def test_patterns_that_do_not_fit_are_refused(tmp_path):
         Wanda(nm="half")
     with pytest.raises(ChainError, match="wanda: nm=2:4 fixes the share"):
         Wanda(nm="2:4", of="model")
+    with pytest.raises(ChainError, match="wanda: nm=2:4 fixes the share of each block"):
+        Wanda(nm="2:4", allocation="influence")
+    with pytest.raises(ChainError, match="wanda: allocation must be one of"):
+        Wanda(allocation="best")
 
 
 def test_numbers_that_are_not_finite_and_too_little_text_are_refused(tmp_path):

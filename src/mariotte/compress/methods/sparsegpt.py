@@ -15,18 +15,8 @@ from typing_extensions import override
 
 from mariotte.compress.calibration import outer
 from mariotte.compress.compensation import with_ridge
-from mariotte.compress.sparsity import (
-    Pattern,
-    check_weights,
-    prepare_statistics,
-    prune,
-    prune_sequentially,
-    smallest_of_groups,
-    whole,
-)
+from mariotte.compress.sparsity import OneShot, Pattern, smallest_of_groups, whole
 from mariotte.errors import ChainError
-from mariotte.models.model import Model
-from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["SparseGPT"]
 
@@ -43,7 +33,7 @@ def count(weights: int, amount: float) -> int:
 def sparsegpt(
     weight_OI: Tensor,
     moment_II: Tensor,
-    amount: float,
+    counts: Sequence[int],
     pattern: Pattern | None = None,
     *,
     columns: int = 128,
@@ -55,7 +45,7 @@ def sparsegpt(
     ----------
     weight_OI : (O, I) float64
     moment_II : (I, I) float64, mean of x xᵀ over the inputs
-    amount : share of the weights of each `columns` columns, in [0, 1), in whole weights as by `count`
+    counts : weights that go of each `columns` columns
     pattern : instead, so many of every few neighbours of a row
     columns : columns whose zeros are chosen together
     damp : added to the diagonal of the moment, as a share of its mean
@@ -86,7 +76,7 @@ def sparsegpt(
     upper_II = cast(Tensor, torch.linalg.cholesky(inverse_II, upper=True))
     weight_OI = weight_OI.clone()
     dead_I = moment_II.diagonal() == 0
-    for start in range(0, weight_OI.shape[1], columns):
+    for start, gone in zip(range(0, weight_OI.shape[1], columns), counts, strict=True):
         # Views: what is written into them is written into the result.
         now_OC = weight_OI[:, start : start + columns]
         upper_CC = upper_II[start : start + columns, start : start + columns]
@@ -94,7 +84,7 @@ def sparsegpt(
         mask_OC = torch.zeros_like(now_OC, dtype=torch.bool)
         if pattern is None:
             cost_OC = (now_OC / upper_CC.diagonal()).square().masked_fill(dead_I[start : start + columns], 0.0)
-            cheapest = cost_OC.flatten().argsort(stable=True)[: count(cost_OC.numel(), amount)]
+            cheapest = cost_OC.flatten().argsort(stable=True)[:gone]
             mask_OC.view(-1)[cheapest] = True
         for j in range(now_OC.shape[1]):
             if pattern is not None and j % pattern.of == 0:
@@ -111,7 +101,7 @@ def sparsegpt(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseGPT(Step):
+class SparseGPT(OneShot):
     """Set weights to zero and let others make up for them by optimal brain surgeon. Nothing gets smaller or faster.
 
     Parameters
@@ -122,20 +112,23 @@ class SparseGPT(Step):
     damp : added to the diagonal of the inputs' second moment, as a share of its mean
     sequential : measure each block behind the pruned ones before it, for every amount anew, as published. False
         measures the model that enters, once for all amounts
+    allocation : how the blocks share the amount. uniform: alike, as published; influence: those that change the stream
+        little lose more; greedy: by calibration loss, step by step
     scope : all: the projections of attention and MLP; attention or ffn: those alone. Embeddings, head, norms and biases
         are never touched
 
     Raises
     ------
     ChainError
-        When `nm` is no pattern, does not divide `columns`, or stands beside ``of=model``; when `columns` or `damp` is
-        not positive.
+        When `nm` is no pattern, does not divide `columns`, or stands beside ``of=model`` or another allocation; when
+        `allocation` is unknown, or `columns` or `damp` not positive.
 
     Notes
     -----
     Of every `columns` columns of a matrix floor(amount x weights) + 1 are set to zero, as by the published code; of a
     pattern, exactly what it says. Weights that were zero before are the first to be chosen; those that are not chosen
-    are updated like all others, and stop being zero.
+    are updated like all others, and stop being zero. With another allocation than uniform, round(amount x weights in
+    scope) go in all.
 
     Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up.
 
@@ -146,15 +139,11 @@ class SparseGPT(Step):
     [frantar2023sparsegpt]_ sections 3 and 4.
     """
 
-    unit: ClassVar[str] = "weights"
-    family: ClassVar[str] = "unstructured"
     reference: ClassVar[str] = "frantar2023sparsegpt"
-    scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
+    per: ClassVar[str] = "columns"
 
-    nm: str | None = None
     columns: int = 128
     damp: float = 0.01
-    sequential: bool = True
 
     @override
     def __post_init__(self) -> None:
@@ -164,54 +153,23 @@ class SparseGPT(Step):
         if not self.damp > 0:
             raise ChainError(f"sparsegpt: damp must be positive, such as 0.01, got {self.damp}")
         pattern = self.pattern
-        if pattern is not None and self.of is not None:
-            raise ChainError(
-                f"sparsegpt: nm={self.nm} fixes the share of weights, leaving none to of={self.of}: drop one"
-            )
         if pattern is not None and self.columns % pattern.of:
             raise ChainError(
                 f"sparsegpt: columns must be a multiple of {pattern.of} for nm={pattern}, got {self.columns}"
             )
 
-    @property
-    def pattern(self) -> Pattern | None:
-        """What `nm` says."""
-        return None if self.nm is None else Pattern.parse(self.name(), self.nm)
+    @override
+    def statistic(self, x_MI: Tensor) -> Tensor:
+        return outer(x_MI)
 
     @override
-    def refuse(self, model: Model) -> str | None:
-        return None if self.pattern is None else self.pattern.refuse(model.matrices(self.scope))
+    def parts(self, outputs: int, inputs: int) -> list[int]:
+        return [outputs * min(self.columns, inputs - start) for start in range(0, inputs, self.columns)]
 
     @override
-    def removes(self, model: Model, amount: int | float) -> int:
-        shapes = [(matrix.out_features, matrix.in_features) for matrix in model.matrices(self.scope)]
-        if self.pattern is not None:
-            self.pattern.check_amount(self.name(), amount)
-            return bool(amount) * sum(o * i * self.pattern.zeros // self.pattern.of for o, i in shapes)
-        return sum(
-            count(o * min(self.columns, i - start), amount) for o, i in shapes for start in range(0, i, self.columns)
-        )
+    def count(self, weights: int, amount: float) -> int:
+        return count(weights, amount)
 
     @override
-    def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
-        check_weights(model, self.name(), self.scope)
-        if self.sequential:
-            context.calibration_for(self.name())
-            return Prepared(context.scratch).finish()
-        return prepare_statistics(model, context, self.name(), self.scope, outer)
-
-    @override
-    @torch.no_grad()
-    def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
-        zeros = self.removes(model, amount)
-        in_scope = sum(matrix.weight.numel() for matrix in model.matrices(self.scope))
-        done = self.done(amount, zeros / in_scope, zeros=zeros, in_scope=in_scope, per="columns")
-        if not zeros:
-            return model.copy().after(done)
-
-        def cut(weight_OI: Tensor, moment_II: Tensor) -> Tensor:
-            return sparsegpt(weight_OI, moment_II, amount, self.pattern, columns=self.columns, damp=self.damp)
-
-        if self.sequential:
-            return prune_sequentially(model, context, self.name(), self.scope, outer, cut).after(done)
-        return prune(model, prepared, self.scope, cut).after(done)
+    def cut(self, weight_OI: Tensor, statistic: Tensor, counts: Sequence[int]) -> Tensor:
+        return sparsegpt(weight_OI, statistic, counts, self.pattern, columns=self.columns, damp=self.damp)
