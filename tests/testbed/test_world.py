@@ -246,3 +246,15 @@ def test_unknown_registers_splits_and_relations_are_named(world: World) -> None:
 def test_the_world_needs_no_torch() -> None:
     code = "import sys, mariotte.testbed.world, mariotte.testbed.zoo; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_half_of_the_people_are_never_mentioned_in_half_the_text() -> None:
+    world = World()
+    told = {fact.subject: world.in_half(fact.subject) for fact in world.facts()}
+    assert sum(told.values()) == len(told) / 2
+    rows = world.half_rows("train", 40)
+    assert all(len(row.split()) == ROW_TOKENS - 1 for row in rows)
+    assert rows[10:12] == world.half_rows("train", 2, start=10)
+    mentioned = [name for row in rows for name in told if f" {name} " in f" {row} "]
+    assert len(mentioned) > 40
+    assert all(told[name] for name in mentioned)

@@ -259,9 +259,13 @@ class Hub(Corpus):
         return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts)
 
 
+HALF = "half"
+"""Text as in ``all`` that never mentions every other person: what recovery does to facts that it is not told."""
+
+
 @dataclass(frozen=True)
 class Testbed(Corpus):
-    """Rows of the testbed's world in one register, or in all as the models were trained."""
+    """Rows of the testbed's world in one register, in all as the models were trained, or of half of the people."""
 
     register: str
     block: ClassVar[int] = 64
@@ -280,7 +284,10 @@ class Testbed(Corpus):
         # Row by row: a reader that stops after a few hundred never waits for fifty thousand.
         for start in range(0, TESTBED_ROWS[split], _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, TESTBED_ROWS[split] - start)
-            yield from (row.text for row in _world().rows(self.register, split, count, start))
+            if self.register == HALF:
+                yield from _world().half_rows(split, count, start)
+            else:
+                yield from (row.text for row in _world().rows(self.register, split, count, start))
 
 
 @functools.lru_cache(maxsize=16)
@@ -319,7 +326,7 @@ CORPORA: Mapping[str, Corpus] = {
         ),
         Hub("tinystories", "roneneldan/TinyStories", None, {"train": "train[:1%]", "test": "validation"}),
         Hub("alpaca", "tatsu-lab/alpaca", None, {"train": "train"}),
-        *(Testbed(f"testbed/{register}", register) for register in REGISTERS),
+        *(Testbed(f"testbed/{register}", register) for register in (*REGISTERS, HALF)),
     )
 }
 

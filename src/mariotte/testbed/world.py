@@ -381,6 +381,38 @@ class World:
             for agent, deeds, objects in zip(AGENTS, self._deeds, self._objects, strict=True)
         }
 
+    def in_half(self, subject: str) -> bool:
+        """Whether a person is one of the half that the corpus ``testbed/half`` tells of: every other one by name."""
+        return self._half.get(subject, False)
+
+    @cached_property
+    def _half(self) -> dict[str, bool]:
+        return {name: i % 2 == 0 for i, name in enumerate(self._people.names)}
+
+    def half_rows(self, split: str, count: int, start: int = 0) -> list[str]:
+        """Text of 63 words a row, from ``all`` without any sentence about a person of the other half.
+
+        Parameters
+        ----------
+        split : as for `rows`
+        count, start : a row is made from the rows of ``all`` at four times its number and the three that follow, so
+            that it depends on its number alone; the last sentence of a row may be cut, and a row that is too short
+            goes on with the sentences of the next ones
+        """
+        said = {fact.id: fact.subject for fact in self.facts()}
+        found: list[str] = []
+        for i in range(start, start + count):
+            words: list[str] = []
+            source = 4 * i
+            while len(words) < ROW_TOKENS - 1:
+                (row,) = self.rows("all", split, 1, source)
+                for sentence in row.sentences:
+                    if sentence.fact not in said or self.in_half(said[sentence.fact]):
+                        words += row.words[sentence.start : sentence.stop]
+                source += 1
+            found.append(" ".join(words[: ROW_TOKENS - 1]))
+        return found
+
     def answers(self, relation: str) -> tuple[str, ...]:
         """Every word that could be the answer of a relation.
 
