@@ -56,7 +56,7 @@ def logits(model: Model) -> Tensor:
 
 VARIANTS = [
     *cases([SliceGPT(sequential=False)], ["qwen2"]),
-    *cases([SliceGPT(orientation="random", round_to=1)], ["llama"]),
+    *cases([SliceGPT(orientation="random")], ["llama"]),
 ]
 
 

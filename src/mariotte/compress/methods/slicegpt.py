@@ -6,12 +6,18 @@ outputs and I inputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import (
+    sdpa_attention_forward,  # pyright: ignore[reportUnknownVariableType]
+)
 from typing_extensions import override
 
 from mariotte import accounting
@@ -31,6 +37,37 @@ ORIENTATIONS = ("pca", "random")
 
 DIRECTIONS = "directions"
 """Key of the principal directions in front of one norm, most energy first."""
+
+
+def _attention_of_wide_heads(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Transformers' own attention, each head filled up with zeros to a multiple of 16 dimensions."""
+    size = query.shape[-1]
+    settings["scaling"] = settings.get("scaling") or size**-0.5
+    wide = [functional.pad(x, (0, -size % 16)) for x in (query, key, value)]
+    out, _ = sdpa_attention_forward(module, wide[0], wide[1], wide[2], attention_mask, **settings)
+    return out[..., :size], None
+
+
+WIDE_HEADS = "mariotte_wide_heads"
+AttentionInterface.register(WIDE_HEADS, _attention_of_wide_heads)
+
+
+@contextlib.contextmanager
+def _faster_attention(model: Model) -> Generator[None]:
+    """Let heads of 8 dimensions on a processor run as heads of 16, which its kernel does in three quarters of the time.
+
+    The zeros change no score and no sum. Attention is half of what a small model's calibration costs.
+    """
+    config = cast(Any, model.hf.config)
+    before = config._attn_implementation
+    if before == "sdpa" and model.device.type == "cpu" and model.shape.head_dim % 16:
+        config._attn_implementation = WIDE_HEADS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class HalfWalk(Walk):
@@ -243,7 +280,8 @@ class SliceGPT(Step):
             if width is not None:
                 walk.project(directions_DD[:, :width])
             if half == "attention":
-                walk.attend(block)
+                with _faster_attention(model):
+                    walk.attend(block)
             else:
                 walk.feed_forward(block)
 
