@@ -7,7 +7,7 @@ import torch
 
 from mariotte.compress import METHODS
 from mariotte.errors import ChainError, DataError
-from mariotte.models.step import Context, Prepared, prepare_once
+from mariotte.models.step import Context, Prepared, apply_at, own_amount, prepare_once
 from mariotte.recover import RECOVERIES
 from mariotte.testing.tiny import random_tokens, tiny
 
@@ -62,3 +62,27 @@ def test_shares_are_in_zero_to_one(amount: object) -> None:
 def test_tokens_are_whole(amount: float) -> None:
     with pytest.raises(ChainError, match="tokens must be a whole number of at least 1"):
         RECOVERIES.find("lora").check_amount("lora", amount)
+
+
+def test_a_share_of_the_model_is_met_as_nearly_as_the_step_can(tmp_path: Path) -> None:
+    # Untying a large head adds more than small cuts remove: nothing at all is nearer than a model that grew.
+    model = tiny("qwen2", vocab=512, layers=4, tied=True)
+    context = Context(dense=model, scratch=tmp_path, calibration=random_tokens(vocab=512))
+    step = METHODS.find("slice")(of="model")
+    reachable = [step.removes(model, i / 1000) for i in range(1000)]
+    assert min(reachable) < 0
+    for amount in (0.0, 0.01, 0.1, 0.3, 0.6):
+        wanted = amount * model.counts.n_params
+        off = abs(step.removes(model, own_amount(step, model, amount, context)) - wanted)
+        assert off <= min(abs(removed - wanted) for removed in reachable) + 1e-6, amount
+
+
+def test_amounts_that_cannot_be_had_prepare_nothing(tmp_path: Path) -> None:
+    model = tiny("qwen2", vocab=512)
+    context = Context(dense=model, scratch=tmp_path / "p", calibration=random_tokens(vocab=512))
+    step = METHODS.find("heads")(of="model")
+    prepared = prepare_once(step, model, context, [0.8, 0.9])
+    assert context.counters.preparations == 0
+    for amount in (0.8, 0.9):
+        with pytest.raises(ChainError, match=f"heads can remove at most .* got {amount:.1%}"):
+            apply_at(step, model, prepared, amount, context)

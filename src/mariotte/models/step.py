@@ -294,7 +294,9 @@ class Step(ABC):
 def own_amount(step: Step, model: Model, amount: int | float, context: Context) -> int | float:
     """An amount in the step's own unit: itself, or what removes that share of the dense model's parameters.
 
-    Of the amounts between which the share lies, the one that comes nearer; of equally near ones the smaller.
+    Of the amounts between which the share lies, and nothing at all, the one that comes nearest; of equally near ones
+    the smaller. Nothing at all is one of them because some steps add parameters before they remove any: `slice` unties
+    a tied head, and a model larger than the dense one is no answer to a share that is to be removed.
 
     Raises
     ------
@@ -303,6 +305,8 @@ def own_amount(step: Step, model: Model, amount: int | float, context: Context) 
     """
     if step.of is None:
         return amount
+    if not amount:
+        return 0.0
     wanted = amount * context.dense.counts.n_params
     below, above = 0.0, 1.0 - 2.0**-_HALVINGS
     most = step.removes(model, above)
@@ -312,12 +316,12 @@ def own_amount(step: Step, model: Model, amount: int | float, context: Context) 
             f"{step.name()} can remove at most {most / context.dense.counts.n_params:.1%} of the parameters of "
             f"{model.name}, got {amount:.1%}: ask for less, or combine methods as auto does"
         )
-    if not amount or wanted >= most:
-        return above if amount else 0.0
+    if wanted >= most:
+        return above
     for _ in range(_HALVINGS):
         middle = (below + above) / 2
         below, above = (middle, above) if step.removes(model, middle) < wanted else (below, middle)
-    return min((below, above), key=lambda x: (abs(step.removes(model, x) - wanted), x))
+    return min((0.0, below, above), key=lambda x: (abs(step.removes(model, x) - wanted), x))
 
 
 def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
@@ -330,6 +334,8 @@ def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[i
     for amount in amounts:
         with contextlib.suppress(ChainError):
             possible.append(own_amount(step, model, amount, context))
+    if amounts and not possible:
+        return Prepared(context.scratch)  # of nothing: each amount is refused in words of its own
     prepared = Prepared.open(context.scratch)
     if prepared is not None and step.covers(prepared, possible):
         return prepared
