@@ -215,6 +215,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None =
         f"|---|{'---|' * (len(METHODS) + 1)}",
     ]
     notes: list[str] = []
+    refused: dict[str, str] = {}
     for i, ratio in enumerate(ratios):
         cells: list[str] = []
         at: dict[str, Found] = {}
@@ -222,7 +223,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None =
             result = results[i]
             if isinstance(result, str):
                 cells.append("cannot")
-                notes.append(f"* {method} at {ratio:.0%}: {result}.")
+                refused.setdefault(method, result)  # the first says why for all larger ratios
                 continue
             at[method] = result
             facts = "" if result.known is None or not dense.known else f", {len(result.known) / len(dense.known):.0%}"
@@ -231,7 +232,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None =
         lines.append(f"| {ratio:.0%} | {' | '.join(cells)} | {compared(at, ratio, dense) if 'auto' in at else ''} |")
         if "auto" in at:
             notes.append(f"* auto at {ratio:.0%}: `{at['auto'].chain}`, {at['auto'].seconds:.0f} s.")
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", *notes, *(f"* {method}: {why}." for method, why in refused.items()), ""])
 
 
 HEAD = f"""# Structured methods at equal parameters

@@ -187,6 +187,13 @@ def test_with_one_dimension_it_is_that_method_rounded_up(tmp_path: Path) -> None
     assert cut.counts.n_params <= 0.8005 * model.counts.n_params
 
 
+@pytest.mark.parametrize(("ffn", "expected"), [(48, 1), (240, 2), (960, None)])
+def test_widths_of_small_models_are_rounded_less(ffn: int, expected: int | None) -> None:
+    steps = {step.name(): step for step in Auto()._space(tiny("llama", ffn=ffn)).steps}
+    assert steps["ffn"].link(0.5).fields.get("round_to") == expected
+    assert Auto(round_to=4)._space(tiny("llama", ffn=ffn)).steps[2].link(0.5).fields["round_to"] == 4
+
+
 def test_what_was_tried_serves_the_next_amount_and_an_interrupted_search(tmp_path: Path) -> None:
     model, step = tiny("llama", layers=3), Auto(search=4)
     own = context(model, tmp_path / "both")
@@ -258,4 +265,4 @@ def test_a_real_model_keeps_its_quality(shared: Path, tmp_path: Path) -> None:
     step = Auto()
     cut = apply_at(step, model, prepare_once(step, model, own, [0.25]), 0.25, own)
     assert cut.counts.n_params <= 0.7505 * model.counts.n_params
-    assert float(token_nll(cut, rows[-200:], batch=8).mean()) <= 2.76
+    assert float(token_nll(cut, rows[-200:], batch=8).mean()) <= 2.62

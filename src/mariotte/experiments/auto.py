@@ -26,6 +26,7 @@ from mariotte.architectures import Shape
 from mariotte.chain import Chain
 from mariotte.compress import METHODS
 from mariotte.compress.methods.heads import Heads
+from mariotte.compress.surgery import rounding
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
@@ -42,6 +43,9 @@ PROFILE = (0.125, 0.25, 0.5, 0.75)
 
 ROUNDED = 5e-4
 """Share of the dense model that may be missing from what was asked for: nothing, to a tenth of a per cent."""
+
+COARSEST = 0.01
+"""Share of the model that one step of the feed-forward width may remove without being asked to be finer."""
 
 THINNED = 32
 """Sizes of one dimension that are combined with those of the others; the finest dimension has all its sizes."""
@@ -245,6 +249,15 @@ def _with(kind: type[Step], **settings: Any) -> Step:
     """A step with those of some settings that it has a field for."""
     known = {f.name for f in fields(kind)}
     return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+def _finer_rounding(model: Model) -> int | None:
+    """The multiple for widths of which one step is at most `COARSEST` of the model; None if the usual one is."""
+    shape = model.shape
+    usual = rounding(shape.ffn, at=shape.hidden)
+    neuron = (_params(shape) - _params(cut_shape(shape, "ffn", 1))) / max(shape.ffn - 1, 1) / _params(shape)
+    fine = next((d for d in range(usual, 0, -1) if usual % d == 0 and d * neuron <= COARSEST), 1)
+    return None if fine == usual else fine
 
 
 def _thinned(sizes: Sequence[int]) -> Sequence[int]:
@@ -451,7 +464,8 @@ class Auto(Step):
     held : share of the rows of a search that score its trials, and that the trials' steps do not see
     rows : calibration rows used in the search; None takes 32, or what holds 16k tokens if that is more. The chain
         found is carried out with all rows
-    round_to : as for the methods that round widths
+    round_to : multiple to which the methods round widths; None takes theirs, or as much less as it takes for one step
+        of the feed-forward width to be at most a hundredth of the model, which matters in very small ones
 
     Raises
     ------
@@ -510,18 +524,19 @@ class Auto(Step):
         if self.round_to is not None and self.round_to < 1:
             raise ChainError(f"auto: round_to must be a positive number, got {self.round_to}")
 
-    def _steps(self) -> list[Step]:
-        return [_with(cast("type[Step]", METHODS.find(name)), round_to=self.round_to) for name in self.over.split("+")]
+    def _steps(self, model: Model) -> list[Step]:
+        round_to = self.round_to or _finer_rounding(model)
+        return [_with(cast("type[Step]", METHODS.find(name)), round_to=round_to) for name in self.over.split("+")]
 
     @override
     def refuse(self, model: Model) -> str | None:
-        reasons = {step.name(): step.refuse(model) for step in self._steps()}
+        reasons = {step.name(): step.refuse(model) for step in self._steps(model)}
         if None in reasons.values():
             return None
         return "; ".join(f"{name} {reason}" for name, reason in reasons.items())
 
     def _space(self, model: Model) -> Space:
-        return Space(model, tuple(step for step in self._steps() if step.refuse(model) is None))
+        return Space(model, tuple(step for step in self._steps(model) if step.refuse(model) is None))
 
     def _trials(self, model: Model, context: Context) -> Trials:
         tokens_NT = context.calibration_for(self.name())
