@@ -33,6 +33,7 @@ def real(shared: Path):
         (Slice(), 0.25, 219_600, 3.28),
         (Slice(), 0.5, 146_400, 4.77),
         (FFN(), 68 / 172, 194_752, 2.754),
+        (FFN(sequential=True), 68 / 172, 194_752, 2.694),
         (FFN(criterion="activation"), 68 / 172, 194_752, 2.773),
     ],
     ids=str,
