@@ -19,7 +19,7 @@ from mariotte.recover.trunk import Loss, text_loss
 from mariotte.testing.recoveries import RecoveryConformance, context_of, counting_corpus, recovered, tiny_reader
 from mariotte.testing.tiny import random_tokens, tiny
 
-STEP = BlockLocal(batch=5, lr=5e-3, warmup=3, rank=4)
+STEP = BlockLocal(batch=5, lr=5e-3, warmup=3, rank=4, adapters=True)
 
 
 def removed(*gone: int) -> Done:

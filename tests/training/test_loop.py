@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mariotte.errors import MariotteError
 from mariotte.models.step import MANIFEST
-from mariotte.training.loop import Progress, TrainState, causal_loss, train
+from mariotte.training.loop import DivergedError, Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
 
 
@@ -121,3 +127,70 @@ def test_training_nothing_is_refused() -> None:
     state.module.requires_grad_(False)
     with pytest.raises(MariotteError, match="requires_grad"):
         train(state, counting, schedule=ConstantThenLinear(steps=1), until=1)
+
+
+def test_a_gradient_that_is_no_number_leaves_the_state_as_it_was() -> None:
+    state = train(tiny_state(), counting, schedule=ConstantThenLinear(steps=9), until=2)
+    before = [value.clone() for value in values(state)]
+
+    def steep(module: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
+        # The root is 0 and its slope infinite.
+        return causal_loss(module, tokens_BT) + (module.lm_head.weight.sum() * 0).sqrt()
+
+    with pytest.raises(DivergedError, match="the gradient became nan at step 2 of training; lower the learning rates"):
+        train(state, counting, schedule=ConstantThenLinear(steps=9), until=5, loss=steep)
+    assert state.step == 2
+    assert all(torch.equal(a, b) for a, b in zip(values(state), before, strict=True))
+    assert not any(p.grad is not None for p in state.trained.values())
+
+
+def test_notes_travel_with_the_state(tmp_path: Path) -> None:
+    state = tiny_state()
+    state.notes["sum"] = 0.1 + 0.2
+    state.save(tmp_path)
+    assert tiny_state().load(tmp_path).notes == {"sum": 0.1 + 0.2}
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def shared_run(folder: Path) -> None:
+    """What each of the launched processes does; a state goes into a folder of its own."""
+    torch.set_num_threads(1)
+    # Plain descent: Adam and Muon turn a difference of rounding into one of a whole step where a gradient is near zero.
+    module = tiny_state(dropout=0.0).module
+    state = TrainState(module, [torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9)])
+
+    def rows(step: int) -> Tensor:
+        return counting(step)[: 1 if step == 5 else 3]  # shared by two: two and one, and one and none
+
+    train(state, rows, schedule=ConstantThenLinear(steps=8), until=8)
+    state.save(folder / os.environ.get("RANK", "alone"))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    shared_run(tmp_path)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    # What `accelerate launch --cpu --num_processes 2` sets.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_loop; "
+    code += f"test_loop.shared_run(pathlib.Path({str(tmp_path)!r}))"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(180) for process in processes] == [0, 0]
+    data = [next((tmp_path / rank).glob("*.safetensors")).read_bytes() for rank in ("0", "1")]
+    assert len({hashlib.sha256(each).hexdigest() for each in data}) == 1
+    alone = load_file(next((tmp_path / "alone").glob("*.safetensors")))
+    together = load_file(next((tmp_path / "0").glob("*.safetensors")))
+    begun = dict(tiny_state(dropout=0.0).trained)
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-4)
+    assert all(not torch.allclose(alone[f"parameter/{name}"], p, atol=1e-3) for name, p in begun.items() if p.ndim == 2)

@@ -368,7 +368,7 @@ class Recovery(Step):
             return None
         found: dict[str, float] = state.notes["valid"]
         step = min(found, key=lambda key: (found[key], int(key)))
-        return {"step": int(step), "valid": {int(key): value for key, value in found.items()}}
+        return {"step": int(step), "valid": dict(found)}
 
     def _state(self, model: Model, context: Context) -> tuple[Learner, TrainState]:
         """A fresh learner, and the state of its training before the first step."""

@@ -96,7 +96,7 @@ class BlockLocal(Recovery):
     reference: ClassVar[str] = "guo2024ebft"
 
     inputs: str = "stream"
-    adapters: bool = True
+    adapters: bool = False
     rank: int = 16
     alpha: float = 32.0
 
