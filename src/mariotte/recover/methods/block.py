@@ -71,7 +71,7 @@ class BlockLocal(Recovery):
         model brings there)
     adapters : true trains low-rank adapters as lora does, false all weights of the blocks
     rank, alpha : of the adapters
-    lr : learning rate of the trunk; None takes that of lora or of full
+    lr : learning rate of the trunk; None takes 2e-3 for adapters, 1e-3 for weights, less beyond a hidden size of 128
     batch, block, warmup, corpus, trunk, keep_best, repeats : see `Recovery`
 
     Notes
@@ -84,6 +84,11 @@ class BlockLocal(Recovery):
 
     A model whose residual stream was cut or turned (`slice`, `slicegpt`) is refused: its outputs do not live in the
     dense model's space.
+
+    The defaults are ours, from a testbed model of width 128 (dense test loss 1.3371) and 16k tokens: after ``ffn@0.5``
+    (1.3629) whole weights gave 1.3465, adapters 1.3491 and with dense inputs 1.3529; lora gave 1.3486. After
+    ``shortgpt@0.2`` (1.4001) adapters gave 1.3832, with dense inputs 1.3938, whole weights at a rate of 3e-4 1.3683;
+    lora gave 1.3571, which lowers the loss of the text itself: prefer it where blocks went.
 
     Costs: those of lora or full, and one forward pass of the dense model a step.
 
