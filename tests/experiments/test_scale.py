@@ -14,13 +14,17 @@ from typer.testing import CliRunner
 from mariotte.architectures import shape
 from mariotte.cli.main import app
 from mariotte.errors import StoreError, StudyError
+from mariotte.experiments import pipeline
 from mariotte.experiments import run as running
 from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.estimate import estimate
-from mariotte.experiments.pipeline import Outcome
+from mariotte.experiments.pipeline import Outcome, Serving, Task
 from mariotte.experiments.run import Summary, plan
+from mariotte.experiments.runners.processes import _buried, _Worker
 from mariotte.experiments.study import Study, embedded, parse, read, with_run
+from mariotte.models import checkpoint
 from mariotte.models.load import load, quiet_transformers, read_config
+from mariotte.models.model import Model
 from mariotte.store import open_store
 from mariotte.testbed import zoo
 from mariotte.testbed.world import World
@@ -127,14 +131,68 @@ def test_checkpoints_stay_as_the_study_says(keep: str, model_folder: Path, tmp_p
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {lost / "config.json"}
 
 
-def test_half_written_checkpoints_are_removed(model_folder: Path, tmp_path: Path) -> None:
+def test_half_written_checkpoints_are_removed(tmp_path: Path) -> None:
     shelf = Shelf(folder=tmp_path, model="some/model", keep="best", rising=False)
-    whole, unlabelled, started = (tmp_path / "some-model" / name for name in ("whole", "unlabelled", ".half-1a2b"))
-    for folder in (whole, unlabelled, started):
+    names = ("a" * 16, "b" * 16, "c" * 16, ".half-1a2b", "notes of mine")
+    whole, _, torn, _, _ = folders = [tmp_path / "some-model" / name for name in names]
+    for folder in folders:
         folder.mkdir(parents=True)
     (whole / "artifact.json").write_text('{"amount": "0.5", "value": 1.0}')
+    (torn / "artifact.json").write_text('{"amount": ')
     shelf.sweep()
-    assert [path.name for path in (tmp_path / "some-model").iterdir()] == ["whole"]
+    assert sorted(path.name for path in (tmp_path / "some-model").iterdir()) == [whole.name, "notes of mine"]
+    assert not shelf.lacks_best(0.5, 1.0)
+    assert shelf.lacks_best(0.5, 0.9)
+    assert shelf.lacks_best(0.25, 1.0)
+
+
+@pytest.mark.parametrize("name", [".", "./", "~", "x" * 300, "a b"])
+def test_every_model_has_a_folder_of_its_own(name: str, tmp_path: Path) -> None:
+    shelf = Shelf(folder=tmp_path, model=name, keep="best", rising=False)
+    place = shelf.place("0" * 64)
+    place.mkdir(parents=True)
+    assert place.parent.parent == tmp_path
+
+
+def kept(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("scale/*/*/config.json")}
+
+
+def best(path: Path) -> set[str]:
+    with open_store(path) as store:
+        records = [r for r in store.records(measure="loss") if r.amount is not None]
+    amounts = {r.amount for r in records}
+    return {
+        min((r for r in records if r.amount == a), key=lambda r: r.metrics["loss"]).experiment[:16] for a in amounts
+    }
+
+
+def test_the_best_are_kept_of_what_was_measured_before(model_folder: Path, tmp_path: Path) -> None:
+    found = study([model_folder]).model_copy(update={"seeds": [0, 1]})
+    run(found, tmp_path / "s.db")
+    again = run(with_run(found, keep="best"), tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert (again.records, again.counters.evaluations, again.failures) == (0, 0, [])
+    assert kept(tmp_path / "kept") == best(tmp_path / "s.db")
+    third = run(with_run(found, keep="best"), tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert third.counters.applications == 0
+
+
+def test_a_best_checkpoint_that_could_not_be_kept_is_kept_when_asked_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    found = with_run(study([model_folder]), keep="best")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", full)
+        summary = run(found, tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert {failure.stage for failure in summary.failures} == {"keep"}
+    left = run(found, tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert (left.failed_before, left.failures) == (2, [])
+    again = run(found, tmp_path / "s.db", artifacts=tmp_path / "kept", retry_failed=True)
+    assert (again.failures, again.failed_before, again.records) == ([], 0, 0)
+    assert kept(tmp_path / "kept") == best(tmp_path / "s.db")
 
 
 def test_a_store_that_was_cut_off_is_refused_in_a_sentence(model_folder: Path, tmp_path: Path) -> None:
@@ -205,6 +263,97 @@ def test_a_killed_worker_costs_what_it_was_doing(model_folder: Path, other: Path
     assert summary.records >= reference.records - 2 * len(summary.failures)
     run(found, tmp_path / "s.db", retry_failed=True)
     assert table(tmp_path / "s.db") == table(tmp_path / "whole.db")
+
+
+def worker_of(task: Task) -> _Worker:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    process.start()
+    process.join()
+    worker = _Worker(process, ours)
+    theirs.close()
+    worker.begin(task)  # to nobody: it died before
+    return worker
+
+
+def test_a_dead_worker_costs_nothing_that_it_told_of(tmp_path: Path) -> None:
+    task = Task(
+        study="s",
+        model="m",
+        chains=(),
+        measures={},
+        seeds=(0,),
+        calibration=None,
+        work=tmp_path,
+        settled=frozenset("x"),
+    )
+    worker = worker_of(task)
+    assert worker.heard() is None
+    rest, lost = _buried(worker)
+    assert rest is None
+    assert [outcome.failure and outcome.failure.stage for outcome in lost] == ["setup"]
+
+    worker.settled, worker.serving = {"a"}, (Serving("a", "ffn@0.1", 0), Serving("b", "ffn@0.2", 0))
+    rest, lost = _buried(worker)
+    assert [outcome.experiment for outcome in lost] == ["b"]
+    assert rest is not None
+    assert rest.settled == {"x", "a", "b"}
+
+    worker.serving = ()  # between the dense model and the first step
+    rest, lost = _buried(worker)
+    assert (rest is None, lost) == (False, [])
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_word_is_dead() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), (1000).to_bytes(4, "big") + b"half of it")
+    theirs.close()
+    assert _Worker(multiprocessing.get_context("spawn").Process(), ours).heard() is None
+
+
+def test_failures_do_not_outlive_what_they_are_of(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mariotte.compress.methods.ffn import FFN
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such luck")
+
+    def failures() -> set[str]:
+        with open_store(tmp_path / "s.db") as store:
+            return {failure.chain for failure in store.failures(study="scale")}
+
+    found = study([model_folder])
+    with monkeypatch.context() as patched:
+        patched.setattr(FFN, "prepare", broken)
+        run(found, tmp_path / "s.db")
+    assert len(failures()) == 3
+    fewer = found.model_copy(update={"chains": found.chains[:2]})
+    assert run(fewer, tmp_path / "s.db").failed_before == 2
+    assert len(failures()) == 2  # ffn@0.25 is not asked for any more
+    run(found.model_copy(update={"name": "another"}), tmp_path / "s.db")
+    assert run(found, tmp_path / "s.db").failed_before == 0
+    assert failures() == set()
+
+
+def test_a_model_too_large_for_the_memory_is_one_failure(
+    model_folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(name: str, *args: object) -> Model:
+        if name == str(other):
+            raise MemoryError("no more")
+        return load(name)
+
+    monkeypatch.setattr(pipeline, "load", limited)
+    summary = run(study([model_folder, other]), tmp_path / "s.db")
+    assert [(f.stage, f.model, f.error) for f in summary.failures] == [("setup", str(other), "MemoryError: no more")]
+    assert summary.records == 6 + 4
+
+
+def test_a_measure_of_all_and_of_cuts_is_refused(model_folder: Path) -> None:
+    twice = ["knowledge:testbed(facts=10)", *study([model_folder]).measures]
+    with pytest.raises(StudyError, match=r"names the measure knowledge:.* for all chains and for cuts: name it once"):
+        plan(study([model_folder]).model_copy(update={"measures": twice}))
 
 
 def test_an_estimate_grows_with_the_work_and_learns_from_records(model_folder: Path, tmp_path: Path) -> None:

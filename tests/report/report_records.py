@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -227,3 +228,117 @@ def failures() -> list[Failure]:
 
 def runs() -> list[dict[str, Any]]:
     return [{"study": "quickstart", "experiments": 93, "loads": 3, "preparations": 12, "trunks": 6, "seconds": 412.0}]
+
+
+LADDER = {
+    "testbed/qwen2-46k": (46_000, "qwen2"),
+    "testbed/qwen2-113k": (113_000, "qwen2"),
+    "testbed/llama-146k": (146_000, "llama"),
+    "testbed/qwen2-345k": (345_000, "qwen2"),
+    "testbed/llama-483k": (483_000, "llama"),
+    "testbed/qwen2-1m": (1_040_000, "qwen2"),
+    "testbed/llama-1m": (1_040_000, "llama"),
+    "testbed/qwen2-2m": (2_010_000, "qwen2"),
+}
+CORPORA = ("testbed/encyclopedia", "testbed/instructions", "testbed/news")
+CHANCES = {"agreement": 0.5, "events": 0.25, "facts": 0.25, "paraphrase": 0.25, "places": 0.25, "reverse": 0.25}
+PRUNINGS = ("sparsegpt", "wanda", "magnitude", "slicegpt", "slice", "ffn", "prunenet-random", "shortgpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rung:
+    model: str
+    n_params: int
+    model_type: str
+    dense: float
+
+
+def laws_study(*, pruning: bool = False) -> list[Record]:
+    """Records of the size of ``studies/testbed/compression-laws.toml``, or of ``pruning-laws.toml``."""
+    noise = random.Random(11)
+    found: list[Record] = []
+    for place, (model, (n_params, model_type)) in enumerate(LADDER.items()):
+        rung = _Rung(model, n_params, model_type, 1.9 - 0.09 * place)
+        found += _laws_state(rung, "dense", 0.0, 0.0, noise, pruning=pruning)
+        methods = PRUNINGS if pruning else ("prunenet-random", *(("slicegpt",) if model_type == "llama" else ()))
+        for order, method in enumerate(methods):
+            for tenths in range(1, 10, 1 if pruning else 2):
+                amount = tenths / 10
+                harm = (0.6 + 0.2 * order) * (amount / (1.05 - amount)) ** 1.3
+                harm /= 1 + harm / 5
+                found += _laws_state(rung, f"{method}@{amount}", amount, harm, noise, pruning=pruning)
+                for corpus in () if pruning else CORPORA:
+                    for tokens in (4_000, 16_000, 64_000):
+                        chain = f"{method}@{amount} | lora@{tokens // 1000}k(corpus={corpus})"
+                        left = harm * (1 + tokens / 4_000) ** -0.4
+                        found += _laws_state(rung, chain, amount, left, noise, trained=corpus, tokens=tokens)
+    return found
+
+
+def _laws_state(
+    rung: _Rung,
+    chain: str,
+    amount: float,
+    harm: float,
+    noise: random.Random,
+    *,
+    trained: str = "",
+    tokens: int = 0,
+    pruning: bool = False,
+) -> list[Record]:
+    found: list[Record] = []
+    method = chain.partition("@")[0] if amount else None
+    cut: dict[str, Any] = {"method": method, "amount": amount or None, "removed": 0.6 * amount}
+    if trained:
+        cut |= {"recovery": "lora", "recovery_tokens": tokens}
+    for corpus in CORPORA:
+        far = 1.0 if corpus == trained or not trained else 1.5
+        value = rung.dense + harm * far * math.exp(noise.gauss(0, 0.05))
+        metrics = {"loss": value, "bits_per_byte": value / 2.5, "loss_se": 0.01}
+        base = {"loss": rung.dense, "bits_per_byte": rung.dense / 2.5, "loss_se": 0.01}
+        found.append(_laws_record(rung, chain, f"loss:{corpus}(rows=160)", metrics, base, {"corpus": corpus}, {}, cut))
+    right = {task: chance + (0.98 - chance) * math.exp(-harm) for task, chance in CHANCES.items()}
+    best = dict.fromkeys(CHANCES, 0.98)
+    for scores in (right, best):
+        scores |= {"accuracy": sum(scores.values()) / len(scores)}
+        scores |= {f"{name}_se": 0.02 for name in list(scores)}
+    protocol = {"tasks": {task: {"chance": chance, "n": 200} for task, chance in CHANCES.items()}}
+    details = {task: {"chance": chance, "correct": "10" * 100, "n": 200} for task, chance in CHANCES.items()}
+    found.append(_laws_record(rung, chain, "tasks:testbed(items=200)", right, best, protocol, details, cut))
+    if pruning:
+        known_ = 0.9 * math.exp(-harm)
+        metrics, base = {"top1": known_, "heldout_top1": 0.95 * known_}, {"top1": 0.9, "heldout_top1": 0.85}
+        found.append(_laws_record(rung, chain, FACTS, metrics, base, {"facts": "512"}, {}, cut))
+    elif not trained:
+        speeds: dict[str, float] = {"speedup_prefill": 1 + 0.5 * amount, "speedup_decode": 1 + 0.2 * amount}
+        said = {
+            name.removeprefix("speedup_"): {
+                "interval": [value - 0.06, value + 0.09],
+                "verdict": "faster" if amount > 0.4 else "inside the noise",
+            }
+            for name, value in speeds.items()
+        }
+        errors = {f"{name}_se": 0.03 for name in speeds} if amount else {}
+        measure, protocol = "speed:random(batch=16, clock=cpu, new=4)", {"batch": 16, "repeatable": False}
+        one = dict.fromkeys(speeds, 1.0)
+        found.append(_laws_record(rung, chain, measure, speeds | errors, one, protocol, said if amount else {}, cut))
+    return found
+
+
+def _laws_record(
+    rung: _Rung,
+    chain: str,
+    measure: str,
+    metrics: dict[str, float],
+    base: dict[str, float],
+    protocol: dict[str, Any],
+    details: dict[str, Any],
+    cut: dict[str, Any],
+) -> Record:
+    return dataclasses.replace(
+        record(rung.model, chain, measure, metrics, base, details=details, **cut),
+        study="laws",
+        model_type=rung.model_type,
+        base_params=rung.n_params,
+        protocol={**protocol, "tokenizer_sha256": digest(rung.model_type), "split": "test", "dtype": "float32"},
+    )

@@ -186,6 +186,7 @@ class Task:
     settled : ids of experiments whose outcome was told already, and is not told again
     shelf : where compressed checkpoints are kept, None for nowhere
     dense : records of the dense model that exist, by id
+    known : values by which the best checkpoints are chosen, as far as they are in the store, by the record's id
     """
 
     study: str
@@ -203,6 +204,7 @@ class Task:
     settled: frozenset[str] = frozenset()
     shelf: Shelf | None = None
     dense: Mapping[str, Record] = field(default_factory=lambda: dict[str, Record]())
+    known: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
 
 
 @dataclass(frozen=True)
@@ -265,12 +267,13 @@ def perform(
         for node in root.walk():
             recorders[0].bench.experiment_id(node.parts)  # now, so that text which is missing is missed before the work
         dense, measured = recorders[0].measure_dense(root)
-    except MariotteError as error:
+    except Exception as error:  # memory among them; the study goes on without this model, and the store says so
         failure = _failure(task, digest([task.study, task.model]), str(chains.Chain()), task.seeds[0], "setup", error)
         yield Outcome(task.model, str(chains.Chain()), failure.experiment, failure=failure)
         return
     if measured.experiment not in task.settled:
         yield measured
+    best = _best_that_lack(task.shelf, root, recorders) if task.shelf is not None else frozenset[str]()
     for bench, recorder in zip(benches, recorders, strict=True):
         missing: dict[int, list[str]] = {}
         lacking: set[int] = set()
@@ -282,7 +285,7 @@ def perform(
                 continue
             ids = recorder.record_ids(node)
             missing[id(node)] = [text for text, key in ids.items() if key not in task.done]
-            if task.shelf is not None and task.shelf.lacks(experiment):
+            if experiment in best or (task.shelf is not None and task.shelf.lacks(experiment)):
                 lacking.add(id(node))
             if experiment in task.failed and (missing[id(node)] or id(node) in lacking):
                 missing[id(node)] = []
@@ -308,6 +311,20 @@ def perform(
                 yield recorder.measured(reached, missing[id(reached.node)], dense)
             except Exception as error:  # the study goes on without this experiment, and the store says so
                 yield recorder.failed(Broken(reached.node, "measure", error))
+
+
+def _best_that_lack(shelf: Shelf, root: Node, recorders: Sequence[_Recorder]) -> frozenset[str]:
+    """Experiments that were the best of their amount when they were measured, and whose checkpoint is not there."""
+    found: dict[float, tuple[float, str]] = {}
+    for recorder in recorders:
+        for node in root.walk():
+            if not node.wanted or not node.parts or (value := recorder.known(node)) is None:
+                continue
+            amount, sign = float(node.parts[0].amount), -1 if shelf.rising else 1
+            found.setdefault(amount, (value, recorder.bench.experiment_id(node.parts)))
+            if sign * value < sign * found[amount][0]:
+                found[amount] = (value, recorder.bench.experiment_id(node.parts))
+    return frozenset(experiment for amount, (value, experiment) in found.items() if shelf.lacks_best(amount, value))
 
 
 def _failure(task: Task, experiment: str, chain: str, seed: int, stage: str, error: Exception) -> Failure:
@@ -343,6 +360,10 @@ class _Recorder:
             for text, measure in self.measures.items()
             if not (recovered and self.task.measures[text] == "cuts")
         }
+
+    def known(self, node: Node) -> float | None:
+        """What the store has of the study's first measure of one state, which the best checkpoints are chosen by."""
+        return self.task.known.get(self.record_ids(node).get(next(iter(self.measures)), ""))
 
     def measure_dense(self, root: Node) -> tuple[dict[str, Measurement], Outcome]:
         """The dense model's measurements, from the store where it has them."""
@@ -381,8 +402,9 @@ class _Recorder:
         """Keep the checkpoint if it is wanted; what stands in the way of that loses no record."""
         if self.task.shelf is None:
             return None
-        first = next(iter(self.measures))
-        value = next((next(iter(record.metrics.values())) for record in records if record.measure == first), None)
+        first, by = next(iter(self.measures.items()))
+        found = [record.metrics.get(next(iter(by.metrics))) for record in records if record.measure == first]
+        value = found[0] if found else self.known(built.node)
         experiment = self.bench.experiment_id(built.node.parts)
         try:
             self.task.shelf.offer(built.model, experiment, built.node.parts, value, self.bench.model)

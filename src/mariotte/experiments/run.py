@@ -15,6 +15,7 @@ from mariotte import accounting, architectures
 from mariotte import chain as chains
 from mariotte.data import corpora
 from mariotte.errors import StudyError
+from mariotte.evaluate.base import Measure
 from mariotte.experiments import identity
 from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.environment import environment
@@ -88,8 +89,7 @@ def check(study: Study) -> Plan:
     MariotteError
         For the first thing that is not there or not possible; better now than after an hour.
     """
-    measures = [(identity.resolve_measure(entry.measure), entry.of) for entry in study.measured()]
-    for measure, _ in measures:
+    for measure, _ in _measures(study).values():
         measure.check()
     if study.calibration is not None:
         corpora.find(study.calibration.corpus)
@@ -112,11 +112,7 @@ def plan(study: Study) -> Plan:
         For a chain or a measure that nothing defines.
     """
     seeds = len(set(study.seeds))
-    measures = {
-        identity.measure_text(measure): (identity.measure_name(measure), entry.of)
-        for entry in study.measured()
-        for measure in [identity.resolve_measure(entry.measure)]
-    }
+    measures = {text: (identity.measure_name(measure), of) for text, (measure, of) in _measures(study).items()}
     cuts = checkpoints = records = preparations = applications = unshared = tokens = shared = 0
     evaluations: dict[str, int] = {name: 0 for name, _ in measures.values()}
     for model in study.models:
@@ -209,13 +205,15 @@ def run(
     check(study)
     folder = work or work_folder(store) / study.name
     summary = Summary(study.name)
-    measures = {
-        identity.measure_text(measure): (measure, entry.of)
-        for entry in study.measured()
-        for measure in [identity.resolve_measure(entry.measure)]
-    }
+    measures = _measures(study)
     shelves = artifacts or artifacts_folder(store)
-    rising = next(iter(next(iter(measures.values()))[0].metrics.values())) != "loss"
+    by, (judge, _) = next(iter(measures.items()))
+    metric, kind = next(iter(judge.metrics.items()))
+    keep, done = study.run.keep, frozenset(store.ids())
+    dense = {record.id: record for record in store.records(chain=str(chains.Chain()))}
+    known: dict[str, float] = {}
+    if keep == "best":
+        known = {r.id: r.metrics[metric] for r in store.records(measure=by) if metric in r.metrics}
     # What stopped a model before its first experiment is the user's to mend, and cheap to try again.
     failed = (
         frozenset[str]()
@@ -234,12 +232,13 @@ def run(
             device=study.run.device,
             dtype=study.run.dtype,
             threads=study.run.threads,
-            done=frozenset(store.ids()),
+            done=done,
             failed=failed,
             shelf=None
-            if study.run.keep == "none"
-            else Shelf(folder=shelves / study.name, model=name, keep=study.run.keep, rising=rising),
-            dense={record.id: record for record in store.records(chain=str(chains.Chain()))},
+            if keep == "none"
+            else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=kind != "loss"),
+            dense=dense,
+            known=known,
         )
         for name in by_size(study.models)
     ]
@@ -256,6 +255,7 @@ def run(
             if workers > 1
             else inline(tasks, summary.counters, progress)
         )
+        told: set[str] = set()
         for outcome in outcomes:
             summary.experiments += 1
             summary.failed_before += outcome.before
@@ -266,7 +266,12 @@ def run(
             if outcome.failure is not None:
                 store.add_failure(outcome.failure)
                 summary.failures.append(outcome.failure)
+            elif outcome.experiment in failed and not outcome.before:
+                # Another study found it meanwhile, or its checkpoint is not asked for any more.
+                store.clear_failures(study=study.name, experiment=outcome.experiment)
+            told.add(outcome.experiment)
             finished(outcome)
+        _forget(store, study, told, {failure.model for failure in summary.failures if failure.stage == "setup"})
         summary.seconds = time.perf_counter() - began
         store.add_run(
             {
@@ -291,6 +296,30 @@ def run(
         # Not one model could be begun with: that is the user's to mend, and no study that went on without a part.
         raise StudyError(f"study {study.name!r} cannot be run: {summary.failures[0].error}")
     return summary
+
+
+def _measures(study: Study) -> dict[str, tuple[Measure, str]]:
+    """The study's measures by their text, each with the chains that it is for.
+
+    Raises
+    ------
+    MariotteError
+        For a measure that nothing defines, or that is named once for all chains and once for some.
+    """
+    found: dict[str, tuple[Measure, str]] = {}
+    for entry in study.measured():
+        measure = identity.resolve_measure(entry.measure)
+        text = identity.measure_text(measure)
+        if found.setdefault(text, (measure, entry.of))[1] != entry.of:
+            raise StudyError(f"study {study.name!r} names the measure {text} for all chains and for cuts: name it once")
+    return found
+
+
+def _forget(store: Store, study: Study, told: set[str], broken: set[str]) -> None:
+    """Clear failures of what the study does not ask for any more; models that were not begun with keep theirs."""
+    for failure in store.failures(study=study.name):
+        if failure.experiment not in told and failure.model not in broken:
+            store.clear_failures(study=study.name, experiment=failure.experiment)
 
 
 @contextmanager

@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub import (
-    hf_hub_download,
+    hf_hub_download,  # pyright: ignore[reportUnknownVariableType]
     hf_hub_url,
     snapshot_download,  # pyright: ignore[reportUnknownVariableType]
 )
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportUnknownVariableType]
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,

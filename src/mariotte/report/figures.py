@@ -6,14 +6,30 @@ place in a list that is the same for every figure, so that a method keeps its co
 
 from __future__ import annotations
 
+import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import altair as alt
 
-from mariotte.report.series import Cut, Series, Setting, panel_names, share, signed_share, span, tokens_text
+from mariotte.report.series import (
+    Cut,
+    Series,
+    Setting,
+    by_measure,
+    corpus_of,
+    most_lines,
+    panel_names,
+    recipe_of,
+    share,
+    short_names,
+    signed_share,
+    span,
+    tokens_text,
+)
 
 HEIGHT = 250
 """Of one chart, pixels; the width is that of its container."""
@@ -26,6 +42,10 @@ LEAST_DAMAGE = 1e-3
 
 TALLEST = 3.0
 """The linear view ends at this multiple of the largest dense loss: beyond it all models are useless; chosen by us."""
+
+
+MOST_LINES = 8
+"""Lines that a panel holds: as many as there are colours, and more cannot be told apart; chosen by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +62,11 @@ class View:
 
     Parameters
     ----------
-    name : on the button that selects it
+    choices : the buttons that select it, one from each of the figure's rows of buttons
     note : a sentence below the figure while it is shown
     """
 
-    name: str
+    choices: tuple[str, ...]
     panels: tuple[Panel, ...]
     note: str = ""
 
@@ -63,11 +83,29 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Views of the same data, and a legend that hides and shows series."""
+    """Views of the same data, and a legend that hides and shows series.
+
+    Parameters
+    ----------
+    name : of the element on the page
+    keys : of all views; a view shows those that it draws
+    views : the first is shown first
+    asks : what each row of buttons chooses
+    """
 
     name: str
     keys: tuple[Key, ...]
     views: tuple[View, ...] = field(default=())
+    asks: tuple[str, ...] = ("What is drawn",)
+
+    @property
+    def buttons(self) -> list[tuple[int, str, list[str]]]:
+        """Place, question and answers of each row of buttons that leaves something to choose."""
+        rows = [
+            (place, ask, list(dict.fromkeys(view.choices[place] for view in self.views)))
+            for place, ask in enumerate(self.asks)
+        ]
+        return [(place, ask, answers) for place, ask, answers in rows if len(answers) > 1]
 
 
 class Palette:
@@ -83,10 +121,21 @@ class Palette:
         colours = {name: place for place, name in enumerate(dict.fromkeys([*plain, *recovered.values()]))}
         self._keys: dict[str, Key] = {}
         for name, place in colours.items():
-            self._keys[name] = Key(label=name, colour=place, shape=SHAPES[place % len(SHAPES)])
+            # The ninth series has the first one's colour again, and therefore another shape.
+            shape = SHAPES[(place + place // len(SHAPES)) % len(SHAPES)]
+            self._keys[name] = Key(label=name, colour=place, shape=shape)
         for name, origin in recovered.items():
             place = len(self._keys)
             self._keys[name] = Key(label=name, colour=colours[origin], shape=SHAPES[place % len(SHAPES)], dashed=True)
+
+    @classmethod
+    def ranked(cls, groups: Iterable[Sequence[str]]) -> Palette:
+        """A palette of groups that are never drawn together: the first of each has the first colour, and so on."""
+        palette = cls((), {})
+        for group in groups:
+            for place, name in enumerate(group):
+                palette._keys[name] = Key(label=name, colour=place, shape=SHAPES[place % len(SHAPES)])
+        return palette
 
     def keys(self, curves: Iterable[Series]) -> tuple[Key, ...]:
         """The legend of some curves, in the page's order."""
@@ -95,55 +144,231 @@ class Palette:
 
 
 def loss_figure(plain: Sequence[Series], recovered: Sequence[Series], palette: Palette) -> Figure:
-    """Loss against the share removed: in nats, as rise over the dense model (logarithmic), and after recovery."""
+    """Loss against the share removed: in nats, as rise over the dense model (logarithmic), and after recovery.
+
+    Models that were measured on several corpora have a view for each, so that a view has one panel for each model.
+    """
     views: list[View] = []
-    for name, curves in (("Loss", reducing(plain)), ("After recovery", reducing(recovered))):
-        everything = [cut for curve in curves for cut in curve.cuts]
-        if not everything:
-            continue
-        ceiling = min(max(cut.high for cut in everything), TALLEST * max(cut.base for cut in everything))
-        floor = min(min(cut.low, cut.base) for cut in everything)
-        above = sum(cut.value > ceiling for cut in everything)
-        axis = _Axis(title="Loss, nats a token", format=".2f")
-        panels = _panels(curves, palette, _over_share, "value", axis, (floor, ceiling))
-        views.append(View(name=name, panels=panels, note=f"Above the frame: {above} collapsed." if above else ""))
-    rising = [cut for curve in reducing(plain) for cut in curve.cuts if cut.value - cut.base > LEAST_DAMAGE]
-    if rising:
-        hidden = sum(cut.value - cut.base <= LEAST_DAMAGE for curve in reducing(plain) for cut in curve.cuts)
-        axis = _Axis(title="Rise of the loss, nats a token", format="~g", logarithmic=True)
-        domain = (0.8 * min(cut.value - cut.base for cut in rising), max(cut.high - cut.base for cut in rising))
-        panels = _panels(reducing(plain), palette, _over_share, "rise", axis, domain)
-        note = f"Left out: {hidden} with a rise below {LEAST_DAMAGE} nats." if hidden else ""
-        views.insert(1, View(name="Rise, logarithmic", panels=panels, note=note))
-    return Figure(name="loss", keys=palette.keys([*reducing(plain), *reducing(recovered)]), views=tuple(views))
+    drawn: list[Series] = []
+    for corpus, curves in by_measure(reducing(plain)).items():
+        if curves:
+            views += [_loss_view("Loss", corpus, curves, palette), *_rise_view(corpus, curves, palette)]
+            drawn += curves
+    for corpus, curves in by_measure(reducing(recovered)).items():
+        kept, left_out = _few(curves)
+        if kept:
+            views.append(_loss_view("After recovery", corpus, kept, palette, left_out))
+            drawn += kept
+    return Figure(name="loss", keys=palette.keys(drawn), views=tuple(views), asks=("What is drawn", "Measured on"))
+
+
+def _loss_view(name: str, corpus: str, curves: Sequence[Series], palette: Palette, note: str = "") -> View:
+    everything = [cut for curve in curves for cut in curve.cuts]
+    ceiling = min(max(cut.high for cut in everything), TALLEST * max(cut.base for cut in everything))
+    floor = min(min(cut.low, cut.base) for cut in everything)
+    above = sum(cut.value > ceiling for cut in everything)
+    axis = _Axis(title="Loss, nats a token", format=".2f")
+    panels = _panels(curves, palette, _over_share, "value", axis, (floor, ceiling))
+    notes = [f"Above the frame: {above} collapsed." if above else "", note]
+    return View(choices=(name, corpus), panels=panels, note=" ".join(filter(None, notes)))
+
+
+def _rise_view(corpus: str, curves: Sequence[Series], palette: Palette) -> list[View]:
+    everything = [cut for curve in curves for cut in curve.cuts]
+    rising = [cut for cut in everything if cut.value - cut.base > LEAST_DAMAGE]
+    if not rising:
+        return []
+    hidden = len(everything) - len(rising)
+    axis = _Axis(title="Rise of the loss, nats a token", format="~g", logarithmic=True)
+    domain = (0.8 * min(cut.value - cut.base for cut in rising), max(cut.high - cut.base for cut in rising))
+    panels = _panels(curves, palette, _over_share, "rise", axis, domain)
+    note = f"Left out: {hidden} with a rise below {LEAST_DAMAGE} nats." if hidden else ""
+    return [View(choices=("Rise, logarithmic", corpus), panels=panels, note=note)]
 
 
 def facts_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Figure:
     """Share of facts known against the share removed; one view for each named metric."""
     drawn: list[View] = []
+    everything: list[Series] = []
+    for name, found in views.items():
+        for measured, curves in by_measure(reducing(found)).items():
+            kept, note = _few(curves) if any(c.cuts[0].recovery for c in curves) else (curves, "")
+            if kept:
+                axis = _Axis(title="Facts known, top-1", format=".0%")
+                panels = _panels(kept, palette, _over_share, "value", axis, (0.0, 1.0))
+                drawn.append(View(choices=(name, measured), panels=panels, note=note))
+                everything += kept
+    return Figure(
+        name="facts", keys=palette.keys(everything), views=tuple(drawn), asks=("What is drawn", "Measured on")
+    )
+
+
+def tasks_figure(
+    views: Mapping[tuple[str, str], Sequence[Series]],
+    chances: Mapping[tuple[Setting, str], float],
+    metrics: Mapping[str, str],
+    palette: Palette,
+) -> Figure:
+    """Accuracy against the share removed, with chance as a second dashed line.
+
+    Parameters
+    ----------
+    views : curves by task and state, such as ``("events", "Cut")``
+    chances : accuracy of guessing, by setting and metric; a task without has no line
+    metrics : the metric of each task's name on the page
+    palette : of the page
+    """
+    drawn: list[View] = []
+    everything: list[Series] = []
+    axis = _Axis(title="Accuracy", format=".0%")
+    for (task, state), found in views.items():
+        curves = reducing(found)
+        kept, note = _few(curves) if any(c.cuts[0].recovery for c in curves) else (curves, "")
+        if not kept:
+            continue
+        own = {setting: chance for (setting, metric), chance in chances.items() if metric == metrics[task]}
+        panels = _panels(kept, palette, _over_share, "value", axis, (0.0, 1.0), own)
+        drawn.append(View(choices=(task, state), panels=panels, note=note))
+        everything += kept
+    return Figure(name="tasks", keys=palette.keys(everything), views=tuple(drawn), asks=("Task", "What is drawn"))
+
+
+def speed_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Figure:
+    """S, how many times as fast as the dense model, against the share removed; strokes are the measure's intervals."""
+    drawn: list[View] = []
+    everything: list[Series] = []
     for name, found in views.items():
         curves = reducing(found)
-        if curves:
-            axis = _Axis(title="Facts known, top-1", format=".0%")
-            drawn.append(View(name=name, panels=_panels(curves, palette, _over_share, "value", axis, (0.0, 1.0))))
-    everything = [curve for found in views.values() for curve in reducing(found)]
-    return Figure(name="facts", keys=palette.keys(everything), views=tuple(drawn))
+        values = [cut.value for curve in curves for cut in curve.cuts]
+        if not values:
+            continue
+        axis = _Axis(title="S, times as fast as dense", format=".2f")
+        # Intervals of few rounds can be very wide: the marks fill the panel, a stroke may end beyond it.
+        domain = (0.9 * min(1.0, *values), 1.1 * max(1.0, *values))
+        drawn.append(View(choices=(name,), panels=_panels(curves, palette, _over_share, "value", axis, domain)))
+        everything += curves
+    return Figure(name="speed", keys=palette.keys(everything), views=tuple(drawn))
 
 
 def recovery_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Figure:
-    """Loss, facts ... against recovery tokens after one cut; a view named ``Facts known`` has a percentage axis."""
-    drawn: list[View] = []
-    for name, curves in views.items():
-        everything = [cut for curve in curves for cut in curve.cuts]
-        percent = name.startswith("Facts")
-        low, high = min(min(c.low, c.base) for c in everything), max(max(c.high, c.base) for c in everything)
-        axis = _Axis(
-            title="Facts known, top-1" if percent else "Loss, nats a token", format=".0%" if percent else ".2f"
-        )
-        range_ = (0.0, 1.0) if percent else (low, high)
-        drawn.append(View(name=name, panels=_panels(curves, palette, _over_tokens, "value", axis, range_)))
+    """Loss, accuracy, facts ... against recovery tokens after one cut; all but ``Loss`` have a percentage axis.
+
+    Where a panel would hold more than `MOST_LINES`, or a model was measured on several corpora, there is a view for
+    each method and training corpus instead, with a line for each amount: see `many_recoveries`.
+    """
+    if many_recoveries(views):
+        return _recoveries_by_recipe(views)
+    drawn = [
+        View(choices=(name,), panels=_recovery_panels(name, curves, curves, palette)) for name, curves in views.items()
+    ]
     everything = [curve for curves in views.values() for curve in curves]
     return Figure(name="recovery", keys=palette.keys(everything), views=tuple(drawn))
+
+
+def many_recoveries(views: Mapping[str, Sequence[Series]]) -> bool:
+    """Whether recoveries are too many to be drawn side by side."""
+    return any(most_lines(curves) > MOST_LINES or len(by_measure(curves)) > 1 for curves in views.values())
+
+
+def _recovery_panels(
+    name: str, curves: Sequence[Series], all_curves: Sequence[Series], palette: Palette
+) -> tuple[Panel, ...]:
+    """Panels of `curves` on the axes that all of a metric's curves share."""
+    everything = [cut for curve in all_curves for cut in curve.cuts]
+    if name == "Loss":
+        axis = _Axis(title="Loss, nats a token", format=".2f")
+        domain = min(min(c.low, c.base) for c in everything), max(max(c.high, c.base) for c in everything)
+    else:
+        axis = _Axis(title="Facts known, top-1" if name.startswith("Facts") else "Accuracy", format=".0%")
+        domain = (0.0, 1.0)
+    return _panels(curves, palette, _over_tokens, "value", axis, domain)
+
+
+def _recoveries_by_recipe(views: Mapping[str, Sequence[Series]]) -> Figure:
+    """A view for each metric, recipe and training corpus; the loss is on the test corpus of the same name."""
+    cuts_of: dict[str, dict[str, float]] = defaultdict(dict)  # by recipe without recovery: cut -> amount
+    for curve in (curve for curves in views.values() for curve in curves):
+        last = curve.cuts[-1]
+        cuts_of[last.cut.partition("@")[0]][last.cut] = last.amount or 0.0
+    shown = {method: _evenly(sorted(amounts, key=lambda cut: amounts[cut])) for method, amounts in cuts_of.items()}
+    palette = Palette.ranked(shown.values())
+    kept_cuts = {cut for chosen in shown.values() for cut in chosen}
+    drawn: list[View] = []
+    everything: list[Series] = []
+    trained = sorted({curve.cuts[-1].trained for curves in views.values() for curve in curves})
+    corpora = dict(zip(trained, short_names(trained), strict=True))
+    for name, curves in views.items():
+        for recipe in sorted({recipe_of(curve.cuts[-1]) for curve in curves}):
+            for corpus in trained:
+                own = [c for c in curves if recipe_of(c.cuts[-1]) == recipe and c.cuts[-1].trained == corpus]
+                chosen, measured = _on_its_own_corpus(own, corpus)
+                lines = [replace(curve, name=curve.cuts[-1].cut) for curve in chosen if curve.cuts[-1].cut in kept_cuts]
+                if not lines:
+                    continue
+                left = len(own) - len(lines)
+                note = f"Measured on {', '.join(measured)}."
+                note += f" Trained on {corpus}." if corpus else ""
+                note += f" Left out: {left} lines of other test corpora or amounts between these." if left else ""
+                panels = _recovery_panels(name, lines, lines, palette)
+                drawn.append(View(choices=(name, recipe, corpora[corpus]), panels=panels, note=note))
+                everything += lines
+    return Figure(
+        name="recovery",
+        keys=palette.keys(everything),
+        views=tuple(drawn),
+        asks=("What is drawn", "Method and recovery", "Trained on"),
+    )
+
+
+def _on_its_own_corpus(curves: Sequence[Series], corpus: str) -> tuple[list[Series], list[str]]:
+    """Curves measured on the corpus of their training, else on each model's first; and what those measures are."""
+    measures: dict[str, list[str]] = defaultdict(list)
+    for curve in curves:
+        measures[curve.setting.model_hash].append(curve.setting.measure)
+    chosen = {
+        model: next((name for name in sorted(names) if corpus_of(name) == corpus), min(names))
+        for model, names in measures.items()
+    }
+    found = [curve for curve in curves if curve.setting.measure == chosen[curve.setting.model_hash]]
+    return found, sorted({corpus_of(name) or name for name in chosen.values()})
+
+
+def _evenly(names: Sequence[str]) -> list[str]:
+    """At most `MOST_LINES` of some names, the first and the last among them."""
+    if len(names) <= MOST_LINES:
+        return list(names)
+    return [names[round(place * (len(names) - 1) / (MOST_LINES - 1))] for place in range(MOST_LINES)]
+
+
+def _few(curves: Sequence[Series]) -> tuple[list[Series], str]:
+    """Recovered curves, at most `MOST_LINES` a panel, and a sentence on those that were left out.
+
+    First go those whose recovery trained on another corpus than the one measured, then those with fewer tokens.
+    """
+    kept = list(curves)
+    reasons: list[str] = []
+
+    def tokens(curve: Series) -> int:
+        return max(cut.tokens for cut in curve.cuts)
+
+    most = max(map(tokens, kept), default=0)
+    tests: tuple[tuple[str, Callable[[Series], bool]], ...] = (
+        ("recoveries that trained on other corpora", lambda c: c.cuts[0].trained == corpus_of(c.setting.measure)),
+        (f"those with fewer than {tokens_text(most)} tokens", lambda c: tokens(c) == most),
+    )
+    for words, passes in tests:
+        narrower = [curve for curve in kept if passes(curve)]
+        if most_lines(kept) > MOST_LINES and 0 < len(narrower) < len(kept):
+            kept = narrower
+            reasons.append(words)
+    if most_lines(kept) > MOST_LINES:
+        names: dict[Setting, list[str]] = defaultdict(list)
+        for curve in sorted(kept, key=lambda c: c.name):
+            names[curve.setting].append(curve.name)
+        kept = [curve for curve in kept if curve.name in names[curve.setting][:MOST_LINES]]
+        reasons.append(f"all but {MOST_LINES} of the rest")
+    note = f"Left out: {' and '.join(reasons)}; the table and the store have their numbers." if reasons else ""
+    return kept, note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,18 +411,15 @@ def _over_tokens(curves: Sequence[Series]) -> tuple[Callable[[Cut], float], alt.
     return (lambda cut: float(cut.tokens or zero)), encoding, domain
 
 
-def _row(cut: Cut, curve: Series, x: float) -> dict[str, Any]:
-    percent = 0 <= cut.base <= 1 and cut.setting.kind != "loss"
+def _row(cut: Cut, curve: Series, x: float, subtract: float = 0.0) -> dict[str, Any]:
+    percent = 0 <= cut.base <= 1 and cut.setting.kind not in ("loss", "speed")
     text: Callable[[float], str] = (lambda v: share(v, 1)) if percent else (lambda v: f"{v:.4f}")
     row: dict[str, Any] = {
         "series": curve.name,
-        "x": x,
-        "value": cut.value,
-        "rise": cut.value - cut.base,
-        "low": cut.low,
-        "high": cut.high,
-        "rise_low": cut.low - cut.base,
-        "rise_high": cut.high - cut.base,
+        "x": _rounded(x),
+        "value": _rounded(cut.value - subtract),
+        "low": _rounded(cut.low - subtract),
+        "high": _rounded(cut.high - subtract),
         "chain": cut.chain,
         "model": cut.setting.model,
         "measured by": cut.setting.measure,
@@ -210,10 +432,29 @@ def _row(cut: Cut, curve: Series, x: float) -> dict[str, Any]:
     }
     if cut.recovery is not None:
         row["tokens"] = tokens_text(cut.tokens)
+    if cut.verdict:
+        row["verdict"] = f"{cut.verdict}, {cut.low:.2f} to {cut.high:.2f}"
     return row
 
 
-_TOOLTIP = ("model", "chain", "removed", "mean", "dense", "change", "tokens", "seeds", "measured by", "protocol")
+def _rounded(value: float) -> float:
+    """To six digits: more than a screen shows, and half the size of the page."""
+    return float(f"{value:.6g}")
+
+
+_TOOLTIP = (
+    "model",
+    "chain",
+    "removed",
+    "mean",
+    "dense",
+    "change",
+    "verdict",
+    "tokens",
+    "seeds",
+    "measured by",
+    "protocol",
+)
 
 
 def _panels(
@@ -223,6 +464,7 @@ def _panels(
     field_: str,
     axis: _Axis,
     domain: tuple[float, float],
+    chances: Mapping[Setting, float] | None = None,
 ) -> tuple[Panel, ...]:
     """One chart for each setting, all on the same axes so that they can be compared."""
     place, x, x_domain = over(curves)
@@ -230,7 +472,9 @@ def _panels(
     panels: list[Panel] = []
     for setting, title in names.items():
         mine = [curve for curve in curves if curve.setting == setting]
-        panels.append(Panel(title=title, spec=_chart(setting, mine, palette, place, x, x_domain, field_, axis, domain)))
+        chance = (chances or {}).get(setting)
+        spec = _chart(setting, mine, palette, place, x, x_domain, field_, axis, domain, chance)
+        panels.append(Panel(title=title, spec=spec))
     return tuple(panels)
 
 
@@ -244,13 +488,22 @@ def _chart(
     field_: str,
     axis: _Axis,
     domain: tuple[float, float],
+    chance: float | None,
 ) -> dict[str, Any]:
     keys = palette.keys(curves)
-    rows = [_row(cut, curve, place(cut)) for curve in curves for cut in curve.cuts]
+    rows = [
+        _row(cut, curve, place(cut), cut.base if field_ == "rise" else 0.0) for curve in curves for cut in curve.cuts
+    ]
     if axis.logarithmic:
-        rows = [row for row in rows if row[field_] > LEAST_DAMAGE]
+        rows = [row for row in rows if row["value"] > LEAST_DAMAGE]
         for row in rows:
-            row["rise_low"] = max(row["rise_low"], domain[0])
+            row["low"] = max(row["low"], domain[0])
+    spread_out = any(row["low"] < row["high"] for row in rows)
+    names = [name for name in _TOOLTIP if any(name in row for row in rows)]
+    # What all rows of a panel share is written once.
+    common = {name: rows[0][name] for name in names if all(name in row and row[name] == rows[0][name] for row in rows)}
+    dropped = set(common) if spread_out else {*common, "low", "high"}
+    rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
     base = curves[0].cuts[0].base
     pad = 0.08 * (domain[1] - domain[0])  # room for the dense model's label
     scale = (
@@ -259,8 +512,7 @@ def _chart(
         else alt.Scale(domain=[domain[0] - (pad if domain[0] else 0), domain[1] + pad], nice=False, zero=False)
     )
     ticks = alt.Axis(format=axis.format, tickCount=5)
-    y = alt.Y(f"{field_}:Q", title=axis.title, scale=scale, axis=ticks)
-    low, high = ("rise_low", "rise_high") if field_ == "rise" else ("low", "high")
+    y = alt.Y("value:Q", title=axis.title, scale=scale, axis=ticks)
     colour = alt.Color(
         "series:N",
         legend=None,
@@ -275,10 +527,12 @@ def _chart(
     shown = alt.param(name="shown", value=[key.label for key in keys])
     visible = "indexof(shown, datum.series) >= 0"
     data = alt.Chart(alt.InlineData(values=rows)).transform_filter(visible)
-    tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in _TOOLTIP if any(name in row for row in rows)]
+    if common:
+        data = data.transform_calculate(**{name: json.dumps(value) for name, value in common.items()})
+    tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in names]
     order = alt.Order("x:Q")
     spread = data.mark_rule(clip=True, strokeWidth=1.5, opacity=0.5).encode(
-        x=x, y=alt.Y(f"{low}:Q", title=axis.title, scale=scale, axis=ticks), y2=f"{high}:Q", color=colour
+        x=x, y=alt.Y("low:Q", title=axis.title, scale=scale, axis=ticks), y2="high:Q", color=colour
     )
     dash = alt.StrokeDash(
         "series:N",
@@ -289,9 +543,11 @@ def _chart(
     points = data.mark_point(filled=True, size=52, opacity=1, clip=True).encode(
         x=x, y=y, color=colour, shape=shape, tooltip=tooltip
     )
-    layers: list[alt.Chart] = [line, spread, points]
+    layers: list[alt.Chart] = [line, spread, points] if spread_out else [line, points]
+    if chance is not None:
+        layers = [*_reference(chance, "chance", setting, x_domain, x, scale, axis, ticks), *layers]
     if not axis.logarithmic:
-        layers = [*_dense(base, setting, x_domain, x, scale, axis, ticks), *layers]
+        layers = [*_reference(base, "dense", setting, x_domain, x, scale, axis, ticks), *layers]
     chart = (
         alt.layer(*layers)
         .add_params(shown)
@@ -300,8 +556,9 @@ def _chart(
     return chart.to_dict()
 
 
-def _dense(
-    base: float,
+def _reference(
+    value: float,
+    name: str,
     setting: Setting,
     x_domain: tuple[float, float],
     x: alt.X,
@@ -309,20 +566,20 @@ def _dense(
     axis: _Axis,
     ticks: alt.Axis,
 ) -> list[alt.Chart]:
-    """The dense model's value as a dashed line with its number at the right end."""
-    text = share(base) if axis.format.endswith("%") else f"{base:.3f}"
+    """A value to compare with, such as the dense model's, as a dashed line with its number at the right end."""
+    text = share(value) if axis.format.endswith("%") else f"{value:.3f}"
     row = {
         "x": x_domain[1],
-        "base": base,
-        "text": f"dense {text}",
+        "base": value,
+        "text": f"{name} {text}",
         "model": setting.model,
         "protocol": setting.protocol,
     }
     data = alt.Chart(alt.InlineData(values=[row]))
     y = alt.Y("base:Q", title=axis.title, scale=scale, axis=ticks)
     rule = data.mark_rule(strokeDash=[4, 4], strokeWidth=1.2, style="reference").encode(y=y)
-    # On the side where no curve runs: above the line for scores, below it for losses.
-    above = axis.format.endswith("%")
+    # On the side where no curve runs: above the dense model's scores, below its losses and below chance.
+    above = axis.format.endswith("%") and name == "dense"
     words = data.mark_text(align="right", dx=-4, dy=-7 if above else 10, fontSize=11, style="reference-label").encode(
         x=x, y=y, text="text:N"
     )

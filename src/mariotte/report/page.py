@@ -26,13 +26,31 @@ from mariotte.report.claim import Paper
 from mariotte.report.claims import PAPERS
 from mariotte.report.figures import Figure, Palette
 from mariotte.report.lawtable import LawReport, law_reports
-from mariotte.report.series import Cut, Series, corpus_of, cuts, recoveries, series, signed_share
+from mariotte.report.series import (
+    Cut,
+    Series,
+    Setting,
+    corpus_of,
+    cuts,
+    kind_of,
+    recoveries,
+    series,
+    setting_of,
+    signed_share,
+    speeds,
+)
 from mariotte.report.summary import main_setting, usable_sentences
 from mariotte.report.tables import Cell, Table
 from mariotte.store.record import Failure, Record
 
 ALLOWANCE = 0.05
 """Relative rise of the loss that headline and laws answer for."""
+
+MOST_TASKS = 12
+"""Tasks that the page draws; the table and the store have all; chosen by us."""
+
+MOST_LAWS = 2
+"""Measures whose laws are told in full; of more there is a summary, and the rest is folded away; chosen by us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +184,11 @@ def _sections(
     losses = cuts(records, "loss", "loss")
     facts = cuts(records, "knowledge", "top1")
     heldout = cuts(records, "knowledge", "heldout_top1")
+    tasks = {name: cuts(records, "tasks", name) for name in _task_metrics(records)}
+    fast = {part.capitalize(): speeds(records, part) for part in ("decode", "prefill")}
     main = main_setting(losses)
-    palette = _palette([*losses, *facts])
+    others = [cut for found in (*tasks.values(), *fast.values()) for cut in found]
+    palette = _palette([*losses, *facts], others)
     laws = law_reports(records, allowance=ALLOWANCE)
     failed = tables.failure_table(failures)
     found = [
@@ -186,7 +207,9 @@ def _sections(
         ),
         _loss_section(losses, palette),
         _facts_section(records, facts, heldout, palette, main.model_hash if main else None),
-        _recovery_section(losses, facts, palette),
+        _tasks_section(records, tasks, palette),
+        _speed_section(fast, palette),
+        _recovery_section(losses, tasks, facts, palette),
         *_law_sections(laws),
         Section(
             name="numbers",
@@ -213,18 +236,28 @@ def _sections(
     return [s for s in found if s is not None and (s.figure or s.tables or s.lines or s.notes)]
 
 
-def _palette(found: Sequence[Cut]) -> Palette:
-    curves = series(found)
-    plain = [curve.name for curve in curves if curve.cuts[0].recovery is None]
-    origin = {curve.name: _origin(curve.cuts[0], found) for curve in curves if curve.cuts[0].recovery is not None}
-    recovered = {curve.name: _origin(curve.cuts[-1], found) for curve in recoveries(found)}
-    return Palette(sorted(set(plain)), origin | recovered)
+def _palette(found: Sequence[Cut], others: Sequence[Cut] = ()) -> Palette:
+    """Colours of every series: those of `found` first, so that a study that measures more keeps them."""
+    every = [*found, *others]
+    curves = series(every)
+    first = {curve.name for curve in series(found)}
+    plain = {curve.name for curve in curves if curve.cuts[0].recovery is None}
+    names = _series_of_chains(every)
+    origin = {curve.name: _origin(curve.cuts[0], names) for curve in curves if curve.cuts[0].recovery is not None}
+    recovered = {curve.name: _origin(curve.cuts[-1], names) for curve in recoveries(found)}
+    return Palette([*sorted(plain & first), *sorted(plain - first)], origin | recovered)
 
 
-def _origin(cut: Cut, found: Sequence[Cut]) -> str:
+def _series_of_chains(found: Iterable[Cut]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for cut in found:
+        names.setdefault(cut.chain, cut.series)
+    return names
+
+
+def _origin(cut: Cut, names: Mapping[str, str]) -> str:
     """The series that a recovered cut belonged to before its recovery."""
-    names = (other.series for other in found if other.chain == cut.cut)
-    return next(names, cut.method or cut.series)
+    return names.get(cut.cut, cut.method or cut.series)
 
 
 def _split(found: Sequence[Cut]) -> tuple[list[Series], list[Series]]:
@@ -280,26 +313,111 @@ def _facts_section(
     )
 
 
-def _recovery_section(losses: Sequence[Cut], facts: Sequence[Cut], palette: Palette) -> Section | None:
-    views = {"Loss": recoveries(losses), "Facts known": recoveries(facts)}
+def _task_metrics(records: Sequence[Record]) -> list[str]:
+    """The metrics of tasks, their mean first; standard errors are none."""
+    names = {name for record in records if kind_of(record.measure) == "tasks" for name in record.metrics}
+    own = {name for name in names if name.removesuffix("_se") == name or name.removesuffix("_se") not in names}
+    return [*(["accuracy"] if "accuracy" in own else []), *sorted(own - {"accuracy"})]
+
+
+_MEAN = "Mean of the tasks"
+
+
+def _tasks_section(records: Sequence[Record], tasks: Mapping[str, Sequence[Cut]], palette: Palette) -> Section | None:
+    names = {_MEAN if metric == "accuracy" else metric: metric for metric in tasks}
+    left_out = list(names)[MOST_TASKS + 1 :]
+    views: dict[tuple[str, str], Sequence[Series]] = {}
+    for name in (name for name in names if name not in left_out):
+        views[name, "Cut"], views[name, "After recovery"] = _split(tasks[names[name]])
+    if not any(figures.reducing(curves) for curves in views.values()):
+        return None
+    text = "Share of multiple-choice questions answered rightly; the mean gives every task the same weight."
+    if left_out:
+        text += f" Left out of the figure: {len(left_out)} tasks, whose numbers are in the table."
+    return Section(
+        name="tasks",
+        title="Accuracy against the share removed",
+        short="Tasks",
+        text=text,
+        figure=figures.tasks_figure(views, _chances(records), names, palette),
+        caption=f"{_HOW} The lower dashed line is chance.",
+    )
+
+
+def _chances(records: Sequence[Record]) -> dict[tuple[Setting, str], float]:
+    """The accuracy of guessing by setting and metric, as the records state it; the mean's where every task has one."""
+    found: dict[tuple[Setting, str], float] = {}
+    done: set[tuple[str, str]] = set()
+    for record in records:
+        if kind_of(record.measure) != "tasks" or (record.model_hash, record.measure) in done:
+            continue
+        done.add((record.model_hash, record.measure))
+        stated = {**cast("Mapping[str, Any]", record.protocol.get("tasks") or {}), **record.details}
+        chances = {
+            name: float(cast("Mapping[str, Any]", value)["chance"])
+            for name, value in stated.items()
+            if isinstance(value, Mapping) and isinstance(cast("Mapping[str, Any]", value).get("chance"), int | float)
+        }
+        setting = setting_of(record)
+        found |= {(setting, name): chance for name, chance in chances.items()}
+        scored = [name for name in _task_metrics([record]) if name != "accuracy"]
+        if scored and all(name in chances for name in scored):
+            found[setting, "accuracy"] = sum(chances[name] for name in scored) / len(scored)
+    return found
+
+
+def _speed_section(fast: Mapping[str, Sequence[Cut]], palette: Palette) -> Section | None:
+    views = {part: [*_split(found)[0], *_split(found)[1]] for part, found in fast.items()}
+    if not any(figures.reducing(curves) for curves in views.values()):
+        return None
+    table = tables.speed_table(fast)
+    return Section(
+        name="speed",
+        title="Speed against the share removed",
+        short="Speed",
+        text="S is how many times as fast as the dense model the cut one runs, measured in turn with it: above 1 is "
+        "faster. Prefill reads a prompt, decode writes one token after the other.",
+        figure=figures.speed_figure(views, palette),
+        caption="Marks are medians, upright strokes their 95 % intervals: one that holds 1 is inside the noise. "
+        "Strokes may end beyond the frame. Point at a mark for its chain and verdict; press a series to hide it.",
+        tables=[table] if table else [],
+    )
+
+
+def _recovery_section(
+    losses: Sequence[Cut], tasks: Mapping[str, Sequence[Cut]], facts: Sequence[Cut], palette: Palette
+) -> Section | None:
+    accuracies = tasks.get("accuracy", [])
+    views = {"Loss": recoveries(losses), "Accuracy": recoveries(accuracies), "Facts known": recoveries(facts)}
     views = {name: curves for name, curves in views.items() if curves}
     if not views:
         return None
+    text = "The same cut, trained on more and more tokens: how much of the damage comes back."
+    table = None
+    if figures.many_recoveries(views):
+        text += (
+            " One line for each amount cut; choose method and training corpus. The loss is that on the test corpus of "
+            "the same name, where there is one. What the other test corpora say is left out of the figure: the table "
+            "below sums it up, and all numbers are in the store."
+        )
+        table = tables.repair_table(losses, accuracies, [*facts, *tasks.get("facts", [])])
     return Section(
         name="recovery",
         title="Recovery against tokens",
         short="Recovery",
-        text="The same cut, trained on more and more tokens: how much of the damage comes back.",
+        text=text,
         figure=figures.recovery_figure(views, palette),
         caption=_HOW,
+        tables=[table] if table else [],
     )
 
 
 def _law_sections(laws: Sequence[LawReport]) -> list[Section]:
-    shown: list[Table] = []
+    many = len(laws) > MOST_LAWS
+    shown: list[Table] = [tables.law_summary(laws)] if many else []
     for law in laws:
-        shown.append(tables.holdout_table(law))
-        fit = tables.fit_table(law, ALLOWANCE)
+        shown.append(tables.holdout_table(law, fold=many))
+        fit = tables.fit_table(law, ALLOWANCE, fold=many)
         shown += [fit] if fit else []
     notes = list(dict.fromkeys(note for law in laws for fit in law.fits for note in fit.notes))
     return (

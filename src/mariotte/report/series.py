@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,6 +59,8 @@ class Cut:
     base : the dense model's value under the same protocol
     seeds : in order
     n_params, base_params : parameters left (of the first seed) and of the dense model
+    trained : corpus of the recovery, empty without one or where the records do not name it
+    verdict : what the measure itself says of the value, such as ``faster``
     """
 
     setting: Setting
@@ -78,6 +82,8 @@ class Cut:
     seeds: tuple[int, ...]
     n_params: int
     base_params: int
+    trained: str = ""
+    verdict: str = ""
 
     @property
     def change(self) -> float:
@@ -125,6 +131,7 @@ def is_dense(record: Record) -> bool:
     return record.method is None
 
 
+@functools.lru_cache(maxsize=16_384)
 def _links(chain: str) -> tuple[Link, ...] | None:
     try:
         return parse(chain).links
@@ -199,7 +206,127 @@ def _average(setting: Setting, group: Sequence[Record], metric: str) -> Cut:
         seeds=tuple(record.seed for record in group),
         n_params=first.n_params,
         base_params=first.base_params,
+        trained=trained_on(first),
     )
+
+
+def trained_on(record: Record) -> str:
+    """The corpus that a recovery trained on: as its chain says, else as its step reports; empty where neither does."""
+    for link in _links(record.chain) or ():
+        if link.name == record.recovery and "corpus" in link.fields:
+            return str(link.fields["corpus"])
+    for step in record.steps:
+        if record.recovery is not None and step.get("name") == record.recovery:
+            return str(step.get("facts", {}).get("corpus") or "")
+    return ""
+
+
+def speeds(records: Sequence[Record], part: str) -> list[Cut]:
+    """How many times as fast as the dense model, with the interval and the verdict of the measure.
+
+    Parameters
+    ----------
+    records : of any measures
+    part : ``prefill`` or ``decode``
+
+    Returns
+    -------
+    cuts whose low and high are the ends of the interval: the widest over seeds, two standard errors where the measure
+    gave none, the value itself where it gave neither
+    """
+    metric = f"speedup_{part}"
+    own = [record for record in records if kind_of(record.measure) == "speed" and metric in record.metrics]
+    groups: dict[tuple[Setting, str], list[Record]] = defaultdict(list)
+    for record in own:
+        groups[setting_of(record), record.chain].append(record)
+    found: list[Cut] = []
+    for cut in cuts(own, "speed", metric):
+        group = groups[cut.setting, cut.chain]
+        ends = [_speed_interval(record, part, metric) for record in group]
+        verdicts = dict.fromkeys(str(record.details.get(part, {}).get("verdict") or "") for record in group)
+        found.append(
+            replace(
+                cut,
+                low=min(low for low, _ in ends),
+                high=max(high for _, high in ends),
+                verdict=", ".join(filter(None, verdicts)),
+            )
+        )
+    return found
+
+
+def _speed_interval(record: Record, part: str, metric: str) -> tuple[float, float]:
+    value, error = record.metrics[metric], record.metrics.get(f"{metric}_se", 0.0)
+    given = record.details.get(part, {}).get("interval")
+    if isinstance(given, list | tuple):
+        low, high = (float(end) for end in given)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if math.isfinite(low) and math.isfinite(high):
+            return low, high
+    return value - 2 * error, value + 2 * error
+
+
+def by_measure(curves: Iterable[Series]) -> dict[str, list[Series]]:
+    """Curves by what they were measured on, where a model was measured on several things; else all under ``""``.
+
+    The names are corpora, or whole measures where two differ in more than their corpus; see `short_names`.
+    """
+    curves = list(curves)
+    measures: dict[str, set[str]] = defaultdict(set)
+    for curve in curves:
+        measures[curve.setting.model_hash].add(curve.setting.measure)
+    if all(len(own) == 1 for own in measures.values()):
+        return {"": curves}
+    names = sorted({curve.setting.measure for curve in curves})
+    corpora = [corpus_of(name) for name in names]
+    labels = short_names(corpora) if len(set(corpora)) == len(corpora) and all(corpora) else names
+    return {
+        label: [curve for curve in curves if curve.setting.measure == name]
+        for name, label in zip(names, labels, strict=True)
+    }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the folder that all of them share: ``news`` of ``testbed/news``."""
+    folders = {name.rpartition("/")[0] for name in names}
+    return [name.rpartition("/")[2] for name in names] if len(folders) == 1 else list(names)
+
+
+def most_lines(curves: Iterable[Series]) -> int:
+    """Lines of the fullest panel when each setting has a panel of its own; 0 without curves."""
+    return max(Counter(curve.setting for curve in curves).values(), default=0)
+
+
+def recipe_of(cut: Cut) -> str:
+    """The chain without amounts and without the corpus of its recovery: ``ffn | lora``."""
+    links = _links(cut.chain)
+    if not links:
+        return cut.series
+    return str(
+        Chain(
+            tuple(
+                replace(link, amount=None, fields={k: v for k, v in link.fields.items() if k not in ("of", "corpus")})
+                for link in links
+            )
+        )
+    )
+
+
+def repairs(found: Iterable[Cut], *, least: float) -> list[tuple[Cut, float]]:
+    """Recovered cuts with the share of the damage that recovery repaired: 1 is the dense model's value, 0 the cut's.
+
+    Parameters
+    ----------
+    found : cuts of one metric, recovered ones and those that they began as
+    least : a cut that did less damage, in the metric's unit, is left out: there is nothing to repair
+    """
+    found = list(found)
+    plain = {(cut.setting, cut.chain): cut for cut in found if cut.recovery is None}
+    repaired: list[tuple[Cut, float]] = []
+    for cut in found:
+        before = plain.get((cut.setting, cut.cut)) if cut.recovery is not None else None
+        if before is not None and abs(before.value - before.base) >= least:
+            repaired.append((cut, (before.value - cut.value) / (before.value - before.base)))
+    return repaired
 
 
 def series(found: Iterable[Cut], *, least: int = 1) -> list[Series]:

@@ -19,6 +19,8 @@ from mariotte.report.series import (
     flatten,
     is_dense,
     quantity,
+    recipe_of,
+    repairs,
     setting_of,
     share,
     signed_share,
@@ -31,6 +33,12 @@ from mariotte.store.record import Failure, Record
 
 MOST_ROWS = 2_000
 """Rows of the table of all cuts: beyond, a page is no longer a page; the store's export has them all."""
+
+MOST_OPEN = 12
+"""Rows of a table that stays open; further ones are folded away; chosen by us."""
+
+LEAST_LOSS, LEAST_SCORE = 0.01, 0.02
+"""Damage in nats and in accuracy below which what recovery repairs is not asked: seeds decide; chosen by us."""
 
 MINUS = "\u2212"
 DASH = "\u2013"
@@ -88,10 +96,14 @@ def allowance_tables(records: Sequence[Record], main: Setting | None) -> list[Ta
             "parameters that each method takes away before the loss has risen so far. Interpolated between measured "
             "cuts; an empty cell means that not even the mildest cut stays within."
         )
-        tables.append(_allowances(mine, caption, ""))
+        tables.append(_allowances(mine[:MOST_OPEN], caption, ""))
+        if mine[MOST_OPEN:]:
+            tables.append(_allowances(mine[MOST_OPEN:], "", f"{len(mine) - MOST_OPEN} more series of {main.model}"))
     if others:
         others.sort(key=lambda row: (-_any(row).base_params, _any(row).setting.model))
-        tables.append(_allowances(others, "", f"Other models ({len({_any(row).setting.model for row in others})})"))
+        models = {_any(row).setting.model for row in others}
+        again = main is not None and main.model in models
+        tables.append(_allowances(others, "", f"Other models{' and texts' * again} ({len(models)})"))
     return tables
 
 
@@ -250,6 +262,83 @@ def _dense_fact(cut: Cut | None) -> str:
     return share(cut.base, 1) if cut else ""
 
 
+def repair_table(losses: Sequence[Cut], accuracies: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
+    """What recovery repairs, by method and tokens: medians over models and amounts, loss by training corpus."""
+    near: dict[tuple[str, int], list[float]] = defaultdict(list)
+    far: dict[tuple[str, int], list[float]] = defaultdict(list)
+    scores: tuple[dict[tuple[str, int], list[float]], ...] = (defaultdict(list), defaultdict(list))
+    for cut, repaired in repairs(losses, least=LEAST_LOSS):
+        same = cut.trained == corpus_of(cut.setting.measure)
+        (near if same else far)[recipe_of(cut), cut.tokens].append(repaired)
+    for found, kind in zip(scores, (accuracies, facts), strict=True):
+        for cut, repaired in repairs(kind, least=LEAST_SCORE):
+            found[recipe_of(cut), cut.tokens].append(repaired)
+    columns = {
+        "Loss, same corpus": near,
+        "Loss, other corpora": far,
+        "Accuracy": scores[0],
+        "Facts": scores[1],
+    }
+    columns = {name: found for name, found in columns.items() if found}
+    rows = sorted({key for found in columns.values() for key in found})
+    if not rows:
+        return None
+    return Table(
+        columns=("Method and recovery", "#Tokens", *(f"#{name}" for name in columns)),
+        rows=tuple(
+            _row(
+                recipe, tokens_text(tokens), *(_repaired(found.get((recipe, tokens), [])) for found in columns.values())
+            )
+            for recipe, tokens in rows
+        ),
+        caption=(
+            "What recovery repairs: median share of the damage that is undone, over models, amounts and training "
+            "corpora, with quartiles and the number of recoveries; 100 % is the dense model, below 0 is worse than the "
+            f"cut. Cuts that cost less than {LEAST_LOSS} nats, or less than {share(LEAST_SCORE)} of accuracy, are left "
+            "out."
+        ),
+    )
+
+
+def _repaired(values: Sequence[float]) -> Cell:
+    if not values:
+        return Cell(text="")
+    below = f"n = {len(values)}"
+    if len(values) >= 4:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        below = f"{share(low)} to {share(high)} · {below}"
+    return Cell(text=share(statistics.median(values)), below=below)
+
+
+def speed_table(parts: Mapping[str, Sequence[Cut]]) -> Table | None:
+    """How many cuts of each method the measure calls faster, slower or neither, and the largest S."""
+    groups: dict[str, dict[str, list[Cut]]] = defaultdict(lambda: defaultdict(list))
+    for part, found in parts.items():
+        for cut in found:
+            if cut.method is not None:
+                groups[cut.series][part].append(cut)
+    rows: list[tuple[Cell, ...]] = []
+    for name, by_part in sorted(groups.items()):
+        cells: list[str | Cell] = [name]
+        for part in parts:
+            own = by_part.get(part, [])
+            said = Counter(cut.verdict for cut in own if cut.verdict)
+            best = max(own, key=lambda cut: cut.value, default=None)
+            cells.append(", ".join(f"{count} {verdict}" for verdict, count in said.most_common()))
+            cells.append(
+                Cell(
+                    text=f"{best.value:.2f}",
+                    below=f"{best.low:.2f} to {best.high:.2f} · {best.chain} · {best.setting.model}",
+                )
+                if best
+                else ""
+            )
+        rows.append(_row(*cells))
+    columns = tuple(column for part in parts for column in (f"{part}: cuts", f"#{part}: largest S"))
+    caption = "Cuts by the measure's own verdict, and the fastest one with its interval."
+    return Table(columns=("Method", *columns), rows=tuple(rows), caption=caption) if rows else None
+
+
 def other_table(records: Sequence[Record]) -> Table | None:
     """Measures that have no section of their own: every metric with its dense value."""
     from mariotte.report.series import kind_of
@@ -261,7 +350,9 @@ def other_table(records: Sequence[Record]) -> Table | None:
     if not groups:
         return None
     rows: list[tuple[Cell, ...]] = []
-    for (setting, chain), group in list(groups.items())[:MOST_ROWS]:
+    for (setting, chain), group in groups.items():
+        if len(rows) >= MOST_ROWS:
+            break
         names = {name for record in group for name in record.metrics}
         for metric in sorted(names - {f"{name}_se" for name in names}):  # a standard error is no metric of its own
             values = [record.metrics[metric] for record in group if metric in record.metrics]
@@ -279,6 +370,7 @@ def other_table(records: Sequence[Record]) -> Table | None:
     return Table(
         columns=("Model", "Chain", "Metric", "#Mean", "#Dense"),
         rows=tuple(rows),
+        caption=f"The first {len(rows):,} rows; `mariotte export` writes them all." if len(rows) >= MOST_ROWS else "",
         fold=f"Other measures: {', '.join(measures)}",
     )
 
@@ -322,7 +414,32 @@ def _relations(details: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def holdout_table(report: LawReport) -> Table:
+def law_summary(reports: Sequence[LawReport]) -> Table:
+    """The law that forecast best on each measure, beside the best naive rule."""
+    rows: list[tuple[Cell, ...]] = []
+    for report in reports:
+        law = next((row for row in report.holdout if row.best), None)
+        judged = [row for row in report.holdout if row.baseline and row.before_collapse is not None]
+        naive = min(judged, key=lambda row: row.before_collapse or 0.0, default=None)
+        rows.append(
+            _row(
+                Cell(text=report.measure, below=f"{report.series} series in {report.clusters} clusters"),
+                law.law if law else "",
+                Cell(text=_error(law.before_collapse) if law else "", strong=True),
+                naive.law if naive else "",
+                _error(naive.before_collapse) if naive else "",
+                f"{len(report.fits)}",
+            )
+        )
+    return Table(
+        columns=("Measure", "Law that forecast best", "#RMSE", "Best naive rule", "#RMSE", "#Fits"),
+        rows=tuple(rows),
+        caption="Fitted to the mildest cuts of a series, judged on those beyond, before collapse: RMSE in "
+        f"{', '.join(dict.fromkeys(report.unit for report in reports))}. A measure has a row for each tokenizer.",
+    )
+
+
+def holdout_table(report: LawReport, *, fold: bool = False) -> Table:
     """Rolling hold-out errors, laws and naive baselines in one list."""
     rows = [
         _row(
@@ -341,6 +458,7 @@ def holdout_table(report: LawReport) -> Table:
             f"{report.measure}: fitted to the mildest cuts of a series, judged on those beyond; RMSE in {report.unit}, "
             f"mean over {report.series} series in {report.clusters} clusters. Collapse: more than twice the dense loss."
         ),
+        fold=f"Hold-out of {report.measure}, {report.series} series" if fold else "",
     )
 
 
@@ -348,7 +466,7 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def fit_table(report: LawReport, allowance: float) -> Table | None:
+def fit_table(report: LawReport, allowance: float, *, fold: bool = False) -> Table | None:
     """Coefficients with intervals, the critical share, and R² in second place."""
     if not report.fits:
         return None
@@ -364,6 +482,7 @@ def fit_table(report: LawReport, allowance: float) -> Table | None:
         ),
         rows=tuple(rows),
         caption="R² is in-sample and says little about cuts not yet made: read the hold-out table first.",
+        fold=f"Fits of {report.measure}, {len(report.fits)} series" if fold else "",
     )
 
 

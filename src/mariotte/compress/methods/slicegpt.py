@@ -163,15 +163,18 @@ class SliceGPT(Step):
     matrix after attention and one after the MLP in each block. Then d of D dimensions are kept; norms go on dividing by
     the D of the uncut stream, so that what is lost is as if it were zero.
 
-    The shortcuts are parameters and are counted: d² a norm, so that a small cut makes the model larger (below about a
-    fifth for common shapes), and a tied head is untied, as the final norm's weights cannot be folded into both ends.
-    The head, and what the last block writes, keep the full width, as published. A cut of nothing returns the model as
-    it is. The result is irregular: transformers reads its checkpoint with ``trust_remote_code=True``.
+    The shortcuts are parameters and are counted: d² a norm, so that a small cut makes the model larger (below an eighth
+    of the width for the shape of Llama-2-7B), and a tied head is untied, as the final norm's weights cannot be folded
+    into both ends. The head, and what the last block writes, keep the full width, as published. A cut of nothing
+    returns the model as it is. The result is irregular: transformers reads its checkpoint with
+    ``trust_remote_code=True``.
 
     `slice` does without shortcuts and keeps an ordinary architecture; `slicegpt` adapts to each norm and pays for it.
 
-    Departures from the published code: eps is the model's own and not always 1e-5; the rotation behind the last block,
-    after which nothing is cut, is left out; the damping of the moments, which moves no eigenvector, too.
+    Departures from the published code: embeddings keep their mean, which it subtracts also where norms are RMSNorms and
+    the model is another one without it (loss 1.77 to 1.81 on stories260K before any cut, see
+    ``benchmarks/results/slicegpt_parity.md``); eps is the model's own and not always 1e-5; the rotation behind the last
+    block, after which nothing is cut, is left out; the damping of the moments, which moves no eigenvector, too.
 
     Cost, for N T = M tokens: one pass over the calibration text (for every amount when sequential, otherwise for all),
     D² more multiplications a token and norm for the moment and as many for the projection, 2 L eigenproblems of D³, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -83,7 +84,19 @@ class _Worker:
     def begin(self, task: Task) -> None:
         self.task, self.serving, self.settled, self.records = task, (), set(), {}
         self.counters = Counters()
-        self.line.send(task)
+        self.tell(task)
+
+    def tell(self, task: Task | None) -> None:
+        """Hand over a task, or none any more; of a process that is dead already, the line says so when it is read."""
+        with contextlib.suppress(OSError):
+            self.line.send(task)
+
+    def heard(self) -> tuple[str, Any] | None:
+        """What the process says next; None when it is dead, be it in the middle of a word."""
+        try:
+            return cast("tuple[str, Any]", self.line.recv())
+        except (EOFError, OSError):
+            return None
 
 
 def _add(counters: Counters, more: Counters) -> None:
@@ -124,7 +137,7 @@ def processes(
             worker.begin(todo.popleft())
         else:
             worker.task = None
-            worker.line.send(None)
+            worker.tell(None)
             team.remove(worker)
 
     try:
@@ -133,9 +146,7 @@ def processes(
         while team:
             for line in wait([worker.line for worker in team]):
                 worker = next(worker for worker in team if worker.line is line)
-                try:
-                    kind, what = cast("tuple[str, Any]", worker.line.recv())
-                except (EOFError, ConnectionResetError):
+                if (said := worker.heard()) is None:
                     team.remove(worker)
                     _add(counters, worker.counters)
                     rest, lost = _buried(worker)
@@ -144,6 +155,7 @@ def processes(
                         todo.appendleft(rest)
                         employ(hire())
                     continue
+                kind, what = said
                 if kind == "outcome":
                     outcome, worker.counters = what
                     worker.settled.add(outcome.experiment)
@@ -175,7 +187,11 @@ def _buried(worker: _Worker) -> tuple[Task | None, list[Outcome]]:
         f"the process that worked on this ended with code {worker.process.exitcode}: killed, perhaps for memory; "
         "try again with fewer workers"
     )
-    where = worker.serving or (Serving(digest([task.study, task.model]), str(chains.Chain()), task.seeds[0]),)
+    # What it told the outcome of is in the store, though nothing else may have been begun since.
+    where = tuple(served for served in worker.serving if served.experiment not in worker.settled)
+    went_on = bool(worker.serving or worker.settled)
+    if not went_on:
+        where = (Serving(digest([task.study, task.model]), str(chains.Chain()), task.seeds[0]),)
 
     def failure(served: Serving) -> Failure:
         return Failure(
@@ -184,14 +200,14 @@ def _buried(worker: _Worker) -> tuple[Task | None, list[Outcome]]:
             model=task.model,
             chain=served.chain,
             seed=served.seed,
-            stage="killed" if worker.serving else "setup",
+            stage="killed" if went_on else "setup",
             error=error,
             traceback="",
             created=now(),
         )
 
     lost = [Outcome(task.model, served.chain, served.experiment, failure=failure(served)) for served in where]
-    if not worker.serving:
+    if not went_on:
         return None, lost  # it died of the model itself, and so would another
     settled = task.settled | worker.settled | {served.experiment for served in where}
     dense = {key: record for key, record in worker.records.items() if record.chain == str(chains.Chain())}

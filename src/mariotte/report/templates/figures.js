@@ -37,7 +37,7 @@
     const panels = element.querySelector(".panels");
     const note = element.querySelector(".note");
     const keys = [...element.querySelectorAll(".key")];
-    const buttons = [...element.querySelectorAll("[data-view]")];
+    const buttons = [...element.querySelectorAll("[data-answer]")];
     const hidden = new Set();
     let current = 0;
     let drawn = [];
@@ -76,6 +76,18 @@
       }
     }
 
+    // Of the views that give this answer, the one that shares most answers with the view on the screen.
+    function choose(row, answer) {
+      const before = data.views[current].choices;
+      const shared = (choices) => choices.filter((choice, i) => choice === before[i]).length;
+      let most = -1;
+      data.views.forEach(({ choices }, i) => {
+        if (choices[row] === answer && shared(choices) > most) [current, most] = [i, shared(choices)];
+      });
+      const now = data.views[current].choices;
+      buttons.forEach((b) => b.setAttribute("aria-pressed", String(now[Number(b.dataset.row)] === b.dataset.answer)));
+    }
+
     keys.forEach((key) =>
       key.addEventListener("click", () => {
         const name = key.dataset.key;
@@ -87,8 +99,7 @@
     );
     buttons.forEach((button) =>
       button.addEventListener("click", () => {
-        current = Number(button.dataset.view);
-        buttons.forEach((b) => b.setAttribute("aria-pressed", String(b === button)));
+        choose(Number(button.dataset.row), button.dataset.answer);
         draw();
       }),
     );
