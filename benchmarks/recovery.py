@@ -4,7 +4,8 @@
     python benchmarks/recovery.py recovery.db
 
 Repaired is the share of the damage that recovery takes away: of the loss (cut - recovered) / (cut - dense), of facts
-(recovered - cut) / (dense - cut) in the share of facts known. Facts are counted apart for the half of the people that
+(recovered - cut) / (dense - cut) in the share of facts known; it is left out where the damage is below 0.005 nats or
+half a percentage point. Facts are counted apart for the half of the people that
 the corpus testbed/half tells of, and for the half that it never mentions; 1,280 facts each.
 """
 
@@ -17,14 +18,18 @@ from mariotte.store import open_store
 from mariotte.store.record import Record
 from mariotte.testbed.world import World
 
+LEAST = 0.005
+"""Damage, in nats or as a share of facts, of which it makes no sense to name parts."""
+
 
 def known(record: Record, dense: Collection[str]) -> set[str]:
     """The facts that a compressed model knows, from what it lost and gained against the dense one."""
     return (set(dense) - set(record.details["lost"])) | set(record.details["gained"])
 
 
-def repaired(cut: float, after: float, dense: float) -> float:
-    return (after - cut) / (dense - cut)
+def repaired(cut: float, after: float, dense: float) -> str:
+    damage = dense - cut
+    return f"{(after - cut) / damage:.0%}" if abs(damage) >= LEAST else ""
 
 
 def main() -> None:
@@ -54,9 +59,9 @@ def main() -> None:
         name, _, rest = recovery.partition("@")
         tokens, _, corpus = rest.partition("(")
         row = [model.removeprefix("testbed/"), f"`{cut}`", name, corpus.removeprefix("corpus=").rstrip(")"), tokens]
-        row += [f"{loss:.3f}", f"{repaired(losses[model, cut], loss, base_loss):.0%}" if recovery else ""]
+        row += [f"{loss:.3f}", repaired(losses[model, cut], loss, base_loss) if recovery else ""]
         row += [f"{top1:.1%}"]
-        row += [f"{repaired(facts[model, cut].metrics['top1'], top1, base_top1):.0%}" if recovery else ""]
+        row += [repaired(facts[model, cut].metrics["top1"], top1, base_top1) if recovery else ""]
         row += [f"{shares[half][1]:.1%}" for half in (True, False)]
         print(f"| {' | '.join(row)} |")
     for model in dict.fromkeys(model for model, _ in facts):

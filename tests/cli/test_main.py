@@ -222,7 +222,8 @@ def test_closed_streams_are_no_error(store: Path) -> None:
 def test_an_interrupted_process_says_so_and_exits_with_130(tmp_path: Path) -> None:
     """Ctrl-C while a command waits for the lock of a store."""
     code = (
-        "import sys, time, mariotte.cli.main as m\n"
+        "import signal, sys, time, mariotte.cli.main as m\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def wait(ctx, args):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "m.LazyGroup.resolve_command = lambda self, ctx, args: wait(ctx, args)\n"
         "sys.argv = ['mariotte', 'ls']\nm.main()\n"

@@ -45,7 +45,7 @@ def test_show_needs_no_torch() -> None:
 
 
 def test_an_unknown_model_is_one_sentence() -> None:
-    result = CliRunner().invoke(app, ["testbed", "train", "qwen2-2m"])
+    result = CliRunner().invoke(app, ["testbed", "train", "qwen2-1b"])
     assert result.exit_code == 2
     assert "did you mean 'qwen2-1m'" in result.output
 

@@ -13,7 +13,17 @@ from mariotte.errors import ModelError, UnknownNameError
 from mariotte.testbed import zoo
 from mariotte.testbed.world import World
 
-LADDER = ("qwen2-113k", "llama-483k", "qwen2-1m")
+LADDER = {
+    "qwen2-46k": 45_856,
+    "qwen2-113k": 112_704,
+    "llama-146k": 146_256,
+    "qwen2-345k": 345_488,
+    "llama-483k": 483_440,
+    "qwen2-1m": 1_008_256,
+    "llama-1m": 1_438_592,
+    "qwen2-2m": 2_268_480,
+}
+FAMILIES = {family: [name for name in LADDER if name.startswith(family)] for family in ("qwen2", "llama")}
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +38,15 @@ def shipped(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
 
 
 def test_the_names_are_the_ladder() -> None:
-    assert zoo.NAMES == LADDER
-    assert [zoo.specification(name).n_params for name in LADDER] == [112_704, 483_440, 1_008_256]
+    assert {name: zoo.specification(name).n_params for name in zoo.NAMES} == LADDER
+    assert list(LADDER.values()) == sorted(LADDER.values())
     assert zoo.specification("testbed/qwen2-1m") == zoo.specification("qwen2-1m")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'qwen2-1m'"):
         zoo.path("qwen2-1b")
-    with pytest.raises(UnknownNameError, match="known: qwen2-113k"):
+    with pytest.raises(UnknownNameError, match="known: qwen2-46k, qwen2-113k"):
         zoo.path("t5")
 
 
@@ -99,8 +109,9 @@ def test_every_record_names_its_weights_its_recipe_and_its_cost() -> None:
         assert record["test_rows"] >= 400
 
 
-def test_loss_falls_towards_the_floor_and_facts_rise_along_the_ladder() -> None:
-    records = [zoo.training_record(name) for name in LADDER]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_falls_towards_the_floor_and_facts_rise_along_the_ladder(family: str) -> None:
+    records = [zoo.training_record(name) for name in FAMILIES[family]]
     assert len({record["floor"] for record in records}) == 1
     losses = [record["loss"] for record in records]
     assert losses == sorted(losses, reverse=True)
@@ -108,10 +119,10 @@ def test_loss_falls_towards_the_floor_and_facts_rise_along_the_ladder() -> None:
         known = [record["facts"][label] for record in records]
         assert known == sorted(known)
         assert known[-1] > 0.95
-        assert known[0] < known[-1] - 0.1
+        assert known[0] < known[-1] - 0.05
     top = records[-1]
     assert 0 < top["loss"] - top["floor"] < 0.05
-    assert losses[0] - losses[-1] > 0.1
+    assert losses[0] - losses[-1] > 0.03
 
 
 def test_a_record_can_be_measured_again(shipped: tuple[str, PreTrainedModel], world: World) -> None:
