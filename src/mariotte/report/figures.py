@@ -6,7 +6,6 @@ place in a list that is the same for every figure, so that a method keeps its co
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,10 +49,18 @@ MOST_LINES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One chart: heading, and the specification."""
+    """The data of one chart of a view.
+
+    Parameters
+    ----------
+    title : heading
+    data : rows by the name of a data set of the view's specification
+    common : what all rows of ``cuts`` share, written once
+    """
 
     title: str
-    spec: Mapping[str, Any]
+    data: Mapping[str, Sequence[Mapping[str, Any]]]
+    common: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +70,13 @@ class View:
     Parameters
     ----------
     choices : the buttons that select it, one from each of the figure's rows of buttons
+    spec : Vega-Lite specification of every panel, but for its data
+    panels : one for each setting
     note : a sentence below the figure while it is shown
     """
 
     choices: tuple[str, ...]
+    spec: Mapping[str, Any]
     panels: tuple[Panel, ...]
     note: str = ""
 
@@ -168,9 +178,10 @@ def _loss_view(name: str, corpus: str, curves: Sequence[Series], palette: Palett
     floor = min(min(cut.low, cut.base) for cut in everything)
     above = sum(cut.value > ceiling for cut in everything)
     axis = _Axis(title="Loss, nats a token", format=".2f")
-    panels = _panels(curves, palette, _over_share, "value", axis, (floor, ceiling))
     notes = [f"Above the frame: {above} collapsed." if above else "", note]
-    return View(choices=(name, corpus), panels=panels, note=" ".join(filter(None, notes)))
+    return _view(
+        (name, corpus), curves, palette, _over_share, axis, (floor, ceiling), note=" ".join(filter(None, notes))
+    )
 
 
 def _rise_view(corpus: str, curves: Sequence[Series], palette: Palette) -> list[View]:
@@ -181,9 +192,8 @@ def _rise_view(corpus: str, curves: Sequence[Series], palette: Palette) -> list[
     hidden = len(everything) - len(rising)
     axis = _Axis(title="Rise of the loss, nats a token", format="~g", logarithmic=True)
     domain = (0.8 * min(cut.value - cut.base for cut in rising), max(cut.high - cut.base for cut in rising))
-    panels = _panels(curves, palette, _over_share, "rise", axis, domain)
     note = f"Left out: {hidden} with a rise below {LEAST_DAMAGE} nats." if hidden else ""
-    return [View(choices=("Rise, logarithmic", corpus), panels=panels, note=note)]
+    return [_view(("Rise, logarithmic", corpus), curves, palette, _over_share, axis, domain, note=note)]
 
 
 def facts_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Figure:
@@ -195,8 +205,7 @@ def facts_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Fig
             kept, note = _few(curves) if any(c.cuts[0].recovery for c in curves) else (curves, "")
             if kept:
                 axis = _Axis(title="Facts known, top-1", format=".0%")
-                panels = _panels(kept, palette, _over_share, "value", axis, (0.0, 1.0))
-                drawn.append(View(choices=(name, measured), panels=panels, note=note))
+                drawn.append(_view((name, measured), kept, palette, _over_share, axis, (0.0, 1.0), note=note))
                 everything += kept
     return Figure(
         name="facts", keys=palette.keys(everything), views=tuple(drawn), asks=("What is drawn", "Measured on")
@@ -227,8 +236,7 @@ def tasks_figure(
         if not kept:
             continue
         own = {setting: chance for (setting, metric), chance in chances.items() if metric == metrics[task]}
-        panels = _panels(kept, palette, _over_share, "value", axis, (0.0, 1.0), own)
-        drawn.append(View(choices=(task, state), panels=panels, note=note))
+        drawn.append(_view((task, state), kept, palette, _over_share, axis, (0.0, 1.0), chances=own, note=note))
         everything += kept
     return Figure(name="tasks", keys=palette.keys(everything), views=tuple(drawn), asks=("Task", "What is drawn"))
 
@@ -245,7 +253,7 @@ def speed_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> Fig
         axis = _Axis(title="S, times as fast as dense", format=".2f")
         # Intervals of few rounds can be very wide: the marks fill the panel, a stroke may end beyond it.
         domain = (0.9 * min(1.0, *values), 1.1 * max(1.0, *values))
-        drawn.append(View(choices=(name,), panels=_panels(curves, palette, _over_share, "value", axis, domain)))
+        drawn.append(_view((name,), curves, palette, _over_share, axis, domain))
         everything += curves
     return Figure(name="speed", keys=palette.keys(everything), views=tuple(drawn))
 
@@ -258,9 +266,7 @@ def recovery_figure(views: Mapping[str, Sequence[Series]], palette: Palette) -> 
     """
     if many_recoveries(views):
         return _recoveries_by_recipe(views)
-    drawn = [
-        View(choices=(name,), panels=_recovery_panels(name, curves, curves, palette)) for name, curves in views.items()
-    ]
+    drawn = [_recovery_view((name,), curves, palette) for name, curves in views.items()]
     everything = [curve for curves in views.values() for curve in curves]
     return Figure(name="recovery", keys=palette.keys(everything), views=tuple(drawn))
 
@@ -270,18 +276,16 @@ def many_recoveries(views: Mapping[str, Sequence[Series]]) -> bool:
     return any(most_lines(curves) > MOST_LINES or len(by_measure(curves)) > 1 for curves in views.values())
 
 
-def _recovery_panels(
-    name: str, curves: Sequence[Series], all_curves: Sequence[Series], palette: Palette
-) -> tuple[Panel, ...]:
-    """Panels of `curves` on the axes that all of a metric's curves share."""
-    everything = [cut for curve in all_curves for cut in curve.cuts]
-    if name == "Loss":
+def _recovery_view(choices: tuple[str, ...], curves: Sequence[Series], palette: Palette, note: str = "") -> View:
+    """One metric, the first of the choices, over recovery tokens."""
+    everything = [cut for curve in curves for cut in curve.cuts]
+    if choices[0] == "Loss":
         axis = _Axis(title="Loss, nats a token", format=".2f")
         domain = min(min(c.low, c.base) for c in everything), max(max(c.high, c.base) for c in everything)
     else:
-        axis = _Axis(title="Facts known, top-1" if name.startswith("Facts") else "Accuracy", format=".0%")
+        axis = _Axis(title="Facts known, top-1" if choices[0].startswith("Facts") else "Accuracy", format=".0%")
         domain = (0.0, 1.0)
-    return _panels(curves, palette, _over_tokens, "value", axis, domain)
+    return _view(choices, curves, palette, _over_tokens, axis, domain, note=note)
 
 
 def _recoveries_by_recipe(views: Mapping[str, Sequence[Series]]) -> Figure:
@@ -309,8 +313,7 @@ def _recoveries_by_recipe(views: Mapping[str, Sequence[Series]]) -> Figure:
                 note = f"Measured on {', '.join(measured)}."
                 note += f" Trained on {corpus}." if corpus else ""
                 note += f" Left out: {left} lines of other test corpora or amounts between these." if left else ""
-                panels = _recovery_panels(name, lines, lines, palette)
-                drawn.append(View(choices=(name, recipe, corpora[corpus]), panels=panels, note=note))
+                drawn.append(_recovery_view((name, recipe, corpora[corpus]), lines, palette, note))
                 everything += lines
     return Figure(
         name="recovery",
@@ -457,54 +460,85 @@ _TOOLTIP = (
 )
 
 
-def _panels(
+def _view(
+    choices: tuple[str, ...],
     curves: Sequence[Series],
     palette: Palette,
     over: _XScale,
-    field_: str,
     axis: _Axis,
     domain: tuple[float, float],
+    *,
     chances: Mapping[Setting, float] | None = None,
-) -> tuple[Panel, ...]:
-    """One chart for each setting, all on the same axes so that they can be compared."""
+    note: str = "",
+) -> View:
+    """One chart for each setting, all on the same axes so that they can be compared.
+
+    A logarithmic axis is of the rise over the dense model, any other of the values themselves.
+    """
     place, x, x_domain = over(curves)
-    names = panel_names(curve.setting for curve in curves)
     panels: list[Panel] = []
-    for setting, title in names.items():
-        mine = [curve for curve in curves if curve.setting == setting]
-        chance = (chances or {}).get(setting)
-        spec = _chart(setting, mine, palette, place, x, x_domain, field_, axis, domain, chance)
-        panels.append(Panel(title=title, spec=spec))
-    return tuple(panels)
+    by_setting = {
+        setting: [curve for curve in curves if curve.setting == setting]
+        for setting in dict.fromkeys(c.setting for c in curves)
+    }
+    spread_out = any(cut.low < cut.high for curve in curves for cut in curve.cuts)
+    for setting, title in panel_names(by_setting).items():
+        mine = by_setting[setting]
+        references = {} if axis.logarithmic else {"dense": mine[0].cuts[0].base}
+        references |= {"chance": chances[setting]} if chances and setting in chances else {}
+        data: dict[str, Sequence[Mapping[str, Any]]] = {
+            name: [{"x": x_domain[1], "base": value, "text": f"{name} {_reference_text(value, axis)}"}]
+            for name, value in references.items()
+        }
+        rows, common = _rows(mine, place, axis, domain, spread_out=spread_out)
+        panels.append(Panel(title=title, data={"cuts": rows, **data}, common=common))
+    return View(
+        choices=choices,
+        spec=_chart(palette.keys(curves), panels, x, axis, domain, spread_out=spread_out),
+        panels=tuple(panels),
+        note=note,
+    )
 
 
-def _chart(
-    setting: Setting,
+def _rows(
     curves: Sequence[Series],
-    palette: Palette,
     place: Callable[[Cut], float],
-    x: alt.X,
-    x_domain: tuple[float, float],
-    field_: str,
     axis: _Axis,
     domain: tuple[float, float],
-    chance: float | None,
-) -> dict[str, Any]:
-    keys = palette.keys(curves)
+    *,
+    spread_out: bool,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The marks of a panel, and what they have in common of what a tooltip says."""
     rows = [
-        _row(cut, curve, place(cut), cut.base if field_ == "rise" else 0.0) for curve in curves for cut in curve.cuts
+        _row(cut, curve, place(cut), cut.base if axis.logarithmic else 0.0) for curve in curves for cut in curve.cuts
     ]
     if axis.logarithmic:
         rows = [row for row in rows if row["value"] > LEAST_DAMAGE]
         for row in rows:
             row["low"] = max(row["low"], domain[0])
-    spread_out = any(row["low"] < row["high"] for row in rows)
-    names = [name for name in _TOOLTIP if any(name in row for row in rows)]
-    # What all rows of a panel share is written once.
-    common = {name: rows[0][name] for name in names if all(name in row and row[name] == rows[0][name] for row in rows)}
+    common = {
+        name: rows[0][name]
+        for name in _TOOLTIP
+        if rows and all(name in row and row[name] == rows[0][name] for row in rows)
+    }
     dropped = set(common) if spread_out else {*common, "low", "high"}
-    rows = [{name: value for name, value in row.items() if name not in dropped} for row in rows]
-    base = curves[0].cuts[0].base
+    return [{name: value for name, value in row.items() if name not in dropped} for row in rows], common
+
+
+def _reference_text(value: float, axis: _Axis) -> str:
+    return share(value) if axis.format.endswith("%") else f"{value:.3f}"
+
+
+def _chart(
+    keys: Sequence[Key],
+    panels: Sequence[Panel],
+    x: alt.X,
+    axis: _Axis,
+    domain: tuple[float, float],
+    *,
+    spread_out: bool,
+) -> dict[str, Any]:
+    """The specification that some panels share: their data sets are named in it and given by each."""
     pad = 0.08 * (domain[1] - domain[0])  # room for the dense model's label
     scale = (
         alt.Scale(type="log", domain=[domain[0], domain[1] * 1.15], nice=False)
@@ -512,71 +546,46 @@ def _chart(
         else alt.Scale(domain=[domain[0] - (pad if domain[0] else 0), domain[1] + pad], nice=False, zero=False)
     )
     ticks = alt.Axis(format=axis.format, tickCount=5)
-    y = alt.Y("value:Q", title=axis.title, scale=scale, axis=ticks)
+
+    def vertical(name: str) -> alt.Y:
+        return alt.Y(f"{name}:Q", title=axis.title, scale=scale, axis=ticks)
+
+    labels = [key.label for key in keys]
     colour = alt.Color(
         "series:N",
         legend=None,
         # The range is the theme's: one colour for each place in the palette, in order, repeated if need be.
-        scale=alt.Scale(domain=[key.label for key in keys], range=[f"{{colour:{key.colour}}}" for key in keys]),
+        scale=alt.Scale(domain=labels, range=[f"{{colour:{key.colour}}}" for key in keys]),
     )
-    shape = alt.Shape(
-        "series:N",
-        legend=None,
-        scale=alt.Scale(domain=[key.label for key in keys], range=[key.shape for key in keys]),
-    )
-    shown = alt.param(name="shown", value=[key.label for key in keys])
-    visible = "indexof(shown, datum.series) >= 0"
-    data = alt.Chart(alt.InlineData(values=rows)).transform_filter(visible)
-    if common:
-        data = data.transform_calculate(**{name: json.dumps(value) for name, value in common.items()})
-    tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in names]
-    order = alt.Order("x:Q")
-    spread = data.mark_rule(clip=True, strokeWidth=1.5, opacity=0.5).encode(
-        x=x, y=alt.Y("low:Q", title=axis.title, scale=scale, axis=ticks), y2="high:Q", color=colour
-    )
+    shape = alt.Shape("series:N", legend=None, scale=alt.Scale(domain=labels, range=[key.shape for key in keys]))
     dash = alt.StrokeDash(
         "series:N",
         legend=None,
-        scale=alt.Scale(domain=[key.label for key in keys], range=[[5, 3] if key.dashed else [1, 0] for key in keys]),
+        scale=alt.Scale(domain=labels, range=[[5, 3] if key.dashed else [1, 0] for key in keys]),
     )
-    line = data.mark_line(clip=True, strokeWidth=1.8).encode(x=x, y=y, color=colour, strokeDash=dash, order=order)
+    said = {name for panel in panels for row in (panel.common, *panel.data["cuts"]) for name in row}
+    tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in _TOOLTIP if name in said]
+    data = alt.Chart(alt.NamedData(name="cuts")).transform_filter("indexof(shown, datum.series) >= 0")
+    line = data.mark_line(clip=True, strokeWidth=1.8).encode(
+        x=x, y=vertical("value"), color=colour, strokeDash=dash, order="x:Q"
+    )
+    spread = data.mark_rule(clip=True, strokeWidth=1.5, opacity=0.5).encode(
+        x=x, y=vertical("low"), y2="high:Q", color=colour
+    )
     points = data.mark_point(filled=True, size=52, opacity=1, clip=True).encode(
-        x=x, y=y, color=colour, shape=shape, tooltip=tooltip
+        x=x, y=vertical("value"), color=colour, shape=shape, tooltip=tooltip
     )
     layers: list[alt.Chart] = [line, spread, points] if spread_out else [line, points]
-    if chance is not None:
-        layers = [*_reference(chance, "chance", setting, x_domain, x, scale, axis, ticks), *layers]
-    if not axis.logarithmic:
-        layers = [*_reference(base, "dense", setting, x_domain, x, scale, axis, ticks), *layers]
-    chart = (
-        alt.layer(*layers)
-        .add_params(shown)
-        .properties(width="container", height=HEIGHT, description=f"{axis.title} of {setting.model} by method")
-    )
-    return chart.to_dict()
+    for name in ("dense", "chance"):
+        if any(name in panel.data for panel in panels):
+            layers = [*_reference(name, x, vertical("base"), axis), *layers]
+    chart = alt.layer(*layers).add_params(alt.param(name="shown", value=labels))
+    return chart.properties(width="container", height=HEIGHT, description=f"{axis.title}, by method").to_dict()
 
 
-def _reference(
-    value: float,
-    name: str,
-    setting: Setting,
-    x_domain: tuple[float, float],
-    x: alt.X,
-    scale: alt.Scale,
-    axis: _Axis,
-    ticks: alt.Axis,
-) -> list[alt.Chart]:
+def _reference(name: str, x: alt.X, y: alt.Y, axis: _Axis) -> list[alt.Chart]:
     """A value to compare with, such as the dense model's, as a dashed line with its number at the right end."""
-    text = share(value) if axis.format.endswith("%") else f"{value:.3f}"
-    row = {
-        "x": x_domain[1],
-        "base": value,
-        "text": f"{name} {text}",
-        "model": setting.model,
-        "protocol": setting.protocol,
-    }
-    data = alt.Chart(alt.InlineData(values=[row]))
-    y = alt.Y("base:Q", title=axis.title, scale=scale, axis=ticks)
+    data = alt.Chart(alt.NamedData(name=name))
     rule = data.mark_rule(strokeDash=[4, 4], strokeWidth=1.2, style="reference").encode(y=y)
     # On the side where no curve runs: above the dense model's scores, below its losses and below chance.
     above = axis.format.endswith("%") and name == "dense"

@@ -33,6 +33,7 @@ from mariotte.report.series import (
     corpus_of,
     cuts,
     kind_of,
+    own_metrics,
     recoveries,
     series,
     setting_of,
@@ -47,7 +48,7 @@ ALLOWANCE = 0.05
 """Relative rise of the loss that headline and laws answer for."""
 
 MOST_TASKS = 12
-"""Tasks that the page draws; the table and the store have all; chosen by us."""
+"""Tasks that the page draws beside their mean; the table has all; chosen by us."""
 
 MOST_LAWS = 2
 """Measures whose laws are told in full; of more there is a summary, and the rest is folded away; chosen by us."""
@@ -198,6 +199,7 @@ def _sections(
             short="Headline",
             tables=tables.allowance_tables(records, main),
         ),
+        *_claim_sections(records, papers),
         Section(
             name="run",
             title="What was run",
@@ -215,7 +217,7 @@ def _sections(
             name="numbers",
             title="All numbers",
             short="Numbers",
-            tables=[t for t in (tables.cut_table(losses, facts), tables.other_table(records)) if t],
+            tables=[t for t in (tables.cut_table(losses, facts), *tables.other_tables(records)) if t],
         ),
         Section(
             name="cost",
@@ -230,7 +232,6 @@ def _sections(
             text="Numbers are comparable only under one protocol; those of different protocols are never pooled here.",
             tables=[t for t in (tables.protocol_table(records), tables.environment_table(records)) if t],
         ),
-        *_claim_sections(records, papers),
         Section(name="notes", title="Read with care", short="Notes", notes=_notes(records, failures, laws)),
     ]
     return [s for s in found if s is not None and (s.figure or s.tables or s.lines or s.notes)]
@@ -314,10 +315,9 @@ def _facts_section(
 
 
 def _task_metrics(records: Sequence[Record]) -> list[str]:
-    """The metrics of tasks, their mean first; standard errors are none."""
-    names = {name for record in records if kind_of(record.measure) == "tasks" for name in record.metrics}
-    own = {name for name in names if name.removesuffix("_se") == name or name.removesuffix("_se") not in names}
-    return [*(["accuracy"] if "accuracy" in own else []), *sorted(own - {"accuracy"})]
+    """The metrics of tasks, their mean first."""
+    names = own_metrics(record for record in records if kind_of(record.measure) == "tasks")
+    return sorted(names, key=lambda name: name != "accuracy")
 
 
 _MEAN = "Mean of the tasks"
@@ -367,7 +367,7 @@ def _chances(records: Sequence[Record]) -> dict[tuple[Setting, str], float]:
 
 
 def _speed_section(fast: Mapping[str, Sequence[Cut]], palette: Palette) -> Section | None:
-    views = {part: [*_split(found)[0], *_split(found)[1]] for part, found in fast.items()}
+    views = {part: series(found) for part, found in fast.items()}
     if not any(figures.reducing(curves) for curves in views.values()):
         return None
     table = tables.speed_table(fast)

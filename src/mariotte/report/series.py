@@ -116,6 +116,12 @@ def corpus_of(measure: str) -> str:
     return measure.partition(":")[2].partition("(")[0].strip()
 
 
+def own_metrics(records: Iterable[Record]) -> list[str]:
+    """Names of the metrics of some records, in order, without those that are the standard error of another."""
+    names = {name for record in records for name in record.metrics}
+    return sorted(name for name in names if not (name.endswith("_se") and name.removesuffix("_se") in names))
+
+
 def setting_of(record: Record) -> Setting:
     """Model, measure and protocol of a record."""
     return Setting(

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mariotte.chain import print_number
-from mariotte.report.claim import Claim
+from mariotte.report.claim import Claim, Verdict
 from mariotte.report.lawtable import FittedLaw, LawReport
 from mariotte.report.series import (
+    DENSE,
     Cut,
     Setting,
     corpus_of,
     cuts,
     flatten,
     is_dense,
+    kind_of,
+    own_metrics,
     quantity,
     recipe_of,
     repairs,
@@ -46,11 +49,12 @@ DASH = "\u2013"
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Text of a cell, a smaller second line, and whether it is to be stressed."""
+    """Text of a cell, a smaller second line, whether it is stressed, and a badge's class (``yes``, ``no`` ...)."""
 
     text: str
     below: str = ""
     strong: bool = False
+    badge: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +67,14 @@ class Table:
     rows : as many cells as columns
     caption : a sentence above, or empty
     fold : heading under which the table is folded away, or empty to show it
+    prose : cells are sentences: on narrow screens they stand below one another instead of beside
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str = ""
     fold: str = ""
+    prose: bool = False
 
 
 def _row(*cells: str | Cell) -> tuple[Cell, ...]:
@@ -225,9 +231,9 @@ def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
     alone = [cut for key, cut in known.items() if key not in measured]
     rows: list[tuple[Cell, ...]] = []
     for loss, fact in shown[:MOST_ROWS]:
-        rows.append(_row(*_cut_cells(loss, loss, fact), *([_fact_cell(fact), _dense_fact(fact)] if facts else [])))
+        rows.append(_row(*_cut_cells(loss, loss), *([_fact_cell(fact), _dense_fact(fact)] if facts else [])))
     for fact in alone[: MOST_ROWS - len(rows)]:
-        rows.append(_row(*_cut_cells(fact, None, fact), _fact_cell(fact), _dense_fact(fact)))
+        rows.append(_row(*_cut_cells(fact, None), _fact_cell(fact), _dense_fact(fact)))
     columns = ("Model", "Chain", "#Removed", "#Loss", "#Dense", "#Change")
     if facts:
         columns += ("#Facts", "#Dense")
@@ -238,8 +244,7 @@ def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
     return Table(columns=columns, rows=tuple(rows), caption=caption, fold=f"All {total:,} cuts in numbers")
 
 
-def _cut_cells(cut: Cut, loss: Cut | None, fact: Cut | None) -> list[str | Cell]:
-    del fact
+def _cut_cells(cut: Cut, loss: Cut | None) -> list[str | Cell]:
     where = f"{corpus_of(cut.setting.measure) or cut.setting.measure} · {cut.setting.protocol}"
     seeds = f"seed{'s' if len(cut.seeds) > 1 else ''} {span(cut.seeds)}"
     removed = Cell(text=share(cut.removed, 1), below="zeroed" if cut.zeroed > 0.5 * abs(cut.removed) > 0 else "")
@@ -339,40 +344,41 @@ def speed_table(parts: Mapping[str, Sequence[Cut]]) -> Table | None:
     return Table(columns=("Method", *columns), rows=tuple(rows), caption=caption) if rows else None
 
 
-def other_table(records: Sequence[Record]) -> Table | None:
-    """Measures that have no section of their own: every metric with its dense value."""
-    from mariotte.report.series import kind_of
-
-    groups: dict[tuple[Setting, str], list[Record]] = defaultdict(list)
+def other_tables(records: Sequence[Record]) -> list[Table]:
+    """Every metric of the measures other than loss and knowledge: a table for each, a row for each chain."""
+    groups: dict[str, dict[Setting, dict[str, list[Record]]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if kind_of(record.measure) not in ("loss", "knowledge"):
-            groups[setting_of(record), record.chain].append(record)
-    if not groups:
-        return None
+            groups[record.measure][setting_of(record)].setdefault(record.chain, []).append(record)
+    return [_other_table(measure, by_setting) for measure, by_setting in sorted(groups.items())]
+
+
+def _other_table(measure: str, groups: Mapping[Setting, Mapping[str, Sequence[Record]]]) -> Table:
+    names = own_metrics(record for chains in groups.values() for group in chains.values() for record in group)
     rows: list[tuple[Cell, ...]] = []
-    for (setting, chain), group in groups.items():
-        if len(rows) >= MOST_ROWS:
-            break
-        names = {name for record in group for name in record.metrics}
-        for metric in sorted(names - {f"{name}_se" for name in names}):  # a standard error is no metric of its own
-            values = [record.metrics[metric] for record in group if metric in record.metrics]
-            base = [record.base[metric] for record in group if metric in record.base]
-            rows.append(
-                _row(
-                    Cell(text=setting.model, below=f"{setting.measure} · {setting.protocol}"),
-                    Cell(text=chain, below=f"seeds {span(record.seed for record in group)}"),
-                    metric,
-                    f"{statistics.fmean(values):.4g}",
-                    f"{statistics.fmean(base):.4g}" if base else "",
-                )
-            )
-    measures = sorted({kind_of(setting.measure) for setting, _ in groups})
+    for setting, chains in groups.items():
+        model = Cell(text=setting.model, below=setting.protocol)
+        dense = [record.base for group in chains.values() for record in group]
+        rows.append(_row(model, Cell(text=DENSE, strong=True), "", *(_mean_cell(dense, name) for name in names)))
+        for chain, group in chains.items():
+            if not is_dense(group[0]):
+                found = [record.metrics for record in group]
+                seeds = span(record.seed for record in group)
+                rows.append(_row(model, chain, seeds, *(_mean_cell(found, name) for name in names)))
+    caption = "Means over seeds; the dense model stands first. Standard errors are in the store."
+    if len(rows) > MOST_ROWS:
+        caption += f" The first {MOST_ROWS:,} of {len(rows):,} rows; `mariotte export` writes them all."
     return Table(
-        columns=("Model", "Chain", "Metric", "#Mean", "#Dense"),
-        rows=tuple(rows),
-        caption=f"The first {len(rows):,} rows; `mariotte export` writes them all." if len(rows) >= MOST_ROWS else "",
-        fold=f"Other measures: {', '.join(measures)}",
+        columns=("Model", "Chain", "#Seeds", *(f"#{name.replace('_', ' ')}" for name in names)),
+        rows=tuple(rows[:MOST_ROWS]),
+        caption=caption,
+        fold=f"All numbers of {measure}",
     )
+
+
+def _mean_cell(found: Sequence[Mapping[str, float]], name: str) -> str:
+    values = [metrics[name] for metrics in found if name in metrics]
+    return f"{statistics.fmean(values):.4g}".replace("-", MINUS) if values else ""
 
 
 def relation_tables(records: Sequence[Record], main_hash: str | None) -> Table | None:
@@ -611,14 +617,16 @@ def protocol_table(records: Sequence[Record]) -> Table:
     return Table(columns=("Protocol", "Measure and models", "Settings"), rows=rows, fold="Protocols")
 
 
+BADGES: Mapping[Verdict, str] = {"holds": "yes", "does not hold": "no"}
+"""Verdicts that have a colour; the others leave the question open."""
+
+
 def claim_table(claims: Sequence[Claim]) -> Table:
-    """What a paper says, our statistic, and whether it holds."""
+    """What a paper says, whether it holds, and our statistic."""
     return Table(
-        columns=("The paper says", "Here", "Verdict"),
-        rows=tuple(_row(c.sentence, c.statistic, Cell(text=c.verdict, strong=True)) for c in claims),
+        columns=("The paper says", "Verdict", "These models say"),
+        rows=tuple(
+            _row(c.sentence, Cell(text=c.verdict, badge=BADGES.get(c.verdict, "open")), c.statistic) for c in claims
+        ),
+        prose=True,
     )
-
-
-def has_dense(records: Iterable[Record]) -> bool:
-    """Whether the dense model itself was measured."""
-    return any(is_dense(record) for record in records)

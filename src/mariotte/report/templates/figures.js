@@ -32,6 +32,12 @@
     );
   }
 
+  // What all rows of a panel share is written once.
+  function filled(spec, { title, data, common }) {
+    const cuts = data.cuts.map((row) => ({ ...common, ...row }));
+    return { ...spec, description: `${title}: ${spec.description}`, datasets: { dense: [], chance: [], ...data, cuts } };
+  }
+
   function figure(element) {
     const data = JSON.parse(document.getElementById(`data-${element.dataset.figure}`).textContent);
     const panels = element.querySelector(".panels");
@@ -41,15 +47,23 @@
     const hidden = new Set();
     let current = 0;
     let drawn = [];
+    let turn = 0;
 
     const shown = () => keys.map((key) => key.dataset.key).filter((name) => !hidden.has(name));
 
+    function showSomething() {
+      if (keys.every((key) => key.hidden || hidden.has(key.dataset.key))) hidden.clear();
+      keys.forEach((key) => key.setAttribute("aria-pressed", String(!hidden.has(key.dataset.key))));
+    }
+
     async function draw() {
+      const mine = ++turn; // a button may be pressed while an earlier view is still being drawn
       drawn.forEach((result) => result.finalize());
       drawn = [];
       const view = data.views[current];
-      const present = new Set(view.panels.flatMap((panel) => panel.spec.params.find((p) => p.name === "shown").value));
+      const present = new Set(view.spec.params.find((p) => p.name === "shown").value);
       keys.forEach((key) => (key.hidden = !present.has(key.dataset.key)));
+      showSomething();
       note.textContent = view.note;
       note.hidden = !view.note;
       panels.replaceChildren();
@@ -63,7 +77,7 @@
         return plot;
       });
       for (const [i, panel] of view.panels.entries()) {
-        const result = await vegaEmbed(places[i], coloured(panel.spec), {
+        const result = await vegaEmbed(places[i], filled(coloured(view.spec), panel), {
           renderer: "svg",
           ast: true, // expressions are interpreted: the page forbids eval
           config: theme(),
@@ -71,9 +85,11 @@
           actions: { export: true, source: false, compiled: false, editor: false },
           downloadFileName: `${element.dataset.figure}-${panel.title.replace(/[^\w.-]+/g, "-")}`,
         });
+        if (mine !== turn) return result.finalize();
         drawn.push(result);
         if (hidden.size) await result.view.signal("shown", shown()).runAsync();
       }
+      element.dataset.drawn = view.choices.join(" | ");
     }
 
     // Of the views that give this answer, the one that shares most answers with the view on the screen.
@@ -92,8 +108,7 @@
       key.addEventListener("click", () => {
         const name = key.dataset.key;
         if (!hidden.delete(name)) hidden.add(name);
-        if (keys.every((k) => k.hidden || hidden.has(k.dataset.key))) hidden.clear();
-        keys.forEach((k) => k.setAttribute("aria-pressed", String(!hidden.has(k.dataset.key))));
+        showSomething();
         drawn.forEach((result) => result.view.signal("shown", shown()).runAsync());
       }),
     );
