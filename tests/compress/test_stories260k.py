@@ -1,4 +1,4 @@
-"""A real model: what slice and ffn may cost stories260K, by the protocol of benchmarks/stories260k.py."""
+"""A real model: what methods may cost stories260K, by the protocol of benchmarks/stories260k.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.slice import Slice
+from mariotte.compress.methods.slicegpt import SliceGPT
+from mariotte.compress.surgery import derive
 from mariotte.models.load import load
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, Step, prepare_once
@@ -46,3 +48,23 @@ def test_a_real_model_loses_no_more_than_the_first_trials(real, step: Step, amou
     dense, loss = (float(token_nll(m, test, batch=8).mean()) for m in (model, cut))
     assert dense == pytest.approx(1.766, abs=0.002)
     assert dense < loss < at_most
+
+
+# What microsoft/TransformerCompression made of it, on the same text. It takes the mean out of every embedding.
+@pytest.mark.parametrize(
+    ("amount", "parameters", "published"),
+    [(0.125, 292_864, 2.348), (0.25, 253_824, 3.130), (0.375, 215_936, 3.914), (0.5, 179_200, 4.476)],
+)
+def test_slicegpt_loses_what_the_published_code_loses(real, amount, parameters, published, tmp_path):
+    model, calibration, test = real
+    embedded = model.embeddings.weight.detach()
+    weights = {
+        "model.embed_tokens.weight": embedded - embedded.mean(-1, keepdim=True),
+        "lm_head.weight": model.head.weight,
+    }
+    centred = derive(model, weights, untie=True)
+    context = Context(dense=centred, scratch=tmp_path, calibration=calibration)
+    step = SliceGPT()
+    cut = step.apply(centred, prepare_once(step, centred, context, [amount]), amount, context)
+    assert cut.counts.n_params == cut.measured_params() == parameters
+    assert float(token_nll(cut, test, batch=8).mean()) == pytest.approx(published, rel=0.005)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mariotte.compress import METHODS
-from mariotte.errors import ChainError, DataError
-from mariotte.models.step import Context, Prepared, apply_at, own_amount, prepare_once
+from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.models.step import Context, Prepared, apply_at, not_finite, own_amount, prepare_once
 from mariotte.recover import RECOVERIES
 from mariotte.testing.tiny import random_tokens, tiny
 
@@ -23,6 +23,20 @@ def test_a_folder_without_a_manifest_is_no_result(tmp_path: Path) -> None:
     assert torch.equal(found.get("block-0")["x"], torch.ones(2))
     assert "block-0" in found
     assert "block-1" not in found
+
+
+def test_a_damaged_preparation_is_made_anew_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    prepared = Prepared(tmp_path / "p")
+    prepared.put("block-0", {"x": torch.ones(200)})
+    prepared.finish()
+    file = tmp_path / "p" / "block-0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    found = Prepared.open(tmp_path / "p")
+    assert found is not None
+    with pytest.raises(DataError, match=r"block-0.safetensors is damaged .*: remove the folder .*p and run again"):
+        found.get("block-0")
+    (tmp_path / "p" / "manifest.json").write_text('{"facts": {"ro')
+    assert Prepared.open(tmp_path / "p") is None
 
 
 def test_prepared_once(tmp_path: Path) -> None:
@@ -75,6 +89,29 @@ def test_a_share_of_the_model_is_met_as_nearly_as_the_step_can(tmp_path: Path) -
         wanted = amount * model.counts.n_params
         off = abs(step.removes(model, own_amount(step, model, amount, context)) - wanted)
         assert off <= min(abs(removed - wanted) for removed in reachable) + 1e-6, amount
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_any_work(value: float, tmp_path: Path) -> None:
+    model = tiny("qwen2")
+    with torch.no_grad():
+        model.blocks[1].query.bias[2] = value
+    context = Context(dense=model, scratch=tmp_path / "p", calibration=random_tokens())
+    words = "needs finite weights, and of tiny-qwen2 model.layers.1.self_attn.q_proj.bias holds NaN or infinity: check"
+    for name in METHODS.names():
+        with pytest.raises(ModelError, match=f"{name} {words}"):
+            prepare_once(METHODS.find(name)(), model, context, [0.5])
+    assert context.counters.preparations == 0
+    assert not context.scratch.exists()
+
+
+def test_finite_weights_whose_sum_is_not_are_fine() -> None:
+    model = tiny("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.blocks[0].up.weight.fill_(3e38)
+        model.blocks[0].down.weight[::2] = -3e38
+    assert not model.blocks[0].up.weight.sum().isfinite()
+    assert not_finite(model) is None
 
 
 def test_amounts_that_cannot_be_had_prepare_nothing(tmp_path: Path) -> None:

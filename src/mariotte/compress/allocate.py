@@ -78,7 +78,7 @@ def gather(
         return {}
     if allocation == "influence":
         return {"influence": block_influence(model, context, step)}
-    path = greedy_path(sizes, loss, max(amounts, default=0.0))
+    path = greedy_path(sizes, loss, max(amounts, default=0.0), who=f"{step} on {model.name}")
     return {"path": torch.tensor(path, dtype=torch.int64)}
 
 
@@ -167,6 +167,7 @@ def greedy_path(
     *,
     share: float = SHARE,
     most: float = MOST,
+    who: str = "greedy",
 ) -> list[int]:
     """Blocks in the order in which they give away a share, each time the one whose loss hurts least.
 
@@ -177,6 +178,7 @@ def greedy_path(
     until : mean amount at which the path may end
     share : of a block of mean size, given away at once
     most : at which a block has given all it can
+    who : asks, for errors
 
     Returns
     -------
@@ -202,7 +204,10 @@ def greedy_path(
             candidate[block] += _given(amounts[block], sizes, block, share, most)
         found = float(loss(candidate))
         if not found < float("inf"):
-            raise ModelError(f"the calibration loss of a trial allocation must be finite, got {found}: check the model")
+            raise ModelError(
+                f"{who}: the calibration loss of a trial allocation must be finite, got {found}: "
+                "check the checkpoint, or compute in a wider dtype"
+            )
         return found
 
     here, path, goal = tried(None), list[int](), min(until, most) * sum(sizes)

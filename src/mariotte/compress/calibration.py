@@ -176,9 +176,7 @@ def taylor(
     ----------
     [molchanov2017pruning]_ equation 8, with tokens for positions of a feature map.
     """
-    tokens_NT = tokens_for(context, step)
-    if tokens_NT.shape[1] < 2:
-        raise DataError(f"{step} needs calibration rows of at least 2 tokens, got 1: a loss takes a token and its next")
+    tokens_NT = tokens_for(context, step, predicting=True)
     rows = rows_at_once(tokens_NT, batch)
     seen: dict[str, Tensor] = {}
 
@@ -229,17 +227,23 @@ def watching(
             handle.remove()
 
 
-def tokens_for(context: Context, step: str) -> Tensor:
+def tokens_for(context: Context, step: str, *, predicting: bool = False) -> Tensor:
     """The calibration tokens, (N, T).
+
+    Parameters
+    ----------
+    predicting : whether a loss is measured on them, which takes a token and its next
 
     Raises
     ------
     DataError
-        When there are fewer than two: of one nothing can be told from chance.
+        When there are fewer than two: of one nothing can be told from chance; or, for a loss, rows of one.
     """
     tokens_NT = context.calibration_for(step)
     if tokens_NT.numel() < 2:
         raise DataError(f"{step} needs at least 2 calibration tokens, got {tokens_NT.numel()}: take more text")
+    if predicting and tokens_NT.shape[1] < 2:
+        raise DataError(f"{step} needs calibration rows of at least 2 tokens, got 1: take longer blocks")
     return tokens_NT
 
 

@@ -32,7 +32,10 @@ def neuron_width(model: Model, amount: float, round_to: int | None) -> tuple[int
 def refuse_unequal_widths(model: Model) -> str | None:
     """Why a method that keeps one width cannot work on `model`, or None when it can; as `Step.refuse`."""
     if model.shape.ffns is not None:
-        return "removes the same number of neurons from each block, and the blocks of this model differ in width"
+        return (
+            "removes the same number of neurons from each block, and the blocks of this model differ in width: "
+            "take heads or magnitude"
+        )
     return None
 
 

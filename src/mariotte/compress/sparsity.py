@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte.compress import allocate
-from mariotte.compress.calibration import Means, check_finite, observe
+from mariotte.compress.calibration import Means, observe, tokens_for
 from mariotte.compress.sequential import Walk
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
@@ -65,14 +65,14 @@ class Pattern:
         return self.zeros / self.of
 
     def check_amount(self, step: str, amount: int | float) -> None:
-        """Refuse an amount that is neither nothing nor what the pattern removes.
+        """Refuse an amount that is neither nothing nor what the pattern removes, to the six digits that are advised.
 
         Raises
         ------
         ChainError
             When it is another.
         """
-        if amount and not math.isclose(amount, self.share, rel_tol=1e-6):
+        if amount and not math.isclose(amount, self.share, rel_tol=1e-5):
             raise ChainError(
                 f"{step}: nm={self} sets {self.share:.6g} of the weights to zero, got {amount:.6g}: "
                 f"write {step}@{self.share:.6g}(nm={self}), or leave nm out"
@@ -82,7 +82,10 @@ class Pattern:
         """Why the pattern does not fit into some of the matrices, or None."""
         widths = sorted({matrix.in_features for matrix in matrices if matrix.in_features % self.of})
         if widths:
-            return f"needs input widths that {self.of} divides for nm={self}, and a matrix has {widths[0]}"
+            return (
+                f"needs input widths that {self.of} divides for nm={self}, and a matrix has {widths[0]}: "
+                "leave nm out, or take another scope"
+            )
         return None
 
 
@@ -109,20 +112,6 @@ def readers(block: Block, scope: str) -> dict[str, tuple[nn.Linear, ...]]:
     attention = {"attention": block.attention[:-1], "output": block.attention[-1:]}
     ffn = {"mlp": block.ffn[:-1], "down": block.ffn[-1:]}
     return {**(attention if scope in ("all", "attention") else {}), **(ffn if scope in ("all", "ffn") else {})}
-
-
-def check_weights(model: Model, step: str, scope: str) -> None:
-    """Refuse matrices in scope with weights that are not finite.
-
-    Raises
-    ------
-    ModelError
-        When some are not.
-    """
-    for index, block in enumerate(model.blocks):
-        for part, matrices in readers(block, scope).items():
-            for matrix in matrices:
-                check_finite(matrix.weight, step, f"block-{index} {part}", model, what="weights")
 
 
 def store_statistics(
@@ -255,6 +244,13 @@ class OneShot(Step):
         return None if self.nm is None else Pattern.parse(self.name(), self.nm)
 
     @override
+    def accepted(self, amount: int | float | str | None) -> int | float:
+        checked = super().accepted(amount)
+        if self.pattern is not None:
+            self.pattern.check_amount(self.name(), checked)
+        return checked
+
+    @override
     def refuse(self, model: Model) -> str | None:
         return None if self.pattern is None else self.pattern.refuse(model.matrices(self.scope))
 
@@ -294,8 +290,8 @@ class OneShot(Step):
     @override
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
-        tokens_NT = context.calibration_for(self.name())
-        check_weights(model, self.name(), self.scope)
+        # Asked for also where only `apply` reads it, so that what cannot be done is refused before any work.
+        tokens_NT = tokens_for(context, self.name(), predicting=self.allocation == "greedy")
         prepared, sizes = Prepared(context.scratch), self._sizes(model)
         # The trials of a greedy allocation are not sequential either: the blocks are only compared by them.
         if not self.sequential or self.allocation == "greedy":

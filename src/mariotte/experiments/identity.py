@@ -117,7 +117,7 @@ def resolve_link(link: Link) -> Part:
     """
     kind = find_step(link.name)
     step = settle(kind, link.name, link.fields, scope=link.scope or "")
-    return Part(step, kind.check_amount(link.name, link.amount))
+    return Part(step, step.accepted(link.amount))
 
 
 def resolve(chain: Chain) -> tuple[Part, ...]:

@@ -158,6 +158,7 @@ class MariotteLlamaModel(LlamaModel):
         super().__init__(config)
         self.layers = nn.ModuleList(MariotteLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         _shape_ends_(self, config)
+        self._no_split_modules = {"MariotteLlamaDecoderLayer"}  # and not the blocks that were replaced
         self.post_init()
 
 
@@ -170,6 +171,7 @@ class MariotteQwen2Model(Qwen2Model):
         super().__init__(config)
         self.layers = nn.ModuleList(MariotteQwen2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         _shape_ends_(self, config)
+        self._no_split_modules = {"MariotteQwen2DecoderLayer"}  # and not the blocks that were replaced
         self.post_init()
 
 
@@ -182,6 +184,7 @@ class MariotteLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = MariotteLlamaModel(config)
         self.lm_head = nn.Linear(config.final_size or config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = {"MariotteLlamaDecoderLayer"}  # and not the blocks that were replaced
         self.post_init()
 
 
@@ -194,4 +197,5 @@ class MariotteQwen2ForCausalLM(Qwen2ForCausalLM):
         super().__init__(config)
         self.model = MariotteQwen2Model(config)
         self.lm_head = nn.Linear(config.final_size or config.hidden_size, config.vocab_size, bias=False)
+        self._no_split_modules = {"MariotteQwen2DecoderLayer"}  # and not the blocks that were replaced
         self.post_init()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from mariotte.chain import Link, print_number
-from mariotte.errors import ChainError, DataError
+from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
 
 MANIFEST = "manifest.json"
@@ -100,12 +102,15 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> Prepared | None:
-        """The finished preparation in `folder`, or None."""
+        """The finished preparation in `folder`, or None; a manifest that cannot be read is no manifest."""
         manifest = folder / MANIFEST
         if not manifest.is_file():
             return None
         prepared = cls(folder)
-        stated = json.loads(manifest.read_text(encoding="utf-8"))
+        try:
+            stated = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError:
+            return None
         if not all((folder / name).is_file() for name in stated["files"]):
             return None  # somebody removed a part of it
         prepared.facts = stated["facts"]
@@ -120,8 +125,21 @@ class Prepared:
         temporary.replace(self.folder / f"{key}.safetensors")
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The tensors stored under `key`, on the CPU."""
-        return load_file(self.folder / f"{key}.safetensors")
+        """The tensors stored under `key`, on the CPU.
+
+        Raises
+        ------
+        DataError
+            When the file is damaged.
+        """
+        file = self.folder / f"{key}.safetensors"
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise DataError(
+                f"a prepared file should hold whole tensors, and {file} is damaged ({error}): "
+                f"remove the folder {self.folder} and run again"
+            ) from error
 
     def __contains__(self, key: str) -> bool:
         return (self.folder / f"{key}.safetensors").is_file()
@@ -254,6 +272,16 @@ class Step(ABC):
             raise ChainError(f"{name}: the share of {cls.unit} to remove must be in [0, 1), got {print_number(amount)}")
         return float(amount)
 
+    def accepted(self, amount: int | float | str | None) -> int | float:
+        """The amount, checked against the step's unit and against its fields, before there is a model.
+
+        Raises
+        ------
+        ChainError
+            When it is missing, no number, out of range, or one that the fields rule out.
+        """
+        return self.check_amount(self.name(), amount)
+
     def refuse(self, model: Model) -> str | None:
         """Why this step cannot work on `model`, in a clause after its name, or None when it can."""
         return None
@@ -280,11 +308,26 @@ class Step(ABC):
 
     @abstractmethod
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
-        """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``."""
+        """Do, once per model, everything that no single amount needs alone; write it into ``context.scratch``.
+
+        Called through `prepare_once`, which sees to it that the weights are finite; what comes of them need not be.
+
+        Raises
+        ------
+        DataError
+            When it needs calibration text and there is none or too little.
+        ModelError
+            When activations, gradients or losses are not finite.
+        """
 
     @abstractmethod
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
-        """The model after this step at one amount, with a `Done` in its history; `model` itself stays as it was."""
+        """The model after this step at one amount, with a `Done` in its history; `model` itself stays as it was.
+
+        Parameters
+        ----------
+        amount : in the step's own unit; see `apply_at` for shares of the dense model's parameters
+        """
 
     def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
         """Whether a finished preparation serves these amounts; true for all that prepare for any amount."""
@@ -324,11 +367,28 @@ def own_amount(step: Step, model: Model, amount: int | float, context: Context) 
     return min((0.0, below, above), key=lambda x: (abs(step.removes(model, x) - wanted), x))
 
 
+def not_finite(model: Model) -> str | None:
+    """What of the model is no number, in a clause after a step's name; None when all is."""
+    for path, p in model.hf.named_parameters():
+        # The sum of numbers is a number, unless it overflows: only then is every one of them looked at.
+        if p.is_floating_point() and not math.isfinite(p.detach().sum()) and not p.detach().isfinite().all():
+            return (
+                f"needs finite weights, and of {model.name} {path} holds NaN or infinity: "
+                "check its files, or compute in a wider dtype"
+            )
+    return None
+
+
 def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
     """The preparation in ``context.scratch`` if it is finished and covers `amounts`; else a new one.
 
     Amounts of the dense model's parameters that cannot be had are left out: `apply_at` refuses them, and the others do
     not suffer.
+
+    Raises
+    ------
+    ModelError
+        When weights are not finite: comparing them would rank parts of the model at random.
     """
     possible: list[int | float] = []
     for amount in amounts:
@@ -339,6 +399,8 @@ def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[i
     prepared = Prepared.open(context.scratch)
     if prepared is not None and step.covers(prepared, possible):
         return prepared
+    if reason := not_finite(model):
+        raise ModelError(f"{step.name()} {reason}")
     context.counters.preparations += 1
     return step.prepare(model, context, possible)
 
@@ -367,4 +429,14 @@ def apply_at(step: Step, model: Model, prepared: Prepared, amount: int | float, 
     return found.rewritten(history)
 
 
-__all__ = ["Context", "Counters", "Done", "Prepared", "Step", "apply_at", "own_amount", "prepare_once"]
+__all__ = [
+    "Context",
+    "Counters",
+    "Done",
+    "Prepared",
+    "Step",
+    "apply_at",
+    "not_finite",
+    "own_amount",
+    "prepare_once",
+]

@@ -11,7 +11,7 @@ Subclass it, say which steps on which families, and run pytest::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from mariotte import architectures
 from mariotte.compress import METHODS
-from mariotte.errors import ChainError, DataError
+from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load, quiet_transformers
 from mariotte.models.model import Done, Model
@@ -95,6 +95,39 @@ def with_dead_parts(model: Model) -> Model:
         for parameter in block.up.parameters():
             parameter[5] = 0
     return model
+
+
+@torch.no_grad()
+def overflowing(model: Model) -> Model:
+    """The model with weights that are finite, float32, and activations that are not, from its first attention on."""
+    for matrix in (model.blocks[0].value, model.blocks[0].output):
+        matrix.weight.mul_(1e30)
+    return model
+
+
+def complaint(work: Callable[[], object]) -> MariotteError | None:
+    """What a user is told when something is tried, None when it works."""
+    try:
+        work()
+    except MariotteError as error:
+        return error
+    return None
+
+
+def reads_text(step: Step, model: Model, scratch: Path) -> bool:
+    """Whether a step asks for calibration text when it prepares."""
+    context = replace(context_of(model, scratch), calibration=None)
+    error = complaint(lambda: step.prepare(model, context, amounts(step)))
+    return is_a_sentence(error, step) if isinstance(error, DataError) else False
+
+
+def is_a_sentence(error: MariotteError, step: Step) -> bool:
+    """Whether an error is one line that names the step and ends in what to do; else it fails."""
+    said = str(error)
+    assert said.startswith(step.name()), said
+    assert "\n" not in said
+    assert ": " in said.removeprefix(f"{step.name()}: "), f"{said!r} does not say what to do"
+    return True
 
 
 class MethodConformance:
@@ -269,15 +302,54 @@ class MethodConformance:
                 step.check_amount(step.name(), amount)
         with pytest.raises(ChainError, match=f"{step.name()} has no scope 'nowhere'"):
             replace(step, scope="nowhere")
+
+    def test_too_little_text_is_refused_before_any_work(self, step: Step, family: str, tmp_path: Path) -> None:
         model = tiny(family)
-        context = replace(context_of(model, tmp_path), calibration=None)
-        try:
-            step.prepare(model, context, amounts(step))
-            complaint = step.name()  # it needs no calibration text
-        except DataError as error:
-            complaint = str(error)
-        assert step.name() in complaint
-        assert "\n" not in complaint
+        needed = reads_text(step, model, tmp_path / "none")
+        for rows in (0, 1):
+            context = context_of(model, tmp_path / str(rows), random_tokens(rows, 1))
+            if needed:
+                with pytest.raises(DataError) as raised:
+                    prepare_once(step, model, context, amounts(step))
+                assert is_a_sentence(raised.value, step)
+                assert not context.scratch.exists()
+            else:
+                cut = step.apply(model, prepare_once(step, model, context, amounts(step)), middle(step), context)
+                assert bool(logits(cut).isfinite().all())
+        # Rows of one token each are enough for moments, but not for a loss.
+        error = complaint(lambda: run(step, model, middle(step), tmp_path / "rows", random_tokens(8, 1)))
+        assert error is None or (isinstance(error, DataError) and is_a_sentence(error, step))
+
+    def test_numbers_that_are_not_finite_are_refused(self, step: Step, family: str, tmp_path: Path) -> None:
+        for part, value in enumerate((math.nan, math.inf, -math.inf, math.nan)):
+            model = tiny(family)
+            module = (model.embeddings, model.blocks[-1].down, model.final_norm, model.head)[part]
+            cast(Tensor, module.weight).detach().view(-1)[3] = value
+            context = context_of(model, tmp_path / str(part))
+            with pytest.raises(ModelError, match=f"tiny-{family} .*weight holds NaN or infinity: ") as raised:
+                prepare_once(step, model, context, amounts(step))
+            assert is_a_sentence(raised.value, step)
+            assert not context.scratch.exists()
+        model = overflowing(tiny(family))
+        if reads_text(step, tiny(family), tmp_path / "reads"):
+            with pytest.raises(ModelError, match=rf"tiny-{family}.*: check the checkpoint") as raised:
+                run(step, model, middle(step), tmp_path / "activations")
+            assert is_a_sentence(raised.value, step)
+        else:
+            assert run(step, model, middle(step), tmp_path / "activations").done
+
+    def test_the_largest_amount_leaves_a_model_that_runs(self, step: Step, family: str, tmp_path: Path) -> None:
+        if step.unit == "bits":
+            pytest.skip("bits have a least number of their own")
+        for name, model in (
+            ("usual", tiny(family)),
+            ("smallest", tiny(family, layers=1, hidden=8, heads=1, kv_heads=1, ffn=16)),
+        ):
+            cut = run(step, model, 1 - 1e-9, tmp_path / name)
+            shape = cut.shape
+            assert min(shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.ffn) >= 1
+            assert bool(logits(cut).isfinite().all())
+            assert load(checkpoint.save(cut, tmp_path / f"saved {name}")).shape == shape
 
     def test_its_name_finds_it_and_its_link_is_canonical(self, step: Step, family: str) -> None:
         assert METHODS.find(step.name()) is type(step)

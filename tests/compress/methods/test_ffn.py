@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ import torch
 
 from mariotte.compress.calibration import taylor
 from mariotte.compress.methods.ffn import FFN, obs_order
+from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of, logits
+from mariotte.testing.methods import MethodConformance, cases, context_of, logits, overflowing
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 VARIANTS = [FFN(criterion="wanda"), FFN(criterion="taylor"), FFN(sequential=True), FFN(sequential=True, correct=0.0)]
@@ -274,22 +274,23 @@ def test_sequential_serves_every_criterion(criterion, compensate, tmp_path):
     assert weights_hash(model) == before
 
 
-def test_weights_and_activations_that_are_not_finite_are_refused(tmp_path):
-    for step in (FFN(), FFN(criterion="norm", compensate=False), FFN(sequential=True)):
-        model = tiny("llama")
-        with torch.no_grad():
-            model.blocks[1].down.weight[0, 0] = torch.nan
-        with pytest.raises(ModelError, match="ffn found weights that are not finite in block-1 of tiny-llama: check"):
-            cut(step, model, 0.5, tmp_path / str(step.link()) / "weights")
-        model = tiny("llama")
-        with torch.no_grad():
-            model.embeddings.weight.fill_(torch.inf)
-        if step.criterion != "norm":
-            with pytest.raises(ModelError, match="ffn found activations that are not finite in block-0"):
-                cut(step, model, 0.5, tmp_path / str(step.link()) / "activations")
-        if step.compensate:
-            with pytest.raises(DataError, match="ffn needs at least 2 calibration tokens, got 1"):
-                cut(replace(step), tiny("llama"), 0.5, tmp_path / str(step.link()) / "one", random_tokens(1, 1))
+@pytest.mark.parametrize("step", [FFN(), FFN(criterion="activation"), FFN(criterion="taylor"), FFN(sequential=True)])
+def test_activations_that_are_not_finite_and_single_tokens_are_refused(step, tmp_path):
+    with pytest.raises(ModelError, match=r"ffn found activations.* that are not finite in block-0 of tiny-llama"):
+        cut(step, overflowing(tiny("llama")), 0.5, tmp_path / "activations")
+    with pytest.raises(DataError, match="ffn needs at least 2 calibration tokens, got 1"):
+        cut(step, tiny("llama"), 0.5, tmp_path / "one", random_tokens(1, 1))
+
+
+@torch.no_grad()
+def test_blocks_of_unequal_width_are_refused():
+    model = tiny("llama")
+    weights = {"model.layers.0.mlp.down_proj.weight": model.blocks[0].down.weight[:, :40]}
+    for name in ("gate", "up"):
+        weights[f"model.layers.0.mlp.{name}_proj.weight"] = getattr(model.blocks[0], name).weight[:40]
+    uneven = derive(model, weights, {"ffn_sizes": [40, 48]}, irregular=True)
+    assert "the blocks of this model differ in width" in (FFN().refuse(uneven) or "")
+    assert FFN().refuse(model) is None
 
 
 @pytest.mark.parametrize(

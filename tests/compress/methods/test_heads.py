@@ -22,7 +22,7 @@ from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of, logits
+from mariotte.testing.methods import MethodConformance, cases, context_of, logits, overflowing, run
 from mariotte.testing.tiny import random_tokens, tiny
 
 
@@ -280,14 +280,17 @@ def test_impossible_requests_are_refused_in_a_sentence(tmp_path):
             Heads(criterion=criterion).prepare(model, single, [0.5])
 
 
-@pytest.mark.parametrize("criterion", ["obs", "norm", "taylor"])
-@pytest.mark.parametrize("where", ["value", "output"])
-def test_weights_that_are_not_finite_are_refused(criterion, where, tmp_path):
-    model = tiny("llama")
-    with torch.no_grad():
-        getattr(model.blocks[-1], where).weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match=r"heads found .* not finite .* of tiny-llama"):
-        Heads(criterion=criterion).prepare(model, context_of(model, tmp_path), [0.5])
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (Heads(), "activations that are not finite in block-1"),
+        (Heads(criterion="norm", compensate=False), "activations that are not finite in block-1"),
+        (Heads(criterion="taylor"), "gradients that are not finite in block-0"),
+    ],
+)
+def test_activations_and_gradients_that_are_not_finite_are_refused(step, words, tmp_path):
+    with pytest.raises(ModelError, match=rf"heads found {words} of tiny-llama: check the checkpoint"):
+        run(step, overflowing(tiny("llama")), 0.5, tmp_path)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mariotte.compress.methods.magnitude import Magnitude, smallest
-from mariotte.errors import ChainError, DataError
+from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.step import Context, prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of
-from mariotte.testing.tiny import tiny, weights_hash
+from mariotte.testing.methods import MethodConformance, cases, context_of, overflowing
+from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 
 def test_smallest_by_hand():
@@ -35,8 +35,8 @@ def test_smallest_equals_a_stable_sort(dtype):
         assert torch.equal(found, expected), count
 
 
-def cut(step, model, amount, folder):
-    context = context_of(model, folder)
+def cut(step, model, amount, folder, tokens=None):
+    context = context_of(model, folder, tokens)
     return step.apply(model, prepare_once(step, model, context, [amount]), amount, context)
 
 
@@ -137,6 +137,14 @@ def test_allocations_that_cannot_be_are_refused(tmp_path):
         step = Magnitude(per="layer", allocation=allocation)
         with pytest.raises(DataError, match="magnitude needs calibration text"):
             step.prepare(model, Context(dense=model, scratch=tmp_path), [0.5])
+
+
+def test_a_loss_that_cannot_be_measured_is_refused(tmp_path):
+    step = Magnitude(per="layer", allocation="greedy")
+    with pytest.raises(DataError, match="magnitude needs calibration rows of at least 2 tokens, got 1: take longer"):
+        cut(step, tiny("llama"), 0.5, tmp_path / "a", random_tokens(8, 1))
+    with pytest.raises(ModelError, match=r"magnitude on tiny-llama: the calibration loss .* must be finite, got nan:"):
+        cut(step, overflowing(tiny("llama")), 0.5, tmp_path / "b")
 
 
 @pytest.mark.parametrize(

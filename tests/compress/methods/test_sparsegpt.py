@@ -8,10 +8,10 @@ import torch
 
 from mariotte.compress.methods.sparsegpt import SparseGPT, count, sparsegpt
 from mariotte.compress.sparsity import Pattern
-from mariotte.errors import ChainError, ModelError
+from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of
-from mariotte.testing.tiny import tiny
+from mariotte.testing.methods import MethodConformance, cases, context_of, overflowing
+from mariotte.testing.tiny import random_tokens, tiny
 
 
 @pytest.mark.parametrize(
@@ -150,15 +150,10 @@ def test_fields_are_checked(fields, words):
         SparseGPT(**fields)
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
-    for sequential in (True, False):
-        model = tiny("llama")
-        with torch.no_grad():
-            model.blocks[0].output.weight[0, 0] = torch.nan
-        with pytest.raises(ModelError, match="sparsegpt found weights that are not finite in block-0 output of tiny"):
-            cut(SparseGPT(sequential=sequential), model, 0.5, tmp_path / f"w{sequential}")
-        model = tiny("llama")
-        with torch.no_grad():
-            model.embeddings.weight.fill_(torch.inf)
-        with pytest.raises(ModelError, match="sparsegpt found activations that are not finite in block-0"):
-            cut(SparseGPT(sequential=sequential), model, 0.5, tmp_path / f"a{sequential}")
+@pytest.mark.parametrize("sequential", [True, False])
+def test_activations_that_are_not_finite_and_single_tokens_are_refused(sequential, tmp_path):
+    step = SparseGPT(sequential=sequential)
+    with pytest.raises(ModelError, match="sparsegpt found activations that are not finite in block-0 mlp of tiny"):
+        cut(step, overflowing(tiny("llama")), 0.5, tmp_path / "a")
+    with pytest.raises(DataError, match="sparsegpt needs at least 2 calibration tokens, got 1"):
+        cut(step, tiny("llama"), 0.5, tmp_path / "o", random_tokens(1, 1))

@@ -13,7 +13,7 @@ from mariotte.compress.sparsity import Pattern
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.experiments import identity
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import MethodConformance, cases, context_of
+from mariotte.testing.methods import MethodConformance, cases, context_of, overflowing
 from mariotte.testing.tiny import random_tokens, tiny
 
 
@@ -134,13 +134,30 @@ def test_links_with_a_pattern_are_read_back():
     assert part.step == Wanda(nm="2:4", scope="ffn")
 
 
+@pytest.mark.parametrize("text", ["wanda@0.3(nm=2:4)", "wanda@0.5(nm=1:4)", "lora@1k | sparsegpt@0.75(nm=2:4)"])
+def test_an_amount_that_contradicts_the_pattern_is_refused_when_the_chain_is_read(text):
+    with pytest.raises(ChainError, match=r"(wanda|sparsegpt): nm=.:4 sets 0\.\d+ of the weights to zero, got 0\.\d+:"):
+        identity.resolve(chain.parse(text))
+
+
+@pytest.mark.parametrize("nm", ["1:3", "2:3", "1:6", "5:6", "1:7", "3:7", "1:9", "10:11", "1:128"])
+def test_the_amount_that_is_advised_is_accepted(nm):
+    with pytest.raises(ChainError) as raised:
+        Wanda(nm=nm).accepted(0.4321)
+    advised = str(raised.value).partition("write ")[2].partition(", or ")[0]
+    assert identity.resolve(chain.parse(advised))[0].step == Wanda(nm=nm)
+
+
 def test_patterns_that_do_not_fit_are_refused(tmp_path):
     model = tiny("llama", ffn=45)
     assert Wanda(nm="2:4").refuse(tiny("llama")) is None
-    assert Wanda(nm="2:4").refuse(model) == "needs input widths that 4 divides for nm=2:4, and a matrix has 45"
+    reason = Wanda(nm="2:4").refuse(model) or ""
+    assert reason.startswith("needs input widths that 4 divides for nm=2:4, and a matrix has 45: leave nm out")
     assert Wanda(nm="2:4", scope="attention").refuse(model) is None
     with pytest.raises(ChainError, match=r"wanda: nm=2:4 sets 0.5 of the weights to zero, got 0.3: write wanda@0.5"):
         cut(Wanda(nm="2:4"), tiny("llama"), 0.3, tmp_path)
+    assert Wanda(nm="2:4").accepted(0.5) == 0.5
+    assert Wanda(nm="2:4").accepted(0) == 0.0
     with pytest.raises(ChainError, match="wanda: nm must be N:M"):
         Wanda(nm="half")
     with pytest.raises(ChainError, match="wanda: nm=2:4 fixes the share"):
@@ -151,18 +168,17 @@ def test_patterns_that_do_not_fit_are_refused(tmp_path):
         Wanda(allocation="best")
 
 
-def test_numbers_that_are_not_finite_and_too_little_text_are_refused(tmp_path):
-    for sequential in (True, False):
-        step = Wanda(sequential=sequential)
-        model = tiny("llama")
-        with torch.no_grad():
-            model.blocks[1].value.weight[0, 0] = torch.inf
-        with pytest.raises(ModelError, match="wanda found weights that are not finite in block-1 attention of tiny"):
-            cut(step, model, 0.5, tmp_path / f"w{sequential}")
-        model = tiny("llama")
-        with torch.no_grad():
-            model.embeddings.weight.fill_(torch.nan)
-        with pytest.raises(ModelError, match="wanda found activations that are not finite in block-0"):
-            cut(step, model, 0.5, tmp_path / f"a{sequential}")
-        with pytest.raises(DataError, match="wanda needs at least 2 calibration tokens, got 1"):
-            cut(step, tiny("llama"), 0.5, tmp_path / f"o{sequential}", random_tokens(1, 1))
+@pytest.mark.parametrize("nm", [None, "2:4"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_activations_that_are_not_finite_and_single_tokens_are_refused(sequential, nm, tmp_path):
+    step = Wanda(sequential=sequential, nm=nm)
+    with pytest.raises(ModelError, match="wanda found activations that are not finite in block-0 mlp of tiny"):
+        cut(step, overflowing(tiny("llama")), 0.5, tmp_path / "a")
+    with pytest.raises(DataError, match="wanda needs at least 2 calibration tokens, got 1"):
+        cut(step, tiny("llama"), 0.5, tmp_path / "o", random_tokens(1, 1))
+
+
+def test_a_greedy_allocation_takes_rows_of_two_tokens(tmp_path):
+    step = Wanda(allocation="greedy")
+    with pytest.raises(DataError, match="wanda needs calibration rows of at least 2 tokens, got 1: take longer blocks"):
+        cut(step, tiny("llama"), 0.5, tmp_path, random_tokens(8, 1))

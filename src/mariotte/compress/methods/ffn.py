@@ -6,18 +6,18 @@ Shapes: D model width, F neurons of a block (the down projection's inputs), K ne
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte import accounting
-from mariotte.compress.calibration import Means, check_finite, outer, second_moments, taylor, watching
+from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
+from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.sequential import Walk
-from mariotte.compress.surgery import cut_width, derive, parameter_names, rounding
+from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -135,7 +135,7 @@ class FFN(Step):
     the kept neurons; it is never above that of plain removal. Orders are nested, so that one preparation serves all
     amounts.
 
-    With h the neurons of a block behind cut blocks, and e what the stream behind it lacks of the dense model's, the
+    With h the neurons of a block behind cut blocks, and e what the stream behind it lacks of the uncut model's, the
     sequential target is W h + c e for `correct` = c. Its least squares over all neurons are W + c E[e hᵀ] G⁻¹ with
     G = E[h hᵀ] (damped); order and compensation are then those of that matrix. Chasing the whole error fits noise of
     the calibration text; on stories260K with 25.1 % of all parameters removed (obs, ``benchmarks/stories260k.py``):
@@ -144,7 +144,7 @@ class FFN(Step):
 
     Cost: a forward pass with F² more multiplications a token and block; F³ a block for the order and one factorisation;
     an amount then costs D K² a block. Stored: F² + D F float64 a block. Sequential: two such passes and the F³ for each
-    amount, one more pass of the dense model to correct; memory for one or two streams of all calibration tokens and a
+    amount, one more pass of the uncut model to correct; memory for one or two streams of all calibration tokens and a
     copy of the model.
 
     References
@@ -182,24 +182,21 @@ class FFN(Step):
         if self.round_to is not None and self.round_to < 1:
             raise ChainError(f"ffn: round_to must be a positive number of neurons, got {self.round_to}")
 
-    def _width(self, model: Model, amount: int | float) -> tuple[int, int]:
-        """The width that is kept, and the multiple to which it is rounded."""
-        shape = model.shape
-        multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
-        return cut_width(shape.ffn, amount, multiple), multiple
+    @override
+    def refuse(self, model: Model) -> str | None:
+        return refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
-        width, _ = self._width(model, amount)
-        return model.counts.n_params - accounting.count_shape(replace(model.shape, ffn=width)).n_params
+        width, _ = neuron_width(model, amount, self.round_to)
+        return removed_with_neurons(model, width)
 
     @override
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
+        if self.compensate or self.criterion != "norm":
+            tokens_for(context, self.name())  # sequentially only `apply` reads them, and that is late to say so
         blocks = model.blocks
-        for index, block in enumerate(blocks):
-            for linear in block.ffn:
-                check_finite(linear.weight, self.name(), f"block-{index}", model, what="weights")
         downs = {f"block-{index}": block.down for index, block in enumerate(blocks)}
         importance = taylor(model, context, self.name(), downs) if self.criterion == "taylor" else {}
         moments: dict[str, Tensor] = {}
@@ -247,7 +244,7 @@ class FFN(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape = model.shape
-        width, multiple = self._width(model, amount)
+        width, multiple = neuron_width(model, amount, self.round_to)
         done = self.done(amount, 1 - width / shape.ffn, ffn=[shape.ffn, width], rounding=multiple)
         if width == shape.ffn:
             return model.copy().after(done)

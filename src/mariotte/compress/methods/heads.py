@@ -21,7 +21,7 @@ from mariotte.architectures import Shape
 from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -199,9 +199,7 @@ def mask_gradients(model: Model, context: Context, step: str) -> list[Tensor]:
     -----
     Cost: a forward and a backward pass; the graph of about 4096 tokens is held.
     """
-    tokens_RT = tokens_for(context, step)
-    if tokens_RT.shape[1] < 2:
-        raise DataError(f"{step}: taylor needs calibration rows of at least 2 tokens, got 1: take longer blocks")
+    tokens_RT = tokens_for(context, step, predicting=True)
     heads, blocks = model.shape.heads, model.blocks
     found: list[list[Tensor]] = [[] for _ in blocks]
     rows = rows_at_once(tokens_RT)
@@ -233,7 +231,7 @@ def mask_gradients(model: Model, context: Context, step: str) -> list[Tensor]:
         context.progress("gradients", min(1.0, (start + rows) / len(tokens_RT)))
     gradients = [torch.cat(some) for some in found]
     for index, gradients_RN in enumerate(gradients):
-        check_finite(gradients_RN, step, f"the gradients of block {index}", model)
+        check_finite(gradients_RN, step, f"block-{index}", model, what="gradients")
     return gradients
 
 
@@ -307,7 +305,7 @@ class Heads(Step):
         if not model.entry.head_dim:
             return (
                 f"needs a config that states head_dim, and {model.entry.model_type} ties the head size to the hidden "
-                "size"
+                "size: take ffn or shortgpt"
             )
         return None
 
@@ -352,11 +350,6 @@ class Heads(Step):
         for index, block in enumerate(blocks):
             key = f"block-{index}"
             output_DI = block.output.weight.double()
-            if not bool(output_DI.isfinite().all()):
-                raise ModelError(
-                    f"heads found weights that are not finite in the output projection of {key} of {model.name}: "
-                    "check the checkpoint"
-                )
             moment_II = moments.pop(key, None)
             damped_II = None if moment_II is None else with_ridge(moment_II, self.ridge)
             judge: Judge

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte.compress.allocate import check_allocation, gather, spread, whole
+from mariotte.compress.calibration import tokens_for
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -144,11 +145,13 @@ class Magnitude(Step):
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         prepared, sizes = Prepared(context.scratch), self._block_sizes(model)
+        tokens_NT = tokens_for(context, self.name(), predicting=True) if self.allocation == "greedy" else None
 
         def loss(shares: Sequence[float]) -> float:
             amount = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
             zeroed = self._zeroed(model, self._counts(model, amount, shares))
-            return float(token_nll(zeroed, context.calibration_for(self.name())).double().mean())
+            assert tokens_NT is not None
+            return float(token_nll(zeroed, tokens_NT).double().mean())
 
         tensors = gather(self.allocation, model, context, self.name(), sizes, amounts, loss)
         if tensors:

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.surgery import cut_width
-from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -304,19 +304,13 @@ class PruneNet(Step):
 
         Raises
         ------
-        ModelError
-            When weights are not finite.
+        ChainError
+            When `policy_ratio` removes nothing after rounding.
         DataError
             When the file of a policy is missing, or is for a model of another shape.
         """
         neurons = model.shape.ffn
         weights = [block.ffn[0].weight.detach() for block in model.blocks]
-        for index, weight_FD in enumerate(weights):
-            if not bool(weight_FD.isfinite().all()):
-                raise ModelError(
-                    f"prunenet needs finite weights, and the first feed-forward matrix of block {index} of "
-                    f"{model.name} has others: check the checkpoint"
-                )
         widths, shared = {neuron_width(model, amount, self.round_to)[0] for amount in amounts} - {neurons}, False
         if self.policy is not None or self.policy_ratio is not None:
             (width,), shared = (widths := {neuron_width(model, self.policy_ratio or 0.0, self.round_to)[0]}), True

@@ -95,7 +95,9 @@ class ShortGPT(Step):
     def refuse(self, model: Model) -> str | None:
         shape = model.shape
         if shape.shortcuts:
-            return "needs one stream through all blocks, and this one is handed on through shortcut matrices"
+            return (
+                "needs one stream through all blocks, and this one goes through shortcut matrices: remove blocks first"
+            )
         if shape.ffns is not None and len(set(shape.ffns)) > 1:
             return "counts blocks of one size, and these have feed-forward widths of their own: remove blocks first"
         return None

@@ -96,13 +96,18 @@ class Slice(Step):
     def refuse(self, model: Model) -> str | None:
         entry = model.entry
         if not entry.rms_norm:
-            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean"
+            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
         if not entry.norm_first:
-            return f"needs norms that feed the matrices, and {entry.model_type} has norms after them"
+            return (
+                f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
+            )
         if not entry.head_dim:
-            return f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size"
+            return (
+                f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size: "
+                "take ffn or shortgpt"
+            )
         if model.shape.shortcuts:
-            return "needs one stream through all blocks, and this one is handed on through shortcut matrices"
+            return "needs one stream through all blocks, and this one goes through shortcut matrices: slice first"
         return None
 
     def _width(self, model: Model, amount: int | float) -> tuple[int, int]:

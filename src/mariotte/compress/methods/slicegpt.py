@@ -26,7 +26,7 @@ from mariotte.compress.calibration import Means, outer, tokens_for
 from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.errors import ChainError, ModelError
+from mariotte.errors import ChainError
 from mariotte.models.irregular import CLASSES
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -207,11 +207,16 @@ class SliceGPT(Step):
     def refuse(self, model: Model) -> str | None:
         entry = model.entry
         if not entry.rms_norm:
-            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean"
+            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
         if not entry.norm_first:
-            return f"needs norms that feed the matrices, and {entry.model_type} has norms after them"
+            return (
+                f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
+            )
         if entry.model_type not in CLASSES:
-            return f"needs a class for sliced models, and {entry.model_type} has none; {' and '.join(CLASSES)} have one"
+            return (
+                f"needs a class for sliced models, and {entry.model_type} has none; {' and '.join(CLASSES)} have one: "
+                "take slice"
+            )
         return None
 
     def _width(self, shape: Shape, amount: int | float) -> int:
@@ -235,13 +240,8 @@ class SliceGPT(Step):
         DataError
             When there are fewer than two calibration tokens.
         ModelError
-            When weights or activations are not finite.
+            When activations are not finite.
         """
-        for name, parameter in model.hf.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ModelError(
-                    f"slicegpt needs finite weights, and {name} of {model.name} has others: check the checkpoint"
-                )
         prepared = Prepared(context.scratch)
         if self.sequential:
             prepared.put("stream-0", {DIRECTIONS: self._embedded(model, context)})
