@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,17 +18,19 @@ from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.heads import Heads
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
-from mariotte.errors import ChainError, DataError, MariotteError
+from mariotte.data import corpora
+from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.experiments import identity
 from mariotte.experiments import run as running
-from mariotte.experiments.auto import Auto, Estimate, Space, execute
-from mariotte.experiments.pipeline import compress_model
+from mariotte.experiments.auto import COARSEST, ROUNDED, Auto, Estimate, Space, execute
+from mariotte.experiments.pipeline import Bench, compress_model
 from mariotte.experiments.study import parse
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, apply_at, prepare_once
 from mariotte.store import open_store
+from mariotte.testing.recoveries import counting_corpus, tiny_reader
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 STEPS = (ShortGPT(), Heads(), FFN(), Slice())
@@ -168,6 +171,15 @@ def test_what_it_is_asked_for_is_checked() -> None:
     assert str(part.link) == "auto@0.3(over=ffn+slice)"
 
 
+def test_a_correction_of_a_method_makes_another_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tiny("llama"), seed=0, calibration=None, work=tmp_path)
+    chains_of = {text: identity.resolve(chains.parse(text)) for text in ("auto@0.3", "auto@0.3(over=heads+slice)")}
+    before = {text: bench.experiment_id(parts) for text, parts in chains_of.items()}
+    monkeypatch.setattr(FFN, "version", FFN.version + 1)
+    after = {text: bench.experiment_id(parts) for text, parts in chains_of.items()}
+    assert [after[text] == before[text] for text in chains_of] == [False, True]
+
+
 def test_what_cannot_be_done_is_refused_in_a_sentence(tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(ChainError, match=r"auto can remove at most .* over ffn, got 90.0%: ask for less"):
@@ -206,6 +218,78 @@ def test_what_was_tried_serves_the_next_amount_and_an_interrupted_search(tmp_pat
     for file in (tmp_path / "both").glob("found-*.json"):
         file.unlink()
     assert apply_at(step, model, prepared, 0.4, own).done == both[1].done
+
+
+def test_the_chain_found_is_the_result_wherever_it_stands(tmp_path: Path) -> None:
+    """After another cut and at another seed, on the bits: what is stored can be carried out by hand."""
+    dense = tiny_reader("llama", layers=3)
+    given = {"calibration": counting_corpus(tmp_path), "rows": 8, "block": 16, "seed": 3}
+    asked = compress_model(dense, "ffn@0.25 | auto@0.3(search=4)", **given)
+    cut, found = asked.done
+    by_hand = compress_model(dense, f"{cut.step} | {found.facts['chain']}", **given)
+    assert weights_hash(by_hand) == weights_hash(asked)
+    assert [done.step for done in by_hand.done[1:]] == [step["step"] for step in found.facts["steps"]]
+    assert found.obtained >= 0.2995
+
+
+def test_only_calibration_text_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = corpora.File.documents
+
+    def documents(self: corpora.File, split: corpora.Split) -> Iterator[str]:
+        read.append(split)
+        return real(self, split)
+
+    monkeypatch.setattr(corpora.File, "documents", documents)
+    corpus = counting_corpus(tmp_path)
+    compress_model(tiny_reader("qwen2"), "auto@0.3(search=3)", calibration=corpus, rows=8, block=16)
+    assert set(read) == {"calibration"}
+
+
+@pytest.mark.parametrize("amount", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("name", ["qwen2-46k", "llama-146k", "qwen2-1m"])
+def test_a_share_is_met_within_a_hundredth_where_neurons_make_up_what_is_missing(name: str, amount: float) -> None:
+    model = load(f"testbed/{name}")
+    space = Auto()._space(model)
+    states = space.states((amount - ROUNDED) * model.counts.n_params)
+    over = [space.removed_share(s) - amount for s in states if s[space.finest] < space.whole[space.finest]]
+    assert over
+    assert min(over) >= -ROUNDED
+    assert max(over) <= COARSEST
+    assert all(space.removed_share(state) >= amount - ROUNDED for state in states)
+
+
+def test_next_to_nothing_is_a_model_of_its_own(tmp_path: Path) -> None:
+    model = tiny("llama")
+    cut = auto(model, 1e-4, tmp_path)
+    assert cut.done[-1].facts["chain"] == "dense"
+    assert cut.hf is not model.hf
+    assert weights_hash(cut) == weights_hash(model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.blocks[1].up.weight[1, 2] = value
+    with pytest.raises(ModelError, match=r"auto needs finite weights, and .*up_proj"):
+        auto(model, 0.3, tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.final_norm.weight.fill_(3e38)  # finite, and its logits are not
+        model.head.weight.fill_(3e38)
+    with pytest.raises(ModelError, match=r"auto compares losses, and that of tiny-llama on the rows .* is not finite"):
+        auto(model, 0.3, tmp_path)
+
+
+def test_rows_of_one_token_say_nothing(tmp_path: Path) -> None:
+    own = replace(context(model := tiny("llama"), tmp_path), calibration=random_tokens(12, 1))
+    with pytest.raises(DataError, match="auto needs rows of at least 2 tokens of calibration text, got 1"):
+        prepare_once(Auto(), model, own, [0.3])
 
 
 TEXT = """

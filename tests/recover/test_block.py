@@ -17,7 +17,7 @@ from mariotte.models.step import Context
 from mariotte.recover.methods.block import BlockLocal, relative_error, spans
 from mariotte.recover.trunk import Loss, text_loss
 from mariotte.testing.recoveries import RecoveryConformance, context_of, counting_corpus, recovered, tiny_reader
-from mariotte.testing.tiny import random_tokens, tiny
+from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 STEP = BlockLocal(batch=5, lr=5e-3, warmup=3, rank=4, adapters=True)
 
@@ -122,10 +122,35 @@ def test_after_removed_blocks_the_one_before_bridges_the_gap(tmp_path: Path) -> 
 def test_a_turned_or_narrower_stream_is_refused(tmp_path: Path) -> None:
     model = tiny_reader("qwen2", layers=2)
     turned = replace(removed(), name="slice", family="slice", facts={})
-    said = "after slice they do not live in the same space: recover with lora"
-    assert said in str(STEP.refuse(model.copy().after(turned)))
+    context = context_of(model, tmp_path / "scratch", counting_corpus(tmp_path))
+    with pytest.raises(ModelError, match=r"after slice those of .* do not live in the same space: recover it"):
+        STEP.prepare(model.copy().after(turned), context, [900])
+    assert not context.scratch.exists()
     with pytest.raises(ModelError, match="have 32 values where the dense model's have 64"):
         STEP.loss(model, context_of(tiny("qwen2", hidden=64), tmp_path, None))
+
+
+def test_a_search_counts_as_the_steps_that_it_took(tmp_path: Path) -> None:
+    dense = tiny_reader("llama", layers=4)
+    given = {"calibration": counting_corpus(tmp_path), "rows": 8, "block": 16}
+    found = compress_model(dense, "auto@0.4(over=shortgpt+ffn, search=2)", **given)
+    chain = found.done[-1].facts["chain"]
+    assert "shortgpt" in chain
+    by_hand = compress_model(dense, chain, **given)
+    assert spans(found, 4) == spans(by_hand, 4)
+    recovery = "block@1600(batch=5, lr=0.005)"
+    results = [compress_model(dense, f"{cut} | {recovery}", **given) for cut in (found.done[-1].step, chain)]
+    assert weights_hash(results[0]) == weights_hash(results[1])
+    sliced = compress_model(dense, "auto@0.3(over=slice, search=1)", **given)
+    with pytest.raises(ModelError, match="after slice those of"):
+        STEP.loss(sliced, context_of(dense, tmp_path, None))
+
+
+def test_what_a_checkpoint_went_through_before_is_part_of_the_dense_model(tmp_path: Path) -> None:
+    turned = replace(removed(), name="slice", family="slice", facts={})
+    dense, later = (tiny_reader("llama", layers=n).after(removed(1, 4)).after(turned) for n in (4, 3))
+    assert spans(later.after(removed(2)), 4, before=2) == [(0, 1), (1, 3), (3, 4)]
+    STEP.loss(dense, context_of(dense, tmp_path, None))
 
 
 def test_impossible_fields_are_refused() -> None:

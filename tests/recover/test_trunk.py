@@ -7,18 +7,27 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from mariotte.chain import parse_link
+from mariotte.cli.main import app
+from mariotte.data.corpora import File, Split
 from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.experiments import run as running
 from mariotte.experiments.identity import resolve_link, step_identity
+from mariotte.experiments.study import parse
 from mariotte.models.model import Model
 from mariotte.models.step import Prepared, prepare_once
 from mariotte.recover import trunk
@@ -27,6 +36,8 @@ from mariotte.recover.methods.distill import Distill
 from mariotte.recover.methods.full import Full
 from mariotte.recover.methods.lora import LoRA
 from mariotte.recover.trunk import Recovery
+from mariotte.store import open_store
+from mariotte.testbed.world import World
 from mariotte.testing.recoveries import (
     BLOCK,
     StoppedError,
@@ -180,6 +191,48 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
     assert weights_hash(recovered(step, model, context, [2_400])[2_400]) == weights_hash(whole)
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+SHARED = [replace(ALL[0], batch=3), replace(ALL[2], batch=3), replace(ALL[1], batch=3, lr=2e-3)]
+
+
+def recover_and_save(folder: Path, corpus: str) -> None:
+    """What each of the launched processes does, in a folder of its own."""
+    torch.set_num_threads(1)
+    own = folder / os.environ.get("RANK", "alone")
+    model = tiny_reader("llama")
+    for step in SHARED:
+        result = recovered(step, model, context_of(model, own / step.name(), corpus), [400, 1_200])[1_200]
+        save_file(dict(result.hf.named_parameters()), own / f"{step.name()}.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_recover_what_one_does(model: Model, tmp_path: Path, corpus: str) -> None:
+    recover_and_save(tmp_path, corpus)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    # What `accelerate launch --cpu --num_processes 2` sets.
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_trunk; "
+    code += f"test_trunk.recover_and_save(pathlib.Path({str(tmp_path)!r}), {corpus!r})"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    before = dict(model.hf.named_parameters())
+    for step in SHARED:
+        first, second, alone = (load_file(tmp_path / who / f"{step.name()}.safetensors") for who in ("0", "1", "alone"))
+        assert all(torch.equal(first[name], second[name]) for name in alone)
+        apart = sum((first[name] - value).square().sum() for name, value in alone.items())
+        moved = sum((value - before[name]).square().sum() for name, value in alone.items())
+        assert moved > 0
+        assert apart < 1e-4 * moved, step.name()
+
+
 # -- the best state ---------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +314,105 @@ def test_weights_that_are_no_numbers_are_refused(step: Recovery, model: Model, t
     with pytest.raises(ModelError, match=rf"{step.name()} needs finite weights, and .*up_proj\.weight holds NaN"):
         step.prepare(model, context, [800])
     assert not context.scratch.exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"trunk": False}], ids=["trunk", "alone"])
+def test_a_decay_that_diverges_keeps_its_last_good_state(
+    options: dict[str, bool], model: Model, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, amount = replace(STEP, **options), 800  # ten steps, of which the trunk makes nine
+    whole = recovered(step, model, context_of(model, tmp_path / "whole", corpus), [amount])[amount]
+    context = context_of(model, tmp_path / "scratch", corpus)
+    good = 5 if options else 0
+    prepared = prepare_once(step, model, context, [amount])
+    monkeypatch.setattr(LoRA, "loss", lambda *_: failing_from(good))
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=f"the loss became nan at step {good or 9} of training"):
+            step.apply(model, prepared, amount, context)
+        assert context.counters.decay_tokens == good * step.batch * BLOCK
+        monkeypatch.setattr(LoRA, "loss", lambda *_: failing_from(0))
+    monkeypatch.undo()
+    assert weights_hash(step.apply(model, prepared, amount, context)) == weights_hash(whole)
+
+
+@pytest.mark.parametrize("step", ALL[:3], ids=NAMES[:3])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_last_step_that_leaves_no_numbers_is_said(
+    held_out: bool, step: Recovery, model: Model, tmp_path: Path, corpus: str
+) -> None:
+    """The losses of a run are those before each step: the one step of this run begins with a good one."""
+    if not held_out:
+        folder = tmp_path / "text"
+        folder.mkdir()
+        text = Path(corpus.removeprefix("file:")).read_text(encoding="utf-8")
+        (folder / "train.txt").write_text(text, encoding="utf-8")
+        corpus = f"file:{folder}"
+    with pytest.raises(DivergedError, match="the loss is nan after the last step of training; lower the"):
+        recovered(replace(step, lr=1e38, warmup=0), model, context_of(model, tmp_path / "a", corpus), [80])
+
+
+def test_what_was_reached_before_a_failure_is_in_the_store(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One D that diverges, one beyond its text: the others are records, and each failure is a sentence."""
+    world = World()
+    short = tmp_path / "short.txt"
+    rows = world.rows("all", "train", 40)
+    short.write_text("\n\n".join(row.text for row in rows), encoding="utf-8")
+    text = f"""
+format = 1
+name = "failing"
+models = ["{model_folder}"]
+measures = ["loss:testbed/all(rows=4)"]
+chains = ["ffn@0.5 | lora@640(batch=2)", "ffn@0.5 | lora@1280(batch=2)", "ffn@0.5 | lora@6400(batch=2)",
+          'ffn@0.5 | full@640(batch=2, corpus="file:{short}")', 'ffn@0.5 | full@64k(batch=2, corpus="file:{short}")']
+[calibration]
+corpus = "testbed/all"
+rows = 4
+"""
+    monkeypatch.setattr(LoRA, "loss", lambda *_: failing_from(20))  # of the trunk, the only one that is so long
+    with open_store(tmp_path / "s.db", create=True) as store:
+        summary = running.run(parse(text), store)
+        records, failures = list(store.records()), list(store.failures())
+    assert len(summary.failures) == len(failures) == 2
+    kept = {(record.recovery, record.recovery_tokens) for record in records if record.recovery}
+    assert kept == {("lora", 640), ("lora", 1280), ("full", 640)}
+    said = {failure.chain.split(" | ")[1][:6]: failure.error for failure in failures}
+    assert said["lora@6"] == "the loss became nan at step 20 of training; lower the learning rates"
+    assert "full@64k asks for 1,000 rows of 64 tokens" in said["full@6"]
+    assert "full@64k(repeats=true)" in said["full@6"]
+
+
+def test_harm_is_said_where_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    asked = [
+        "compress",
+        "testbed/qwen2-46k",
+        "lora@640(batch=2, lr=0.3)",
+        "--out",
+        str(tmp_path / "cut"),
+        "--rows",
+        "4",
+    ]
+    said = CliRunner().invoke(app, asked)
+    assert said.exit_code == 0, said.output
+    assert "lora@640(batch=2, lr=0.3): recovery raised the held-out loss from 1." in said.output
+
+
+def test_only_training_and_validation_text_is_read(
+    model: Model, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = File.documents
+
+    def documents(self: File, split: Split) -> Iterator[str]:
+        read.append(split)
+        return real(self, split)
+
+    monkeypatch.setattr(File, "documents", documents)
+    for step in ALL:
+        recovered(replace(step, keep_best=True), model, context_of(model, tmp_path / step.name(), corpus), [300])
+    assert set(read) == {"train", "valid"}
 
 
 def test_more_than_the_text_is_refused_and_offers_repeats(model: Model, tmp_path: Path, corpus: str) -> None:

@@ -108,6 +108,8 @@ def compress(
     for step in done.done:
         if found := step.facts.get("chain"):
             say(f"{step.step} found: {found}")
+        if warned := step.facts.get("warning"):
+            say(f"{step.step}: {warned}")
     if zeros:
         say(f"{zeros:,} weights are zero: the checkpoint is as large and as fast as before; zeros alone save nothing")
     if stored.itemsize > dense.stored_dtype.itemsize:

@@ -27,7 +27,7 @@ from mariotte.chain import Chain
 from mariotte.compress import METHODS
 from mariotte.compress.methods.heads import Heads
 from mariotte.compress.surgery import rounding
-from mariotte.errors import ChainError, DataError
+from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
 from mariotte.models.step import OF_MODEL, Context, Counters, Prepared, Step, apply_at, prepare_once
@@ -535,6 +535,12 @@ class Auto(Step):
             return None
         return "; ".join(f"{name} {reason}" for name, reason in reasons.items())
 
+    @override
+    def reads(self, model: Model, context: Context) -> Mapping[str, str]:
+        """The versions of the methods: a correction of one is another result here, as another text would be."""
+        kinds = {name: cast("type[Step]", METHODS.find(name)) for name in self.over.split("+")}
+        return {f"version of {name}": str(kind.version) for name, kind in kinds.items()}
+
     def _space(self, model: Model) -> Space:
         return Space(model, tuple(step for step in self._steps(model) if step.refuse(model) is None))
 
@@ -545,6 +551,11 @@ class Auto(Step):
             raise DataError(
                 f"auto needs at least 2 rows of calibration text, some to look at and some to score, got "
                 f"{len(tokens_NT)}: give it more rows, or shorter ones"
+            )
+        if tokens_NT.shape[1] < 2:
+            raise DataError(
+                f"auto needs rows of at least 2 tokens of calibration text, got {tokens_NT.shape[1]}: the first is "
+                "predicted from nothing, so give it longer rows"
             )
         count = min(max(1, round(self.held * len(tokens_NT))), len(tokens_NT) - 1)
         # Spread over the text: its end may be of another kind than its beginning.
@@ -558,6 +569,11 @@ class Auto(Step):
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         space, trials = self._space(model), self._trials(model, context)
         base = trials.loss(Chain())
+        if not math.isfinite(base):
+            raise ModelError(
+                f"auto compares losses, and that of {model.name} on the rows that score is not finite: check the "
+                "checkpoint, or compute in a wider dtype"
+            )
         profile: dict[str, list[list[float]]] = {}
         for i, step in enumerate(space.steps):
             sizes = space.sizes(i, space.whole)
@@ -576,7 +592,8 @@ class Auto(Step):
             return model.copy().after(self.done(amount, 0.0, chain=str(Chain()), steps=[]))
         found = self._found(model, prepared, amount, context)
         chain = chains.parse(found["chain"])
-        cut = execute(chain, model, context, context.scratch / "chain")
+        # Next to nothing may be the chain of no steps; its result is still a model of its own.
+        cut = execute(chain, model, context, context.scratch / "chain") if chain.links else model.copy()
         steps = [asdict(done) for done in cut.done[len(model.done) :]]
         removed = (model.counts.n_params - cut.counts.n_params) / context.dense.counts.n_params
         whole = Model(

@@ -65,15 +65,6 @@ def cannot_train(who: str, model: Model) -> str | None:
     return None
 
 
-def not_finite(model: Model) -> str | None:
-    """What of the model is no number, in a clause after a step's name; None when all is."""
-    for path, p in model.hf.named_parameters():
-        # The sum of numbers is a number, unless it overflows: only then is every one of them looked at.
-        if p.is_floating_point() and not math.isfinite(p.detach().sum()) and not p.detach().isfinite().all():
-            return f"needs finite weights, and {path} holds NaN or infinity: load the model anew"
-    return None
-
-
 def _is_sparse(model: Model) -> bool:
     return sum(done.zeros for done in model.done) > 0
 

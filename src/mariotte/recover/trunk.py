@@ -25,8 +25,8 @@ from mariotte.data import tokens
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
-from mariotte.models.step import MANIFEST, Context, Prepared, Step
-from mariotte.recover.learner import Learner, not_finite
+from mariotte.models.step import MANIFEST, Context, Prepared, Step, not_finite
+from mariotte.recover.learner import Learner
 from mariotte.recover.stream import Course, Source, Stream, course, find_source
 from mariotte.training.loop import DivergedError, Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
@@ -181,6 +181,7 @@ class Recovery(Step):
         if reason := self.refuse(model) or not_finite(model):
             raise ModelError(f"{self.name()} {reason}")
         run = self._run(model, context)
+        self.loss(model, context)  # what it refuses is refused before anything is written
         folder = context.scratch
         _settle(folder, run)
         block: int = run["block"]
@@ -215,7 +216,7 @@ class Recovery(Step):
             When the text or the settings are not those that the trunk was trained with, or the text is shorter than
             the amount and `repeats` does not allow that.
         DivergedError
-            When the loss stopped being a number before this amount was reached.
+            When the loss stopped being a number before this amount was reached, or what was reached computes none.
         """
         run = self._run(model, context)
         block: int = run["block"]
@@ -263,6 +264,13 @@ class Recovery(Step):
         facts["mask_reapplied"] = learner.write_(recovered)
         facts |= _judged(model, recovered, held_out)
         _forget(self._branch_folder(prepared, plan))
+        # The loss of a step is that before it: what the last one did shows only here.
+        after = facts.get("valid_after")
+        if after is None:
+            after = token_nll(recovered, stream.rows(0, 1)).mean().item()
+        if not math.isfinite(after):
+            said = f"the loss is {after} after the last step of training; lower the learning rates"
+            raise DivergedError(said, plan.steps)
         seen = plan.rows * block
         return recovered.after(self.done(amount, seen, tokens=seen, **facts))
 
@@ -356,14 +364,18 @@ class Recovery(Step):
                 saved = time.monotonic()
             context.progress(f"{self.name()} decay", (progress.step - plan.leave) / plan.decay)
 
-        train(
-            state,
-            self._batches(stream, plan.rows),
-            schedule=ConstantThenLinear(steps=plan.steps, decay=plan.decay, warmup=self.warmup),
-            until=plan.steps,
-            loss=self.loss(model, context),
-            watch=watch,
-        )
+        try:
+            train(
+                state,
+                self._batches(stream, plan.rows),
+                schedule=ConstantThenLinear(steps=plan.steps, decay=plan.decay, warmup=self.warmup),
+                until=plan.steps,
+                loss=self.loss(model, context),
+                watch=watch,
+            )
+        except DivergedError:
+            state.save(latest)  # the last good one; asked for again, it fails at once
+            raise
         if not self.keep_best:
             return None
         found: dict[str, float] = state.notes["valid"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte.errors import ChainError, ModelError
-from mariotte.models.model import Model
+from mariotte.models.model import Done, Model
 from mariotte.models.step import Context
 from mariotte.recover.learner import Adapters, Learner, Weights, cannot_adapt, cannot_train, check_adapters
 from mariotte.recover.trunk import Loss, Recovery
@@ -23,7 +23,18 @@ from mariotte.recover.trunk import Loss, Recovery
 __all__ = ["BlockLocal"]
 
 
-def spans(model: Model, layers: int) -> list[tuple[int, int]]:
+def _taken(done: Sequence[Done]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Name, family and facts of each step of a history; a search over methods is the steps that it took."""
+    found: list[tuple[str, str, Mapping[str, Any]]] = []
+    for each in done:
+        if each.family == "mixed":
+            found += [(step["name"], step["family"], step["facts"]) for step in each.facts["steps"]]
+        else:
+            found.append((each.name, each.family, each.facts))
+    return found
+
+
+def spans(model: Model, layers: int, *, before: int = 0) -> list[tuple[int, int]]:
     """For each block, the dense blocks from the first up to the last, excluded, whose work it does.
 
     Where blocks went, the one before them bridges the gap; blocks that went in front of the first are the first one's.
@@ -32,6 +43,7 @@ def spans(model: Model, layers: int) -> list[tuple[int, int]]:
     ----------
     model : its history says which blocks went, at their place in the model of that moment
     layers : blocks of the dense model
+    before : entries of the history that are the dense model's own
 
     Raises
     ------
@@ -39,8 +51,8 @@ def spans(model: Model, layers: int) -> list[tuple[int, int]]:
         When the history does not say which blocks went.
     """
     kept = list(range(layers))
-    for done in model.done:
-        gone = set(cast("Sequence[int]", done.facts.get("removed_blocks", ())))
+    for _, _, facts in _taken(model.done[before:]):
+        gone = set(cast("Sequence[int]", facts.get("removed_blocks", ())))
         kept = [index for place, index in enumerate(kept) if place not in gone]
     if len(kept) != len(model.blocks):
         raise ModelError(
@@ -114,12 +126,6 @@ class BlockLocal(Recovery):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        turned = [done.name for done in model.done if done.family == "slice"]
-        if turned:
-            return (
-                f"compares the outputs of blocks with the dense model's, and after {turned[0]} they do not live in the "
-                "same space: recover with lora, full or distill"
-            )
         return (cannot_adapt if self.adapters else cannot_train)(self.name(), model)
 
     @override
@@ -135,13 +141,20 @@ class BlockLocal(Recovery):
     @override
     def loss(self, model: Model, context: Context) -> Loss:
         dense = context.dense
+        before = len(dense.done)  # a checkpoint that was compressed before is dense here
+        turned = [name for name, family, _ in _taken(model.done[before:]) if family == "slice"]
+        if turned:
+            raise ModelError(
+                f"block compares the outputs of blocks with the dense model's, and after {turned[0]} those of "
+                f"{model.name} do not live in the same space: recover it with lora, full or distill"
+            )
         if dense.shape.hidden != model.shape.hidden:
             raise ModelError(
                 f"block compares the outputs of blocks with the dense model's, and those of {model.name} have "
                 f"{model.shape.hidden} values where the dense model's have {dense.shape.hidden}: recover it with lora, "
                 "full or distill"
             )
-        between = spans(model, len(dense.blocks))
+        between = spans(model, len(dense.blocks), before=before)
         path = model.entry.blocks
 
         def local(module: nn.Module, tokens_BT: Tensor) -> Tensor:
