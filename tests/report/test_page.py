@@ -225,7 +225,7 @@ def test_every_button_draws_and_no_table_widens_the_page(size: str, tmp_path: Pa
     # The page's own policy refuses scripts that are not its own, as it should: here it has to be without one.
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)
     assert policy
-    page = page.replace(policy.group(), "").replace("</body>", f"<script>{PRESS}</script></body>")
+    page = page.replace(policy.group(), "") + f"<script>{PRESS}</script>"
     elements = opened(page, size, tmp_path)
     pressed = re.search(r'data-pressed="(\d+)"', elements)
     assert pressed

@@ -11,9 +11,10 @@ import pytest
 from report_records import CHANCES, CORPORA, LADDER, failures, laws_study, record
 
 from mariotte.report import build
+from mariotte.report.claim import Claim
 from mariotte.report.lawtable import HoldOut, LawReport
 from mariotte.report.series import Cut, cuts, repairs
-from mariotte.report.tables import Table, law_summary, repair_table, speed_table
+from mariotte.report.tables import Table, claim_table, law_summary, repair_table, speed_table
 from mariotte.store.record import Record
 
 MODELS = ("testbed/qwen2-113k", "testbed/llama-483k")
@@ -112,11 +113,24 @@ def test_the_speed_table_counts_verdicts() -> None:
         found.append(dataclasses.replace(cut, low=cut.value - 0.1, high=cut.value + 0.1, verdict=verdict))
     table = speed_table({"Decode": found})
     assert table is not None
-    assert texts(table) == [["ffn", "2 faster, 1 inside the noise", "1.50 (1.40 to 1.60 · ffn@0.5 · m)"]]
+    assert texts(table) == [["ffn", "2 faster (1 inside the noise)", "1.50 (1.40 to 1.60 · @0.5 of m)"]]
 
 
 def texts(table: Table) -> list[list[str]]:
     return [[cell.text + (f" ({cell.below})" if cell.below else "") for cell in row] for row in table.rows]
+
+
+def test_claims_are_set_like_the_rest_of_the_page() -> None:
+    claims = [
+        Claim(sentence="At 90 % it falls: β = -1.0.", statistic="75% (-0.2 to 1), p = .3", verdict="holds"),
+        Claim(sentence="So-called", statistic="r-2", verdict="not settled"),
+    ]
+    table = claim_table(claims)
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["At 90\u202f% it falls: β\u00a0=\u00a0\u22121.0.", "holds", "75\u202f% (\u22120.2 to 1), p\u00a0=\u00a0.3"],
+        ["So-called", "not settled", "r-2"],
+    ]
+    assert [row[1].badge for row in table.rows] == ["yes", "open"]
 
 
 def test_recovery_has_a_view_for_each_recipe_and_training_corpus(page: str) -> None:
@@ -224,7 +238,7 @@ def test_many_laws_are_summed_up_and_folded_away(page: str) -> None:
 
 
 def test_the_page_says_nothing_undefined(page: str) -> None:
-    body = page.partition("<body>")[2].partition("<script>")[0]
+    body = page.partition("<body>")[2].partition("<script")[0]
     said = re.sub(r"<[^>]+>", " ", body)
     for word in (r"\bnan\b", r"\bundefined\b", r"\bNone\b", r"\binf\b", r"\bnull\b", r"\{\{", r"\bmariotte\.\w+\.\w+"):
         assert not re.search(word, said), re.search(f".{{40}}{word}.{{40}}", said, flags=re.S)

@@ -6,6 +6,7 @@ The textbook interval from in-sample residuals covers 4 to 10 % at a nominal 80 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -98,13 +99,19 @@ def _roll(law: Law, pool: Sequence[Point]) -> Calibration | str:
     reach = 0.0
     for fold in folds(pool):
         try:
-            errors.setdefault(fold.train[0].group, []).append(_errors(law, fold.train, fold.test))
+            errors.setdefault(fold.train[0].group, []).append(_fold_errors(law, fold.train, fold.test))
         except FitError:
             continue  # a beginning too short for this law calibrates nothing
         reach = max(reach, fold.test[-1].ratio - fold.train[-1].ratio)
     if not errors:
         return "no other series is long enough to hold some of it out"
     return _collect("rolling hold-out of other clusters", {g: np.concatenate(e) for g, e in errors.items()}, reach)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fold_errors(law: Law, train: tuple[Point, ...], test: tuple[Point, ...]) -> Array:
+    """The errors of one fold, which is in the pool of every series but those of its own cluster."""
+    return _errors(law, train, test)
 
 
 def _errors(law: Law, train: Sequence[Point], test: Sequence[Point]) -> Array:

@@ -391,7 +391,8 @@ _XScale = Callable[[Sequence[Series]], tuple[Callable[[Cut], float], alt.X, tupl
 
 def _over_share(curves: Sequence[Series]) -> tuple[Callable[[Cut], float], alt.X, tuple[float, float]]:
     shares = [cut.removed for curve in curves for cut in curve.cuts]
-    low, high = min(0.0, *shares), math.ceil(max(shares) * 20 + 0.2) / 20
+    # Some methods add parameters: their marks are whole, too.
+    low, high = min(0.0, min(shares) - 0.015), math.ceil(max(shares) * 20 + 0.2) / 20
     axis = alt.Axis(format=".0%", tickCount=5, labelFlush=False)
     encoding = alt.X(
         "x:Q", title="Parameters removed or zeroed", scale=alt.Scale(domain=[low, high], nice=False), axis=axis
@@ -410,7 +411,7 @@ def _over_tokens(curves: Sequence[Series]) -> tuple[Callable[[Cut], float], alt.
     axis = alt.Axis(values=list(names), labelExpr=f"{texts} : ''", labelOverlap=False, grid=False)
     domain = (zero / step**0.25, levels[-1] * step**0.25)
     scale = alt.Scale(type="log", domain=list(domain), nice=False)
-    encoding = alt.X("x:Q", title="Recovery tokens (logarithmic; 0 = cut, not recovered)", scale=scale, axis=axis)
+    encoding = alt.X("x:Q", title="Recovery tokens, logarithmic; 0 is the cut itself", scale=scale, axis=axis)
     return (lambda cut: float(cut.tokens or zero)), encoding, domain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -327,21 +328,23 @@ def speed_table(parts: Mapping[str, Sequence[Cut]]) -> Table | None:
         cells: list[str | Cell] = [name]
         for part in parts:
             own = by_part.get(part, [])
-            said = Counter(cut.verdict for cut in own if cut.verdict)
+            said = Counter(cut.verdict for cut in own if cut.verdict).most_common()
+            cells.append(Cell(text=_counted(said[:1]), below=_counted(said[1:])))
             best = max(own, key=lambda cut: cut.value, default=None)
-            cells.append(", ".join(f"{count} {verdict}" for verdict, count in said.most_common()))
-            cells.append(
-                Cell(
-                    text=f"{best.value:.2f}",
-                    below=f"{best.low:.2f} to {best.high:.2f} · {best.chain} · {best.setting.model}",
-                )
-                if best
-                else ""
-            )
+            if best is None:
+                cells.append("")
+                continue
+            at = "" if best.amount is None else f"@{print_number(best.amount)} of "
+            below = f"{best.low:.2f} to {best.high:.2f} · {at}{best.setting.model}"
+            cells.append(Cell(text=f"{best.value:.2f}", below=below))
         rows.append(_row(*cells))
     columns = tuple(column for part in parts for column in (f"{part}: cuts", f"#{part}: largest S"))
     caption = "Cuts by the measure's own verdict, and the fastest one with its interval."
     return Table(columns=("Method", *columns), rows=tuple(rows), caption=caption) if rows else None
+
+
+def _counted(said: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {verdict}" for verdict, count in said)
 
 
 def other_tables(records: Sequence[Record]) -> list[Table]:
@@ -567,7 +570,7 @@ def run_table(runs: Iterable[Mapping[str, Any]]) -> Table | None:
         _row(
             str(run.get("started", ""))[:16].replace("T", " "),
             str(run.get("study", "")),
-            *(f"{found.get(name, '')}" for name in names),
+            *(_count(found.get(name)) for name in names),
         )
         for run, found in zip((run for run in runs if isinstance(run.get("counters"), Mapping)), counters, strict=True)
     ]
@@ -577,6 +580,10 @@ def run_table(runs: Iterable[Mapping[str, Any]]) -> Table | None:
         rows=tuple(rows),
         caption="What each run had to do: shared work is done once.",
     )
+
+
+def _count(value: object) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def environment_table(records: Sequence[Record]) -> Table | None:
@@ -626,7 +633,19 @@ def claim_table(claims: Sequence[Claim]) -> Table:
     return Table(
         columns=("The paper says", "Verdict", "These models say"),
         rows=tuple(
-            _row(c.sentence, Cell(text=c.verdict, badge=BADGES.get(c.verdict, "open")), c.statistic) for c in claims
+            _row(
+                _typeset(claim.sentence),
+                Cell(text=claim.verdict, badge=BADGES.get(claim.verdict, "open")),
+                _typeset(claim.statistic),
+            )
+            for claim in claims
         ),
         prose=True,
     )
+
+
+def _typeset(text: str) -> str:
+    """A sentence with the page's percentages and minus signs, and no line that breaks within a number or before one."""
+    text = re.sub(r"(?<=\d) ?%", "\u202f%", text)
+    text = re.sub(r"(?<![\w)])-(?=\d)", MINUS, text)
+    return text.replace(" = ", "\u00a0=\u00a0")

@@ -43,7 +43,8 @@ class PruningLaws(Paper):
     @override
     def claims(self, records: Sequence[Record]) -> list[Claim]:
         found = _scores(records)
-        return [_rolling(found), _categories(found), _zero_shot(found), _one_shot(found)]
+        errors = _transferred(found)
+        return [_rolling(found), _categories(found), _zero_shot(errors), _one_shot(errors)]
 
 
 def _scores(records: Sequence[Record]) -> list[Curve]:
@@ -122,11 +123,14 @@ def _categories(found: Sequence[Curve]) -> Claim:
     if any(len(some) < 2 for some in clusters.values()):
         return missing(sentence, "curves of all three categories of tasks on two models")
 
-    def mean(some: Sequence[Curve]) -> float:
-        return float(np.mean([power(curve)[1] for curve in some]))
+    # Fitted once: a bootstrap draws the same curves a thousand times.
+    alphas = {name: [[power(curve)[1] for curve in cluster] for cluster in some] for name, some in clusters.items()}
 
-    values = {name: mean([curve for cluster in some for curve in cluster]) for name, some in clusters.items()}
-    spans = {name: interval(some, mean) for name, some in clusters.items()}
+    def mean(some: Sequence[float]) -> float:
+        return float(np.mean(some))
+
+    values = {name: mean([alpha for cluster in some for alpha in cluster]) for name, some in alphas.items()}
+    spans = {name: interval(some, mean) for name, some in alphas.items()}
     rising = list(values.values())
     ends = list(spans.values())
     apart = all(first[1] < second[0] for first, second in pairwise(ends))
@@ -160,11 +164,10 @@ def _transferred(found: Sequence[Curve]) -> dict[str, list[tuple[float, float]]]
     return result
 
 
-def _zero_shot(found: Sequence[Curve]) -> Claim:
+def _zero_shot(errors: Mapping[str, Sequence[tuple[float, float]]]) -> Claim:
     sentence = (
         "With coefficients of other models the law predicts a model that was never pruned with an error of .09 to .12."
     )
-    errors = _transferred(found)
     if len(errors) < 2:
         return missing(sentence, "curves of one method and task on two models")
 
@@ -181,9 +184,8 @@ def _zero_shot(found: Sequence[Curve]) -> Claim:
     )
 
 
-def _one_shot(found: Sequence[Curve]) -> Claim:
+def _one_shot(errors: Mapping[str, Sequence[tuple[float, float]]]) -> Claim:
     sentence = "One pruned measurement of the new model makes the transfer better."
-    errors = _transferred(found)
     if len(errors) < 2:
         return missing(sentence, "curves of one method and task on two models")
 
