@@ -45,7 +45,11 @@ def view(page: str, name: str, *wanted: str) -> dict[str, Any]:
 
 def marks(panel: dict[str, Any]) -> list[dict[str, Any]]:
     """The marks of a panel, each with the chain, model ... that its tooltip shows."""
-    return [{**panel["common"], **row} for row in panel["data"]["cuts"]]
+    columns = panel["columns"]
+    own = [
+        {name: value for name, value in zip(columns, row, strict=True) if value is not None} for row in panel["rows"]
+    ]
+    return [{**panel["common"], **row} for row in own]
 
 
 def buttons(page: str, name: str) -> dict[str, list[str]]:
@@ -81,7 +85,7 @@ def test_a_view_has_one_panel_for_each_model(page: str) -> None:
 def test_tasks_have_a_line_at_chance(page: str) -> None:
     for task, chance in {**CHANCES, "Mean of the tasks": sum(CHANCES.values()) / len(CHANCES)}.items():
         for panel in view(page, "tasks", task, "Cut")["panels"]:
-            (guess,), (dense,) = panel["data"]["chance"], panel["data"]["dense"]
+            (guess,), (dense,) = panel["references"]["chance"], panel["references"]["dense"]
             assert guess["base"] == pytest.approx(chance)
             assert guess["text"] == f"chance {100 * chance:.0f}\u202f%"
             assert dense["text"] == "dense 98\u202f%"
@@ -91,7 +95,7 @@ def test_a_task_without_a_stated_chance_has_no_line() -> None:
     own = [r for r in laws_study() if r.model == MODELS[0] and r.measure.startswith("tasks")]
     silent = [dataclasses.replace(r, protocol={"items": 200}, details={}) for r in own]
     (panel,) = view(build(silent), "tasks", "facts", "Cut")["panels"]
-    assert set(panel["data"]) == {"cuts", "dense"}
+    assert set(panel["references"]) == {"dense"}
 
 
 def test_speed_has_the_intervals_and_verdicts_of_the_measure(page: str) -> None:

@@ -54,13 +54,16 @@ class Panel:
     Parameters
     ----------
     title : heading
-    data : rows by the name of a data set of the view's specification
-    common : what all rows of ``cuts`` share, written once
+    columns, rows : the marks, values in the order of the columns; None where a mark has no such value
+    common : what all marks share, written once
+    references : values to compare with, such as the dense model's, by the name of their data set
     """
 
     title: str
-    data: Mapping[str, Sequence[Mapping[str, Any]]]
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[Any]]
     common: Mapping[str, Any]
+    references: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,14 +488,16 @@ def _view(
     spread_out = any(cut.low < cut.high for curve in curves for cut in curve.cuts)
     for setting, title in panel_names(by_setting).items():
         mine = by_setting[setting]
-        references = {} if axis.logarithmic else {"dense": mine[0].cuts[0].base}
-        references |= {"chance": chances[setting]} if chances and setting in chances else {}
-        data: dict[str, Sequence[Mapping[str, Any]]] = {
+        values = {} if axis.logarithmic else {"dense": mine[0].cuts[0].base}
+        values |= {"chance": chances[setting]} if chances and setting in chances else {}
+        references = {
             name: [{"x": x_domain[1], "base": value, "text": f"{name} {_reference_text(value, axis)}"}]
-            for name, value in references.items()
+            for name, value in values.items()
         }
         rows, common = _rows(mine, place, axis, domain, spread_out=spread_out)
-        panels.append(Panel(title=title, data={"cuts": rows, **data}, common=common))
+        columns = tuple(dict.fromkeys(name for row in rows for name in row))
+        table = [[row.get(name) for name in columns] for row in rows]
+        panels.append(Panel(title=title, columns=columns, rows=table, common=common, references=references))
     return View(
         choices=choices,
         spec=_chart(palette.keys(curves), panels, x, axis, domain, spread_out=spread_out),
@@ -564,7 +569,7 @@ def _chart(
         legend=None,
         scale=alt.Scale(domain=labels, range=[[5, 3] if key.dashed else [1, 0] for key in keys]),
     )
-    said = {name for panel in panels for row in (panel.common, *panel.data["cuts"]) for name in row}
+    said = {name for panel in panels for name in (*panel.common, *panel.columns)}
     tooltip = [alt.Tooltip(f"{name}:N", title=name) for name in _TOOLTIP if name in said]
     data = alt.Chart(alt.NamedData(name="cuts")).transform_filter("indexof(shown, datum.series) >= 0")
     line = data.mark_line(clip=True, strokeWidth=1.8).encode(
@@ -578,7 +583,7 @@ def _chart(
     )
     layers: list[alt.Chart] = [line, spread, points] if spread_out else [line, points]
     for name in ("dense", "chance"):
-        if any(name in panel.data for panel in panels):
+        if any(name in panel.references for panel in panels):
             layers = [*_reference(name, x, vertical("base"), axis), *layers]
     chart = alt.layer(*layers).add_params(alt.param(name="shown", value=labels))
     return chart.properties(width="container", height=HEIGHT, description=f"{axis.title}, by method").to_dict()

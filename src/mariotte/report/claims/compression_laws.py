@@ -256,7 +256,9 @@ def _calibration(found: Sequence[Curve]) -> Claim:
     low, high = interval([[pair] for pair in pairs], difference)
     gaps = [gap for calibrated, free in pairs for gap in _gaps(calibrated, free)]
     beta = difference(pairs)
-    same_size = f"; at equal parameters removed its loss is {np.median(gaps):+.2f} nats off (median)" if gaps else ""
+    same_size = (
+        f"; at equal parameters removed its loss differs by {np.median(gaps):+.2f} nats (median)" if gaps else ""
+    )
     return Claim(
         sentence=sentence,
         statistic=f"difference of β {beta:+.2f} ({low:+.2f} to {high:+.2f}), {len(pairs)} models{same_size}",

@@ -32,10 +32,14 @@
     );
   }
 
-  // What all rows of a panel share is written once.
-  function filled(spec, { title, data, common }) {
-    const cuts = data.cuts.map((row) => ({ ...common, ...row }));
-    return { ...spec, description: `${title}: ${spec.description}`, datasets: { dense: [], chance: [], ...data, cuts } };
+  // A panel names its columns, and what all its marks share, once.
+  function filled(spec, { title, columns, rows, common, references }) {
+    const cuts = rows.map((row) => {
+      const own = columns.map((name, i) => [name, row[i]]).filter(([, value]) => value !== null);
+      return { ...common, ...Object.fromEntries(own) };
+    });
+    const datasets = { dense: [], chance: [], ...references, cuts };
+    return { ...spec, description: `${title}: ${spec.description}`, datasets };
   }
 
   function figure(element) {
