@@ -276,13 +276,14 @@ class Trials:
     context : of the steps, with the rows that they may look at
     held_NT : rows that score
     folder : of what the steps prepare, and of the losses
+    losses : mean loss of each row that scores, by chain
     """
 
     model: Model
     context: Context
     held_NT: Tensor
     folder: Path
-    losses: dict[str, float] = field(default_factory=lambda: dict[str, float]())
+    losses: dict[str, list[float]] = field(default_factory=lambda: dict[str, list[float]]())
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -299,13 +300,20 @@ class Trials:
         if text not in self.losses:
             cut = execute(chain, self.model, self.context, self.folder)
             batch = max(1, _BATCH_TOKENS // self.held_NT.shape[1])
-            found = float(token_nll(cut, self.held_NT, batch=batch).double().mean())
-            self.losses[text] = found if math.isfinite(found) else math.inf
+            found_N = token_nll(cut, self.held_NT, batch=batch).double().mean(1)
+            self.losses[text] = found_N.nan_to_num(nan=math.inf).tolist()
             temporary = self._store.with_suffix(".part")
             temporary.write_text(json.dumps(self.losses), encoding="utf-8")
             temporary.replace(self._store)
             self.forget(chain)
-        return self.losses[text]
+        return float(np.mean(self.losses[text]))
+
+    def worse(self, chain: Chain, than: Chain) -> tuple[float, float]:
+        """How much more a chain loses than another one, nats a token, and the standard error over rows of that."""
+        difference_N = np.subtract(self.losses[str(chain)], self.losses[str(than)])
+        if not np.isfinite(difference_N).all() or len(difference_N) < 2:
+            return self.loss(chain) - self.loss(than), 0.0
+        return float(difference_N.mean()), float(difference_N.std(ddof=1) / math.sqrt(len(difference_N)))
 
     def forget(self, chain: Chain) -> None:
         """Remove the oldest preparations over `KEPT_BYTES`, but none of this chain's."""
@@ -433,6 +441,20 @@ class _Search:
             self.attempt(state)
             known.add(state)
 
+    def chosen(self) -> tuple[Chain, State, float]:
+        """The trial that lost least, or one of fewer steps that the scoring rows cannot tell from it.
+
+        Every step fits itself to calibration text, and fits of a thousandth of a nat do not carry over to other text:
+        the one-standard-error rule of model selection, on differences paired by row.
+        """
+        best = min(self.found, key=lambda found: found[2])
+
+        def as_good(found: tuple[Chain, State, float]) -> bool:
+            worse, error = self.trials.worse(found[0], best[0])
+            return worse <= error
+
+        return min(filter(as_good, self.found), key=lambda found: (len(found[0].links), found[2]))
+
     def settle(self) -> None:
         """Try `SETTINGS` where sizes are best, and use those that lose less from now on."""
         for i, step in enumerate(self.space.steps):
@@ -485,7 +507,8 @@ class Auto(Step):
     among the trials where it can remove enough and what it costs alone is no more than twice the best guess (`FAR`), so
     that no single one is better on the rows that score. Half-way, or when nothing else promises more, the best state is
     tried with settings that cost more (`SETTINGS`: feed-forward neurons chosen block by block), and the rest of the
-    search uses them if they lose less.
+    search uses them if they lose less. In the end a chain of fewer steps is taken if it loses no more than the best one
+    and a standard error of their difference.
 
     Cost: a trial prepares its steps on the model cut so far, and scores the rows held; preparations are kept for chains
     that begin alike. What each dimension costs alone is measured once for all amounts.
@@ -498,6 +521,7 @@ class Auto(Step):
     unit: ClassVar[str] = "parameters"
     family: ClassVar[str] = "mixed"
     reference: ClassVar[str] = "muralidharan2024compact"
+    version: ClassVar[int] = 2  # of chains that score alike, the one of fewer steps
 
     over: str = "+".join(DIMENSIONS)
     search: int = 32
@@ -640,7 +664,7 @@ class Auto(Step):
         search.settle()
         search.explore(states, self.search)
         trials.forget(Chain())
-        chain, best, loss = min(search.found, key=lambda found: found[2])
+        chain, best, loss = search.chosen()
         return {
             "chain": str(chain),
             "sizes": {
