@@ -14,7 +14,7 @@ from mariotte.report import build
 from mariotte.report.claim import Claim
 from mariotte.report.lawtable import HoldOut, LawReport
 from mariotte.report.series import Cut, cuts, repairs
-from mariotte.report.tables import Table, claim_table, law_summary, repair_table, speed_table
+from mariotte.report.tables import Table, claim_table, cut_table, law_summary, repair_table, speed_table
 from mariotte.store.record import Record
 
 MODELS = ("testbed/qwen2-113k", "testbed/llama-483k")
@@ -196,6 +196,23 @@ def test_quartiles_of_what_recovery_repairs_and_what_is_left_out() -> None:
     assert table is not None
     assert table.columns[2:] == ("#Accuracy",)
     assert texts(table) == [["ffn | lora", "16k", "50\u202f% (35\u202f% to 65\u202f% · n = 4)"]]
+
+
+def test_all_numbers_has_a_row_for_each_chain_and_a_column_for_each_corpus() -> None:
+    records = repaired_records({"x/a": 3.0, "x/b": 2.0}, {"x/a": 1.4}, "x/a")
+    table = cut_table(cuts(records, "loss", "loss"), [])
+    assert table is not None
+    assert table.columns == ("Model", "Chain", "#Removed", "#Loss, a", "#Loss, b")
+    assert [row[1:] for row in texts(table)] == [
+        [
+            "ffn@0.5 (seed 0)",
+            "0.0\u202f%",
+            "3.000 (+200.0\u202f% · dense 1.000)",
+            "2.000 (+100.0\u202f% · dense 1.000)",
+        ],
+        ["ffn@0.5 | lora@4k(corpus=x/a) (seed 0)", "0.0\u202f%", "1.400 (+40.0\u202f% · dense 1.000)", ""],
+    ]
+    assert cut_table([], []) is None
 
 
 def test_nothing_recovered_is_no_table() -> None:

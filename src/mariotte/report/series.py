@@ -274,7 +274,7 @@ def _speed_interval(record: Record, part: str, metric: str) -> tuple[float, floa
 def by_measure(curves: Iterable[Series]) -> dict[str, list[Series]]:
     """Curves by what they were measured on, where a model was measured on several things; else all under ``""``.
 
-    The names are corpora, or whole measures where two differ in more than their corpus; see `short_names`.
+    The names are those of `measure_labels`.
     """
     curves = list(curves)
     measures: dict[str, set[str]] = defaultdict(set)
@@ -282,13 +282,18 @@ def by_measure(curves: Iterable[Series]) -> dict[str, list[Series]]:
         measures[curve.setting.model_hash].add(curve.setting.measure)
     if all(len(own) == 1 for own in measures.values()):
         return {"": curves}
-    names = sorted({curve.setting.measure for curve in curves})
-    corpora = [corpus_of(name) for name in names]
-    labels = short_names(corpora) if len(set(corpora)) == len(corpora) and all(corpora) else names
     return {
         label: [curve for curve in curves if curve.setting.measure == name]
-        for name, label in zip(names, labels, strict=True)
+        for name, label in measure_labels(curve.setting.measure for curve in curves).items()
     }
+
+
+def measure_labels(measures: Iterable[str]) -> dict[str, str]:
+    """A short name for each measure, in order: its corpus, or all of it where two differ in more than their corpus."""
+    names = sorted(set(measures))
+    corpora = [corpus_of(name) for name in names]
+    labels = short_names(corpora) if len(set(corpora)) == len(corpora) and all(corpora) else names
+    return dict(zip(names, labels, strict=True))
 
 
 def short_names(names: Sequence[str]) -> list[str]:

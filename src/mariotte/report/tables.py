@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from mariotte.report.series import (
     flatten,
     is_dense,
     kind_of,
+    measure_labels,
     own_metrics,
     quantity,
     recipe_of,
@@ -223,49 +225,64 @@ def failure_table(failures: Sequence[Failure]) -> Table | None:
 
 
 def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
-    """Every chain of every model with loss and facts known, dense values beside."""
-    if not losses and not facts:
+    """Every chain of every model with its losses and facts known, dense values below."""
+    labels = measure_labels(cut.setting.measure for cut in losses)
+    known = {(cut.setting.model_hash, cut.chain): cut for cut in facts}
+    rows: dict[tuple[str, str], list[dict[str, Cut]]] = defaultdict(list)  # a second dictionary for a second protocol
+    for cut in losses:
+        own = rows[cut.setting.model_hash, cut.chain]
+        free = next((found for found in own if cut.setting.measure not in found), None)
+        if free is None:
+            own.append(free := {})
+        free[cut.setting.measure] = cut
+    for key in known:
+        rows[key] = rows[key] or [{}]
+    every = [(found, known.get(key)) for key, own in rows.items() for found in own]
+    if not every:
         return None
-    known: dict[tuple[str, str], Cut] = {(cut.setting.model_hash, cut.chain): cut for cut in facts}
-    shown: list[tuple[Cut, Cut | None]] = [(cut, known.get((cut.setting.model_hash, cut.chain))) for cut in losses]
-    measured = {(cut.setting.model_hash, cut.chain) for cut in losses}
-    alone = [cut for key, cut in known.items() if key not in measured]
-    rows: list[tuple[Cell, ...]] = []
-    for loss, fact in shown[:MOST_ROWS]:
-        rows.append(_row(*_cut_cells(loss, loss), *([_fact_cell(fact), _dense_fact(fact)] if facts else [])))
-    for fact in alone[: MOST_ROWS - len(rows)]:
-        rows.append(_row(*_cut_cells(fact, None), _fact_cell(fact), _dense_fact(fact)))
-    columns = ("Model", "Chain", "#Removed", "#Loss", "#Dense", "#Change")
-    if facts:
-        columns += ("#Facts", "#Dense")
-    total = len(shown) + len(alone)
-    caption = "Means over seeds; the range over seeds in small figures. Loss in nats a token, facts as top-1 share."
-    if total > MOST_ROWS:
-        caption += f" The first {MOST_ROWS:,} of {total:,} cuts; `mariotte export` writes them all."
-    return Table(columns=columns, rows=tuple(rows), caption=caption, fold=f"All {total:,} cuts in numbers")
+    heads = [f"#Loss, {label}" if len(labels) > 1 else "#Loss" for label in labels.values()]
+    caption = (
+        "Means over seeds, and below them the change, the dense value and the range over seeds. Loss in nats a token"
+        f"{', facts as top-1 share' * bool(facts)}."
+    )
+    if len(every) > MOST_ROWS:
+        caption += f" The first {MOST_ROWS:,} of {len(every):,} cuts; `mariotte export` writes them all."
+    return Table(
+        columns=("Model", "Chain", "#Removed", *heads, *(["#Facts"] if facts else [])),
+        rows=tuple(
+            _row(
+                *_cut_cells([*found.values(), *([fact] if fact else [])]),
+                *(_value_cell(found.get(name), "{:.3f}".format) for name in labels),
+                *([_value_cell(fact, lambda value: share(value, 1))] if facts else []),
+            )
+            for found, fact in every[:MOST_ROWS]
+        ),
+        caption=caption,
+        fold=f"All {len(every):,} cuts in numbers",
+    )
 
 
-def _cut_cells(cut: Cut, loss: Cut | None) -> list[str | Cell]:
-    where = f"{corpus_of(cut.setting.measure) or cut.setting.measure} · {cut.setting.protocol}"
+def _cut_cells(found: Sequence[Cut]) -> list[Cell]:
+    """Model, chain and share removed of a row that shows some measures of one cut."""
+    cut = found[0]
+    protocols = ", ".join(dict.fromkeys(other.setting.protocol for other in found))
     seeds = f"seed{'s' if len(cut.seeds) > 1 else ''} {span(cut.seeds)}"
-    removed = Cell(text=share(cut.removed, 1), below="zeroed" if cut.zeroed > 0.5 * abs(cut.removed) > 0 else "")
-    cells: list[str | Cell] = [Cell(text=cut.setting.model, below=where), Cell(text=cut.chain, below=seeds), removed]
-    if loss is None:
-        return [*cells, "", "", ""]
-    spread = f"{loss.low:.3f}{DASH}{loss.high:.3f}" if len(loss.seeds) > 1 else ""
-    change = signed_share(loss.change) if loss.method is not None else ""
-    return [*cells, Cell(text=f"{loss.value:.3f}", below=spread), f"{loss.base:.3f}", change]
+    zeroed = "zeroed" if cut.zeroed > 0.5 * abs(cut.removed) > 0 else ""
+    return [
+        Cell(text=cut.setting.model, below=protocols),
+        Cell(text=cut.chain, below=seeds),
+        Cell(text=share(cut.removed, 1), below=zeroed),
+    ]
 
 
-def _fact_cell(cut: Cut | None) -> str | Cell:
+def _value_cell(cut: Cut | None, text: Callable[[float], str]) -> Cell:
     if cut is None:
-        return ""
-    spread = f"{share(cut.low)}{DASH}{share(cut.high)}" if len(cut.seeds) > 1 else ""
-    return Cell(text=share(cut.value, 1), below=spread)
-
-
-def _dense_fact(cut: Cut | None) -> str:
-    return share(cut.base, 1) if cut else ""
+        return Cell(text="")
+    below = [f"{text(cut.low)}{DASH}{text(cut.high)}"] if len(cut.seeds) > 1 else []
+    if cut.method is not None:
+        change = [signed_share(cut.change)] if math.isfinite(cut.change) else []
+        below = [*change, f"dense {text(cut.base)}", *below]
+    return Cell(text=text(cut.value), below=" · ".join(below))
 
 
 def repair_table(losses: Sequence[Cut], accuracies: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
