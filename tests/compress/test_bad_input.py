@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mariotte import architectures
+from mariotte import chain as chains
 from mariotte.cli.main import app
+from mariotte.errors import ChainError
+from mariotte.experiments import identity
+from mariotte.testing.methods import run
+from mariotte.testing.tiny import random_tokens, tiny
 
 TEXT = ("--calibration", "testbed/all", "--rows", "4")
 
@@ -82,6 +87,22 @@ def test_calibration_text_of_no_token_or_one(chain: str, text: str, model_folder
     said = refused(model_folder, chain, tmp_path, "--calibration", f"file:{tmp_path / 'text'}")
     assert "tokens, fewer than 128 blocks of 128: " in said
     assert "needs calibration text, got none: name a corpus" in refused(model_folder, chain, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        "ffn@0.5(ridge=1e-300)",
+        "ffn@0.5(ridge=1e-300, sequential=true)",
+        "heads@0.5(ridge=1e-300)",
+        "slice@0.5(ridge=1e-300)",
+        "sparsegpt@0.5(damp=1e-300)",
+    ],
+)
+def test_a_ridge_that_holds_nothing_up(chain: str, tmp_path: Path) -> None:
+    (part,) = identity.resolve(chains.parse(chain))
+    with pytest.raises(ChainError, match=r"that can be inverted, and got one that cannot: ask for a larger ridge"):
+        run(part.step, tiny("llama"), part.amount, tmp_path, random_tokens(1, 4))  # of fewer tokens than inputs
 
 
 @pytest.mark.parametrize("chain", ["slice@0.3", "heads@0.5"])

@@ -5,11 +5,34 @@ Shapes: O outputs and I inputs of a linear layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator
 from typing import cast
 
 import torch
 from torch import Tensor
+
+from mariotte.errors import ChainError
+
+_LinAlgError = cast("type[RuntimeError]", torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage] public
+
+
+@contextlib.contextmanager
+def invertible() -> Generator[None]:
+    """Say of moments that are singular in floats, in spite of their ridge, what can be done about it.
+
+    Raises
+    ------
+    ChainError
+        When a factorisation inside fails.
+    """
+    try:
+        yield
+    except _LinAlgError as error:
+        raise ChainError(
+            "least squares need a second moment of activations that can be inverted, and got one that cannot: "
+            "ask for a larger ridge (or damp), such as 0.01"
+        ) from error
 
 
 def with_ridge(moment_II: Tensor, ridge: float) -> Tensor:
@@ -23,6 +46,7 @@ def with_ridge(moment_II: Tensor, ridge: float) -> Tensor:
     )
 
 
+@invertible()
 def least_squares_factors(weight_OI: Tensor, moment_II: Tensor, order_I: Tensor) -> tuple[Tensor, Tensor]:
     """What `compensated` needs for any number of kept columns.
 
@@ -36,6 +60,11 @@ def least_squares_factors(weight_OI: Tensor, moment_II: Tensor, order_I: Tensor)
     -------
     L : (I, I) lower Cholesky factor of the moment in that order
     M : (O, I) the weight in that order, times L
+
+    Raises
+    ------
+    ChainError
+        When the moment is not positive definite.
     """
     factor_II = cast(Tensor, torch.linalg.cholesky(moment_II[order_I][:, order_I]))
     return factor_II, weight_OI[:, order_I] @ factor_II

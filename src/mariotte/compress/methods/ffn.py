@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
-from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
+from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
@@ -29,6 +29,7 @@ _BEFORE = ("taylor", "norm")
 """Criteria that rank the neurons of the model that enters, even when the rest is done block by block."""
 
 
+@invertible()
 def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
     """Columns in the order in which optimal brain surgeon removes them.
 
@@ -40,6 +41,11 @@ def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
     Returns
     -------
     (F,) int64: the first is removed first
+
+    Raises
+    ------
+    ChainError
+        When the moment is not positive definite.
 
     Notes
     -----
@@ -289,7 +295,8 @@ class FFN(Step):
             moment_FF = moments.result(self.name(), model)[key]
             damped_FF = with_ridge(moment_FF, self.ridge)
             if lacking_DF is not None:
-                down_DF = down_DF + correct * cast(Tensor, torch.linalg.solve(damped_FF, lacking_DF.T)).T
+                with invertible():
+                    down_DF = down_DF + correct * cast(Tensor, torch.linalg.solve(damped_FF, lacking_DF.T)).T
             order_F = (
                 prepared.get(key)["order"].to(model.device)
                 if self.criterion in _BEFORE

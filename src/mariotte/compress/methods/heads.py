@@ -19,7 +19,7 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Shape
 from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
-from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
+from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -85,10 +85,12 @@ class Surgeon:
     [hassibi1993optimal]_ equation 5, for blocks of columns instead of single weights.
     """
 
+    @invertible()
     def __init__(self, output_DI: Tensor, moment_II: Tensor, width: int) -> None:
         self.weight_DI, self.width = output_DI.clone(), width
         self.inverse_II = torch.cholesky_inverse(cast(Tensor, torch.linalg.cholesky(moment_II)))
 
+    @invertible()
     def _solved(self, columns: list[int], right: Tensor) -> Tensor:
         """((G⁻¹)_SS)⁻¹ times something."""
         factor_SS = cast(Tensor, torch.linalg.cholesky(self.inverse_II[columns][:, columns]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte.compress.calibration import outer
-from mariotte.compress.compensation import with_ridge
+from mariotte.compress.compensation import invertible, with_ridge
 from mariotte.compress.sparsity import OneShot, Pattern, smallest_of_groups, whole
 from mariotte.errors import ChainError
 
@@ -30,6 +30,7 @@ def count(weights: int, amount: float) -> int:
     return min(whole(weights, amount) + 1, weights - 1) if amount else 0
 
 
+@invertible()
 def sparsegpt(
     weight_OI: Tensor,
     moment_II: Tensor,
@@ -53,6 +54,11 @@ def sparsegpt(
     Returns
     -------
     (O, I) float64
+
+    Raises
+    ------
+    ChainError
+        When `damp` is too small for the moment to be inverted.
 
     Notes
     -----
