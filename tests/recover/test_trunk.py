@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from mariotte.chain import parse_link
 from mariotte.cli.main import app
 from mariotte.data.corpora import File, Split
-from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.experiments import run as running
 from mariotte.experiments.identity import resolve_link, step_identity
 from mariotte.experiments.study import parse
@@ -47,7 +47,7 @@ from mariotte.testing.recoveries import (
     stop_after,
     tiny_reader,
 )
-from mariotte.testing.tiny import weights_hash
+from mariotte.testing.tiny import random_tokens, weights_hash
 from mariotte.training.loop import DivergedError
 
 STEP = LoRA(batch=5, lr=1e-2, warmup=3, rank=4)
@@ -196,9 +196,31 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
 SHARED = [replace(ALL[0], batch=3), replace(ALL[2], batch=3), replace(ALL[1], batch=3, lr=2e-3)]
 
 
-def recover_and_save(folder: Path, corpus: str) -> None:
+def shard_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every accelerator one of FSDP, which accelerate's configuration leaves to GPUs."""
+    import accelerate
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class Sharding(accelerate.Accelerator):
+        def __init__(self) -> None:
+            super().__init__()
+            PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                cpu_ram_efficient_loading=False,
+                auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            )
+
+    monkeypatch.setattr(accelerate, "Accelerator", Sharding)
+
+
+def recover_and_save(folder: Path, corpus: str, *, sharded: bool = False) -> None:
     """What each of the launched processes does, in a folder of its own."""
     torch.set_num_threads(1)
+    if sharded:
+        shard_on_processors(pytest.MonkeyPatch())
     own = folder / os.environ.get("RANK", "alone")
     model = tiny_reader("llama")
     for step in SHARED:
@@ -207,7 +229,8 @@ def recover_and_save(folder: Path, corpus: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_recover_what_one_does(model: Model, tmp_path: Path, corpus: str) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "shards"])
+def test_two_processes_recover_what_one_does(sharded: bool, model: Model, tmp_path: Path, corpus: str) -> None:
     recover_and_save(tmp_path, corpus)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -215,7 +238,7 @@ def test_two_processes_recover_what_one_does(model: Model, tmp_path: Path, corpu
     # What `accelerate launch --cpu --num_processes 2` sets.
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_trunk; "
-    code += f"test_trunk.recover_and_save(pathlib.Path({str(tmp_path)!r}), {corpus!r})"
+    code += f"test_trunk.recover_and_save(pathlib.Path({str(tmp_path)!r}), {corpus!r}, sharded={sharded})"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -231,6 +254,28 @@ def test_two_processes_recover_what_one_does(model: Model, tmp_path: Path, corpu
         moved = sum((value - before[name]).square().sum() for name, value in alone.items())
         assert moved > 0
         assert apart < 1e-4 * moved, step.name()
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [(1, "sharded by FSDP 2, got fsdp_version 1: set fsdp_version: 2"), (2, "weights that stay zero")],
+)
+def test_what_cannot_be_sharded_is_refused(
+    version: int, said: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate
+    from accelerate.utils import DistributedType
+
+    class Configured:
+        distributed_type = DistributedType.FSDP
+        is_fsdp2 = version == 2
+
+    monkeypatch.setattr(accelerate, "Accelerator", Configured)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, state = ALL[1]._state(model, context_of(model, tmp_path, None))
+    next(iter(state.trained.values())).register_hook(lambda gradient: gradient)  # as held zeros have
+    with pytest.raises(MariotteError, match=said):
+        trunk.train(state, lambda _: random_tokens(2, BLOCK), schedule=lambda _: 1.0, until=1)
 
 
 # -- the best state ---------------------------------------------------------------------------------------------------

@@ -260,6 +260,11 @@ class Recovery(Step):
         if best is not None:
             state.load(self._branch_folder(prepared, plan) / _BEST)
             facts["kept"] = best
+        if state.parted:  # what was learned is put together in a twin that is whole
+            learned = state.values()
+            learner, state = self._state(model, context)
+            for name, p in state.trained.items():
+                p.data.copy_(learned[name])
         recovered = model.copy()
         facts["mask_reapplied"] = learner.write_(recovered)
         facts |= _judged(model, recovered, held_out)
@@ -287,7 +292,7 @@ class Recovery(Step):
             nonlocal saved, before
             context.counters.trunk_tokens += progress.tokens - int(before)
             before = progress.tokens
-            if time.monotonic() - saved >= _SAVE_SECONDS and progress.step not in leaves:
+            if state.agreed(time.monotonic() - saved >= _SAVE_SECONDS) and progress.step not in leaves:
                 state.save(folder / _LATEST)
                 saved = time.monotonic()
             context.progress(f"{self.name()} trunk", progress.step / leaves[-1])
@@ -335,7 +340,7 @@ class Recovery(Step):
                 return
             assert isinstance(held_out, Tensor)
             value = _mean_loss(state.module, held_out.to(model.device))
-            if not found or value < min(found.values()):
+            if state.agreed(not found or value < min(found.values())):
                 state.save(folder / _BEST)
             found[str(state.step)] = value
 
@@ -359,7 +364,7 @@ class Recovery(Step):
             state.notes["loss_sum"] += progress.loss
             state.notes["loss_steps"] += 1
             look()
-            if time.monotonic() - saved >= _SAVE_SECONDS and progress.step < plan.steps:
+            if state.agreed(time.monotonic() - saved >= _SAVE_SECONDS) and progress.step < plan.steps:
                 state.save(latest)
                 saved = time.monotonic()
             context.progress(f"{self.name()} decay", (progress.step - plan.leave) / plan.decay)

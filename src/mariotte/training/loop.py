@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -59,6 +59,23 @@ class Progress:
     factor: float
 
 
+def _whole(value: Tensor) -> Tensor:
+    """All of a tensor on the CPU, also where this process holds a part of it; then every process must ask."""
+    gather = cast("Callable[[], Tensor] | None", getattr(value, "full_tensor", None))
+    return (value if gather is None else gather()).detach().cpu().contiguous()
+
+
+def _parted(value: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor that this process holds of a parameter of its shape; all of it where that is whole."""
+    if value.shape != like.shape or not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parts = cast(DTensor, like)
+    # None: every process has the same values, and none of them is sent.
+    return distribute_tensor(value.to(parts.device), parts.device_mesh, parts.placements, src_data_rank=None)
+
+
 @dataclass
 class TrainState:
     """A run at one moment: enough to go on exactly as if it had never stopped.
@@ -81,6 +98,7 @@ class TrainState:
     tokens: int = 0
     notes: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
     _rates: list[list[float]] = field(init=False, repr=False)
+    _together: _Together | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -89,6 +107,23 @@ class TrainState:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name; a tied one once."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def values(self) -> dict[str, Tensor]:
+        """The parameters that train as they are now, on the CPU, whole."""
+        return {name: _whole(p) for name, p in self.trained.items()}
+
+    @property
+    def parted(self) -> bool:
+        """Whether this process holds a part of the parameters only."""
+        return self._together is not None and any(hasattr(p, "full_tensor") for p in self.trained.values())
+
+    def agreed(self, said: bool) -> bool:
+        """What the first process says where each holds a part, and all must save or none; else what is said here."""
+        if not self.parted:
+            return said
+        answer = torch.tensor([int(said)], device=next(iter(self.trained.values())).device)
+        torch.distributed.broadcast(answer, 0)
+        return bool(answer)
 
     def set_rates_(self, factor: float) -> None:
         """Set every learning rate to its rate at construction times a factor."""
@@ -102,7 +137,7 @@ class TrainState:
         A folder that already holds a state keeps it until the new manifest replaces the old one in one move.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in self.trained.items()}
+        tensors = {f"parameter/{name}": value for name, value in self.values().items()}
         scalars: dict[str, float] = {}
         for i, optimizer in enumerate(self.optimizers):
             states = cast("dict[int, dict[str, object]]", optimizer.state_dict()["state"])
@@ -110,7 +145,7 @@ class TrainState:
                 for name, value in entries.items():
                     key = f"optimizer/{i}/{j}/{name}"
                     if isinstance(value, Tensor):
-                        tensors[key] = value.detach().cpu().contiguous()
+                        tensors[key] = _whole(value)
                     elif isinstance(value, (int, float)):
                         scalars[key] = value
                     else:
@@ -166,17 +201,28 @@ class TrainState:
                     f"the training state in {folder} is of another model: '{name}' is {tuple(value.shape)} there "
                     f"and {tuple(p.shape)} here; train into another folder"
                 )
-            p.data.copy_(value)
+            p.data.copy_(_parted(value, p.data))
         for i, optimizer in enumerate(self.optimizers):
             states: dict[int, dict[str, object]] = {}
             for key, value in (*tensors.items(), *manifest["scalars"].items()):
                 kind, *where = key.split("/", 3)
                 if kind == "optimizer" and int(where[0]) == i:
                     states.setdefault(int(where[1]), {})[where[2]] = value
-            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+            _put_moments(optimizer, states)
         self.seed, self.step, self.tokens = manifest["seed"], manifest["step"], manifest["tokens"]
         self.notes = manifest.get("notes", {})
         return self
+
+
+def _put_moments(optimizer: Optimizer, states: Mapping[int, Mapping[str, object]]) -> None:
+    """Give an optimizer what it remembers of each parameter, by its number; in parts, where the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in cast("list[Tensor]", group["params"])]
+    parted = {
+        j: {name: _parted(v, parameters[j].data) if isinstance(v, Tensor) else v for name, v in entries.items()}
+        for j, entries in states.items()
+    }
+    optimizer.state.clear()  # it may be of parameters that the optimizer no longer has
+    optimizer.load_state_dict({"state": parted, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def causal_loss(module: Callable[..., Any], tokens_BT: Tensor, **inputs: Any) -> Tensor:
@@ -201,7 +247,8 @@ def causal_loss(module: Callable[..., Any], tokens_BT: Tensor, **inputs: Any) ->
 class _Together:
     """A step of training shared by several processes, each with its rows of every batch.
 
-    What is sharded, and how, is accelerate's configuration; the mean gradient is that of one process alone.
+    What is sharded, and how, is accelerate's configuration; the mean gradient is that of one process alone, of every
+    loss that is a mean over rows. Every process does the same work and needs a folder of its own.
     """
 
     accelerator: Accelerator
@@ -214,10 +261,29 @@ class _Together:
         # Not on one process: wrapped, a step of the testbed's models would take longer and learn the same.
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return None
+        if state._together is None:  # pyright: ignore[reportPrivateUsage] of this file
+            state._together = cls._prepared(state)  # pyright: ignore[reportPrivateUsage]
+        return state._together  # pyright: ignore[reportPrivateUsage]
+
+    @classmethod
+    def _prepared(cls, state: TrainState) -> _Together:
         from accelerate import Accelerator
+        from accelerate.utils import DistributedType
 
         accelerator = Accelerator()
+        if accelerator.distributed_type == DistributedType.FSDP:
+            if not accelerator.is_fsdp2:
+                raise MariotteError("training is sharded by FSDP 2, got fsdp_version 1: set fsdp_version: 2")
+            if any(p._backward_hooks for p in state.trained.values()):  # pyright: ignore[reportPrivateUsage]
+                raise MariotteError(
+                    "weights that stay zero cannot be trained in shards: train adapters, or do without FSDP"
+                )
+        # Sharding makes other parameters of the parameters, and what an optimizer remembers of them must come along.
+        moments = [cast("dict[int, dict[str, object]]", o.state_dict()["state"]) for o in state.optimizers]
         module, *optimizers = cast("list[Any]", accelerator.prepare(state.module, *state.optimizers))
+        if accelerator.distributed_type == DistributedType.FSDP:
+            for optimizer, entries in zip(state.optimizers, moments, strict=True):
+                _put_moments(optimizer, entries)
         return cls(accelerator, module, optimizers)
 
     def backward(self, loss: Callable[[nn.Module, Tensor], Tensor], tokens_BT: Tensor) -> float:
@@ -232,7 +298,7 @@ class _Together:
 
     def clip(self, trained: Sequence[nn.Parameter], norm: float) -> float:
         """Scale the gradient down to a norm; the norm that it had."""
-        return float(cast(Tensor, self.accelerator.clip_grad_norm_(trained, norm)))
+        return float(_whole(cast(Tensor, self.accelerator.clip_grad_norm_(trained, norm))))
 
 
 def train(
@@ -265,7 +331,7 @@ def train(
     Raises
     ------
     MariotteError
-        When nothing trains.
+        When nothing trains, or cannot be sharded as accelerate is told to.
     DivergedError
         When the loss or the gradient stops being a number: lower the learning rates. The state is as it was before
         that step.
@@ -273,7 +339,8 @@ def train(
     Notes
     -----
     Under ``accelerate launch`` the processes share each batch by rows, and parameters and optimizers are prepared by
-    accelerate, so that data parallelism is configuration. In one process accelerate is not even imported.
+    accelerate, so that copies of the model or shards of it (FSDP, version 2) are configuration. In one process
+    accelerate is not even imported.
     """
     trained = list(state.trained.values())
     if not trained:
@@ -281,6 +348,7 @@ def train(
     device = trained[0].device
     was_training = state.module.training
     together = _Together.find(state)
+    trained = list(state.trained.values())  # others, where they were sharded
     optimizers = state.optimizers if together is None else together.optimizers
     state.module.train()
     try:
