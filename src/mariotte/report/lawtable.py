@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mariotte.report.series import share
 from mariotte.store.record import Record, digest
 
 if TYPE_CHECKING:
@@ -177,5 +178,5 @@ def _critical(point: Ratio) -> str:
     """The critical share with its interval, or the word for why there is none."""
     if point.r is None:
         return point.status.replace("_", " ")
-    interval = "" if point.lo is None or point.hi is None else f" ({point.lo:.0%} to {point.hi:.0%})"
-    return f"{point.r:.1%}{interval}" + (", beyond the data" if point.status == "beyond_box" else "")
+    interval = "" if point.lo is None or point.hi is None else f" ({share(point.lo)} to {share(point.hi)})"
+    return f"{share(point.r, 1)}{interval}" + (", beyond the data" if point.status == "beyond_box" else "")

@@ -177,16 +177,20 @@ def cuts(records: Iterable[Record], kind: str, metric: str) -> list[Cut]:
 
     Returns
     -------
-    dense models first, then by model, series and share removed
+    dense models first, then by model, method, recovery with its corpus and tokens, and share removed
     """
     groups: dict[tuple[Setting, str], list[Record]] = defaultdict(list)
     for record in records:
         if kind_of(record.measure) == kind and metric in record.metrics and metric in record.base:
             groups[setting_of(record), record.chain].append(record)
     found = [_average(setting, sorted(group, key=lambda r: r.seed), metric) for (setting, _), group in groups.items()]
-    return sorted(
-        found, key=lambda c: (c.method is not None, c.base_params, c.setting.model, c.series, c.removed, c.tokens)
-    )
+    return sorted(found, key=_order)
+
+
+def _order(cut: Cut) -> tuple[object, ...]:
+    model = cut.method is not None, cut.base_params, cut.setting.model
+    # Recoveries by corpus and tokens: as text, 16k would come before 4k.
+    return *model, cut.method or "", cut.recovery or "", cut.trained, cut.tokens, cut.series, cut.removed
 
 
 def _average(setting: Setting, group: Sequence[Record], metric: str) -> Cut:

@@ -251,7 +251,7 @@ def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
         columns=("Model", "Chain", "#Removed", *heads, *(["#Facts"] if facts else [])),
         rows=tuple(
             _row(
-                *_cut_cells([*found.values(), *([fact] if fact else [])]),
+                *_cut_cells(next(cut for cut in (*found.values(), fact) if cut), alone=len(labels) < 2),
                 *(_value_cell(found.get(name), "{:.3f}".format) for name in labels),
                 *([_value_cell(fact, lambda value: share(value, 1))] if facts else []),
             )
@@ -262,14 +262,13 @@ def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
     )
 
 
-def _cut_cells(found: Sequence[Cut]) -> list[Cell]:
-    """Model, chain and share removed of a row that shows some measures of one cut."""
-    cut = found[0]
-    protocols = ", ".join(dict.fromkeys(other.setting.protocol for other in found))
+def _cut_cells(cut: Cut, *, alone: bool) -> list[Cell]:
+    """Model, chain and share removed; corpus and protocol where a cut is `alone` in its row, not one of several."""
     seeds = f"seed{'s' if len(cut.seeds) > 1 else ''} {span(cut.seeds)}"
     zeroed = "zeroed" if cut.zeroed > 0.5 * abs(cut.removed) > 0 else ""
+    where = f"{corpus_of(cut.setting.measure) or cut.setting.measure} · {cut.setting.protocol}"
     return [
-        Cell(text=cut.setting.model, below=protocols),
+        Cell(text=cut.setting.model, below=where if alone else ""),
         Cell(text=cut.chain, below=seeds),
         Cell(text=share(cut.removed, 1), below=zeroed),
     ]
@@ -520,7 +519,7 @@ def _fit_row(fit: FittedLaw) -> tuple[Cell, ...]:
         if c.low is not None and c.high is not None
     )
     return _row(
-        Cell(text=fit.series, below=f"{fit.points} cuts"),
+        Cell(text=fit.series, below=f"{fit.points} cut{'s' * (fit.points != 1)}"),
         Cell(text=fit.law, below=fit.formula),
         Cell(text=coefficients, below=intervals),
         fit.critical,
