@@ -182,11 +182,11 @@ def test_an_interval_draws_clusters() -> None:
     assert (low, high) == (1.0, 3.0)  # two clusters, however many points each has
 
 
-def test_the_page_of_a_study_that_follows_a_paper_ends_with_its_claims() -> None:
+def test_the_page_of_a_study_that_follows_a_paper_has_its_claims_near_the_top() -> None:
     records = grid(as_published, linear)
     page = build(records, runs=[{"toml": 'follows = "compression-laws"', "counters": {}, "cost": {"seconds": 1.0}}])
     assert "What Compression Laws for Large Language Models says" in page
-    assert page.index("The loss grows quadratically") < page.index("Read with care")
+    assert page.index("The loss grows quadratically") < page.index("What was run")
     assert "What Compression Laws" not in build(records)
     assert "What Pruning Laws says" in build(records, claims=["pruning-laws"])
     assert followed([{"toml": ""}, {}], ["pruning-laws"]) == ["pruning-laws"]
