@@ -243,4 +243,4 @@ def test_it_is_the_training_written_out(case: str, cut: Callable[[Model], Model]
     apart = sum(float((after[name] - wanted[name]).square().sum()) for name in wanted)
     moved = sum(float((wanted[name] - before[name]).square().sum()) for name in wanted)
     assert moved > 0
-    assert math.sqrt(apart / moved) < 5e-3
+    assert math.sqrt(apart / moved) < 1e-3  # found: at most 8e-5
