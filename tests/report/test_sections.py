@@ -215,6 +215,14 @@ def test_all_numbers_has_a_row_for_each_chain_and_a_column_for_each_corpus() -> 
     assert cut_table([], []) is None
 
 
+@pytest.mark.parametrize(("after", "digits"), [(1.05, ".3f"), (2.0, ".2f")])
+def test_ticks_of_a_narrow_axis_differ(after: float, digits: str) -> None:
+    records = repaired_records({"a": after + 0.01}, {"a": after}, "a")
+    (only,) = figure(build(records), "recovery")["views"]
+    formats = re.findall(r'"format": "(\.\df)"', json.dumps(only["spec"]))
+    assert set(formats) == {digits}
+
+
 def test_nothing_recovered_is_no_table() -> None:
     assert repair_table(cuts(repaired_records({"a": 3.0}, {}, "a"), "loss", "loss"), [], []) is None
 

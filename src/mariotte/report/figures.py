@@ -180,7 +180,7 @@ def _loss_view(name: str, corpus: str, curves: Sequence[Series], palette: Palett
     ceiling = min(max(cut.high for cut in everything), TALLEST * max(cut.base for cut in everything))
     floor = min(min(cut.low, cut.base) for cut in everything)
     above = sum(cut.value > ceiling for cut in everything)
-    axis = _Axis(title="Loss, nats a token", format=".2f")
+    axis = _loss_axis(floor, ceiling)
     notes = [f"Above the frame: {above} collapsed." if above else "", note]
     return _view(
         (name, corpus), curves, palette, _over_share, axis, (floor, ceiling), note=" ".join(filter(None, notes))
@@ -283,8 +283,8 @@ def _recovery_view(choices: tuple[str, ...], curves: Sequence[Series], palette: 
     """One metric, the first of the choices, over recovery tokens."""
     everything = [cut for curve in curves for cut in curve.cuts]
     if choices[0] == "Loss":
-        axis = _Axis(title="Loss, nats a token", format=".2f")
         domain = min(min(c.low, c.base) for c in everything), max(max(c.high, c.base) for c in everything)
+        axis = _loss_axis(*domain)
     else:
         axis = _Axis(title="Facts known, top-1" if choices[0].startswith("Facts") else "Accuracy", format=".0%")
         domain = (0.0, 1.0)
@@ -382,6 +382,11 @@ class _Axis:
     title: str
     format: str
     logarithmic: bool = False
+
+
+def _loss_axis(low: float, high: float) -> _Axis:
+    # Five ticks within a tenth of a nat would have the same two digits.
+    return _Axis(title="Loss, nats a token", format=".2f" if high - low >= 0.1 else ".3f")
 
 
 def reducing(curves: Sequence[Series]) -> list[Series]:
