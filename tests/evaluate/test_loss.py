@@ -87,7 +87,7 @@ def test_fields_are_checked(fields: dict[str, object], said: str) -> None:
 
 
 def test_it_equals_the_loss_of_stories260k_measured_elsewhere(shared: Path) -> None:
-    """A greedy check against the published stories: PROVENANCE.md states 1.5130 for another protocol, near ours."""
+    """A greedy check against the published stories: its note states 1.5130 for another protocol, near ours."""
     model = load(shared / "data/models/stories260K")
     found = Loss(on=f"file:{shared}/data/tinystories/tinystories_sample.txt", block=256, rows=20).measure(model)
     assert found.metrics["loss"] == pytest.approx(1.52, abs=0.12)

@@ -221,7 +221,9 @@ def test_a_worker_that_is_killed_is_said_to_be(model_folder: Path, copy: Path, t
             if child.pid is not None:
                 os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(MariotteError, match="ended with code -9: killed, perhaps for memory; try again with fewer workers"):
+    with pytest.raises(
+        MariotteError, match="ended with code -9: killed, perhaps for memory; try again with fewer workers"
+    ):
         run(study([model_folder, copy], ["slice@0.5"], workers=2), tmp_path / "s.db", progress=kill)
     assert run(study([model_folder, copy], ["slice@0.5"]), tmp_path / "s.db").failures == []
 

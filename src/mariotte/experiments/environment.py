@@ -12,7 +12,7 @@ import torch
 from mariotte import __version__
 from mariotte.models.hardware import hardware
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "scipy")
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
