@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mariotte.errors import ModelError, unknown
+
+
+Kind = Literal["causal", "masked", "seq2seq"]
+"""What a family predicts: the next token, masked tokens on both sides, or the output of an encoder's input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +24,7 @@ class Architecture:
     Parameters
     ----------
     model_type : as ``config.model_type``; of an irregular model, that of the family it comes from
+    kind : what it predicts
     blocks, embeddings, final_norm, head : dotted paths from the model
     attention_norm, mlp_norm : dotted paths from a block to the norm that feeds attention and MLP
     query, key, value, output : projections of attention, from a block
@@ -37,6 +42,7 @@ class Architecture:
     """
 
     model_type: str
+    kind: Kind = "causal"
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mariotte import accounting, architectures
 from mariotte.accounting import Counts
-from mariotte.architectures import Architecture, Shape
+from mariotte.architectures import Architecture, Kind, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,11 @@ class Model:
         self.fingerprint, self.stored_dtype = fingerprint, stored_dtype
         self.done, self.derived = tuple(done), derived
         self.entry = architectures.find(hf.config.model_type)
+
+    @property
+    def kind(self) -> Kind:
+        """What its family predicts: causal, masked or seq2seq."""
+        return self.entry.kind
 
     @property
     def config(self) -> dict[str, Any]:
