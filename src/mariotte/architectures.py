@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 
 from mariotte.errors import ModelError, unknown
 
-
 Kind = Literal["causal", "masked", "seq2seq"]
 """What a family predicts: the next token, masked tokens on both sides, or the output of an encoder's input."""
 
