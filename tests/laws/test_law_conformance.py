@@ -119,6 +119,7 @@ def test_the_documentation_describes_every_law_and_defect():
 
 
 def test_all_laws_of_a_kind_are_found():
-    every = {kind: [law.name for law in applicable(kind)] for kind in ("loss", "score", "speed")}
+    every = {kind: [law.name for law in applicable(kind)] for kind in ("loss", "score", "speed", "size")}
     assert every["loss"] == every["score"] == [name for name in LAWS.names() if name != "runtime-law"]
     assert every["speed"] == ["line", "persist", "runtime-law"]
+    assert every["size"] == ["line", "persist"]

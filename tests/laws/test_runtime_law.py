@@ -122,9 +122,11 @@ def test_it_describes_nothing_but_speeds():
         ("loss", "loss", "nats"),
         ("bits_per_byte", "loss", "bits"),
         ("heldout_top1", "score", "fraction"),
+        ("decode_peak_bytes", "size", "bytes"),
+        ("kv_bytes_per_token", "size", "bytes"),
     ],
 )
-def test_speeds_are_told_by_their_names(metric: str, kind: str, unit: str):
+def test_kinds_are_told_by_names(metric: str, kind: str, unit: str):
     assert metric_kind(metric) == kind
     assert metric_unit(metric) == unit
 
@@ -181,3 +183,18 @@ def test_the_command_fits_a_store(tmp_path: Path):
     assert [c["estimate"] for c in values["fits"][0]["coefficients"]] == pytest.approx([1.02, 0.8])
     assert {score["law"] for score in values["hold_out"]["before_collapse"]} == {"line", "persist", "runtime-law"}
     assert values["hold_out"]["before_collapse"][0]["law"] == "runtime-law"
+
+
+def test_a_size_falls_and_its_critical_ratio_is_where_it_is_smaller():
+    sizes = [
+        dataclasses.replace(p, metric="decode_peak_bytes", base=2e7, value=2e7 - 1.5e7 * p.ratio) for p in timed(1)
+    ]
+    assert all(p.kind == "size" and p.before_collapse for p in sizes)
+    found = fit("line", sizes)
+    assert found.critical(0.95).r == pytest.approx(0.05 * 2 / 1.5)
+    with pytest.raises(FitError, match=r"sigma must be in \(0, 1\) for a size, got 1.05"):
+        found.critical(1.05)
+    with pytest.raises(
+        FitError, match="compression-law describes loss and score metrics, 'decode_peak_bytes' is a size"
+    ):
+        fit("compression-law", sizes)

@@ -47,14 +47,15 @@ class Measure(ABC):
     -----
     Subclasses are frozen keyword-only dataclasses, final, one a file. ``metrics`` names what every
     instance finds, with its kind: a loss in nats falls as a model improves, a score is a fraction in [0, 1] that rises,
-    a speed is positive and rises as more is removed. An instance may find more, such as a score for each of its tasks:
-    the desk tells the kind of a metric by its name, and ``NAME_se`` is the standard error of ``NAME``.
+    a speed is positive and rises as more is removed, a size in bytes falls. An instance may find more, such as a score
+    for each of its tasks: the desk tells the kind of a metric by its name, and ``NAME_se`` is the standard error of
+    ``NAME``.
     ``version`` goes up when a correction changes numbers.
     """
 
     on: str
 
-    metrics: ClassVar[Mapping[str, Literal["loss", "score", "speed"]]]
+    metrics: ClassVar[Mapping[str, Literal["loss", "score", "speed", "size"]]]
     version: ClassVar[int] = 1
 
     @property

@@ -236,7 +236,7 @@ def run(
             failed=failed,
             shelf=None
             if keep == "none"
-            else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=kind != "loss"),
+            else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=kind not in ("loss", "size")),
             dense=dense,
             known=known,
         )

@@ -16,8 +16,8 @@ from mariotte.laws.validation import HoldOut, grouped, rolling
 AUTO = "auto"
 """The name that asks for the winner of the hold-out."""
 
-TOLERANCE: Mapping[Kind, float] = {"loss": 1.05, "score": 0.95, "speed": 1.05}
-"""Of which the critical ratio is printed: 5 % more loss, 5 % less of a score, or 5 % faster."""
+TOLERANCE: Mapping[Kind, float] = {"loss": 1.05, "score": 0.95, "speed": 1.05, "size": 0.95}
+"""Of which the critical ratio is printed: 5 % more loss, 5 % less of a score, 5 % faster, or 5 % smaller."""
 
 LEVEL = 0.8
 """Of the critical ratio's interval: the highest that four clusters can calibrate."""

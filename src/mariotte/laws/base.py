@@ -19,36 +19,50 @@ from typing_extensions import override
 from mariotte.errors import FitError
 
 Array = NDArray[np.float64]
-Kind = Literal["loss", "score", "speed"]
+Kind = Literal["loss", "score", "speed", "size"]
+
+FALLING: frozenset[Kind] = frozenset({"score", "size"})
+"""Kinds that are lowered as more is removed; the others rise."""
 
 COLLAPSE = 2.0
 """A loss above this many times the dense one is a collapsed model; its exact height says little."""
 
-LIMITS: Mapping[Kind, tuple[float, float]] = {"loss": (0.0, 30.0), "score": (0.0, 1.0), "speed": (0.0, 1e9)}
-"""Predictions are clipped to these: nats, or fractions, the hold-out protocol's own choice; a speed has no limit."""
+LIMITS: Mapping[Kind, tuple[float, float]] = {
+    "loss": (0.0, 30.0),
+    "score": (0.0, 1.0),
+    "speed": (0.0, 1e9),
+    "size": (0.0, 1e18),
+}
+"""Predictions are clipped to these: nats, or fractions, the hold-out protocol's own choice; speeds and sizes have no
+limit."""
 
 LARGEST = 1e100
 """Sizes of values beyond this, or dense values below its inverse, overflow in the squares that a fit sums."""
 
 _LOSS_WORDS = re.compile(r"loss|ppl|perplexity|nats|nll|entropy|bits_per_byte|bpb")
 _SPEED_WORDS = re.compile(r"speed|_per_s$|throughput")
+_SIZE_WORDS = re.compile(r"(^|_)bytes(_|$)")
 _BITS_WORDS = re.compile(r"bits|bpb|log_?2")
 
 
 def metric_kind(metric: str) -> Kind:
-    """Whether compression raises the metric (a loss, or a speed) or lowers it (a score, a fraction)."""
+    """Whether compression raises the metric (a loss, a speed) or lowers it (a score, a fraction; a size)."""
     if _SPEED_WORDS.search(metric.lower()):
         return "speed"
-    return "loss" if _LOSS_WORDS.search(metric.lower()) else "score"
+    if _LOSS_WORDS.search(metric.lower()):
+        return "loss"
+    return "size" if _SIZE_WORDS.search(metric.lower()) else "score"
 
 
 def metric_unit(metric: str) -> str:
-    """What a metric counts, as its name says: fraction for a score, bits or nats for a loss, or a rate."""
+    """What a metric counts, as its name says: fraction for a score, bits or nats for a loss, a rate, or bytes."""
     kind = metric_kind(metric)
     if kind == "score":
         return "fraction"
     if kind == "speed":
         return "times dense" if "speedup" in metric.lower() else "a second"
+    if kind == "size":
+        return "bytes"
     return "bits" if _BITS_WORDS.search(metric.lower()) else "nats"
 
 
@@ -58,11 +72,11 @@ class Point:
 
     Parameters
     ----------
-    value : loss in nats per token (a perplexity enters as its logarithm), score as a fraction, or speed
+    value : loss in nats per token (a perplexity enters as its logarithm), score as a fraction, speed, or size in bytes
     base : the same metric of the dense model under the same protocol, same unit
     ratio : how much was compressed, below 1; what it counts is `ratio_kind`. Can be slightly negative
     ratio_kind : what `ratio` is a share of; kinds are never pooled
-    metric : name of the metric; its words decide whether it is a loss, a score or a speed
+    metric : name of the metric; its words decide whether it is a loss, a score, a speed or a size
     protocol : everything that is part of the number; protocols are never pooled
     tokens : recovery tokens (or samples, where a source says only those), 0 for none
     params : parameters of the dense model
@@ -117,7 +131,7 @@ class Point:
 
     @property
     def kind(self) -> Kind:
-        """Whether the metric is a loss, a score or a speed."""
+        """Whether the metric is a loss, a score, a speed or a size."""
         return metric_kind(self.metric)
 
     @property
@@ -143,7 +157,7 @@ class Point:
 
     @property
     def before_collapse(self) -> bool:
-        """Loss at most twice the dense one; score above chance by a quarter of the dense margin; any speed."""
+        """Loss at most twice the dense one; score above chance by a quarter of the dense margin; any speed or size."""
         return not collapsed(self.value, self.base, self.kind, self.chance)
 
 
@@ -167,7 +181,7 @@ class Series(NamedTuple):
 
 def collapsed(value: float, base: float, kind: Kind, chance: float | None = None) -> bool:
     """Whether a value is beyond what laws describe; an unknown chance counts as 0, the lenient side."""
-    if kind == "speed":
+    if kind in ("speed", "size"):
         return False
     if kind == "loss":
         return value > COLLAPSE * base

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 
 from mariotte.errors import FitError
-from mariotte.laws.base import LIMITS, Array, Inputs, Kind, Law, collapsed
+from mariotte.laws.base import FALLING, LIMITS, Array, Inputs, Kind, Law, collapsed
 from mariotte.laws.catalogue import find
 from mariotte.laws.uncertainty import Calibration, clusters_needed
 
@@ -247,13 +247,13 @@ class Fit:
         if not (math.isfinite(target) and target > 0):
             raise FitError(
                 f"a target must be a positive number, got {target}: give nats for a loss, a fraction for a score, "
-                "a speed as it was fitted"
+                "a speed or a size as it was fitted"
             )
         ignored = self._ignored(base, tokens)
         base, tokens = self._defaults(base, tokens)
         if reason := self._why_not_identified(base, tokens):
             return Ratio(r=None, lo=None, hi=None, status="not_identified", note=reason)
-        rises = -1.0 if self.facts.kind == "score" else 1.0
+        rises = -1.0 if self.facts.kind in FALLING else 1.0
         start = self._raw(0.0, base, tokens)
         if rises * (start - target) > 1e-12 * target:
             note = f"the law gives {start:.4g} with nothing removed, already beyond the target {target:.4g}"
@@ -293,7 +293,7 @@ class Fit:
 
         Parameters
         ----------
-        sigma : above 1 for a loss or a speed, below 1 for a score
+        sigma : above 1 for a loss or a speed, below 1 for a score or a size
         relative_to : ``base``: the dense value; ``law``: the law's own value with nothing removed. For ``law`` recovery
             data are unlimited, in the reference and at the ratio alike: the reference of the compression law is then
             L0^α, and the ratio that of its Corollary 3.2
@@ -304,8 +304,8 @@ class Fit:
         FitError
             When sigma is on the wrong side of 1, or another argument is out of range.
         """
-        if not (0 < sigma < 1 if self.facts.kind == "score" else sigma > 1):
-            wanted = "in (0, 1) for a score" if self.facts.kind == "score" else f"above 1 for a {self.facts.kind}"
+        if not (0 < sigma < 1 if self.facts.kind in FALLING else sigma > 1):
+            wanted = f"{'in (0, 1)' if self.facts.kind in FALLING else 'above 1'} for a {self.facts.kind}"
             raise FitError(f"sigma must be {wanted}, got {sigma:g}: 1.05 means 5 % more, 0.95 means 5 % less")
         if relative_to == "base":
             return self.invert(sigma * self._defaults(base, tokens)[0], base=base, tokens=tokens, level=level)
@@ -432,7 +432,7 @@ class Fit:
             return f"{slope.name} was left out: {slope.dropped}"
         if slope.lo is not None and slope.hi is not None and slope.lo <= 0 <= slope.hi:
             return f"the 95 % interval of {slope.name}, {slope.lo:.3g} to {slope.hi:.3g}, contains 0"
-        rises = -1.0 if self.facts.kind == "score" else 1.0
+        rises = -1.0 if self.facts.kind in FALLING else 1.0
         if rises * (self._raw(0.5, base, tokens) - self._raw(0.0, base, tokens)) <= 0:
             return f"the fitted {self.facts.kind} {'rises' if rises < 0 else 'falls'} as more is removed"
         return ""

@@ -20,7 +20,7 @@ class Line(LinearLaw):
     formula: ClassVar[str] = "L = a + b · r"
     reference: ClassVar[str] = ""
     inputs: ClassVar[tuple[str, ...]] = ("ratio",)
-    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed")
+    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed", "size")
     params: ClassVar[tuple[Param, ...]] = (Param("a", typical=2.0), Param("b", typical=1.5))
     anchored: ClassVar[bool] = False
     ratio_param: ClassVar[str | None] = "b"

@@ -19,7 +19,7 @@ class Persist(Law):
     formula: ClassVar[str] = "L = c"
     reference: ClassVar[str] = ""
     inputs: ClassVar[tuple[str, ...]] = ()
-    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed")
+    metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score", "speed", "size")
     params: ClassVar[tuple[Param, ...]] = (Param("c", typical=2.0),)
     anchored: ClassVar[bool] = False
     ratio_param: ClassVar[str | None] = None
