@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.evaluate.measures.loss import Loss
 from mariotte.models.load import load
 from mariotte.models.model import Model
+from mariotte.models.nll import token_nll
 
 
 @pytest.fixture
@@ -51,8 +55,6 @@ def test_other_text_is_another_protocol(model: Model) -> None:
 
 def test_by_hand(model: Model) -> None:
     measure = Loss(on="testbed/all", rows=3)
-    from mariotte.data import corpora, tokens
-
     rows = tokens.blocks(corpora.find("testbed/all"), "test", model.tokenizer, 64, 3)
     with torch.no_grad():
         logs = model.logits(rows).log_softmax(-1)
@@ -79,7 +81,14 @@ def test_without_a_tokenizer(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [({"split": "dev"}, "split must be one of"), ({"block": 1}, "block"), ({"rows": 0}, "rows")]
+    ("fields", "said"),
+    [
+        ({"split": "dev"}, "split must be one of"),
+        ({"block": 1}, "block"),
+        ({"rows": 0}, "rows"),
+        ({"stride": 0}, "stride"),
+        ({"windows": "rolling"}, "windows must be one of packed, documents, got 'rolling'"),
+    ],
 )
 def test_fields_are_checked(fields: dict[str, object], said: str) -> None:
     with pytest.raises(ChainError, match=said):
@@ -92,3 +101,142 @@ def test_it_equals_the_loss_of_stories260k_measured_elsewhere(shared: Path) -> N
     found = Loss(on=f"file:{shared}/data/tinystories/tinystories_sample.txt", block=256, rows=20).measure(model)
     assert found.metrics["loss"] == pytest.approx(1.52, abs=0.12)
     assert found.metrics["bits_per_byte"] == pytest.approx(1.10, abs=0.1)
+
+
+@pytest.fixture
+def stories(tmp_path: Path, model: Model) -> str:
+    """A corpus of documents of one to ninety words of the model's language."""
+    assert model.tokenizer is not None
+    words, chance = model.tokenizer.convert_ids_to_tokens(list(range(10, 200))), random.Random(0)
+    documents = [" ".join(chance.choices(words, k=k)) for k in (1, 90, 7, 15, 16, 17, 40, 2, 31)]
+    (tmp_path / "test.txt").write_text("\n\n".join(documents))
+    return f"file:{tmp_path}"
+
+
+def naive(model: Model, ids: list[int], place: int, start: int) -> float:
+    """Minus the log-probability of one token given those from `start` to it, in float64."""
+    with torch.no_grad():
+        logits_V = model.logits(torch.tensor([ids[start:place]]))[0, -1].double()
+    return float(logits_V.logsumexp(0) - logits_V[ids[place]])
+
+
+def texts(on: str) -> list[str]:
+    return list(corpora.find(on).documents("test"))
+
+
+def encoded(model: Model, text: str) -> list[int]:
+    assert model.tokenizer is not None
+    return [model.tokenizer.bos_token_id, *model.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def test_packed_windows_give_the_numbers_that_they_always_gave(model: Model) -> None:
+    """The computation of the records that lie beside the studies, kept here as it was."""
+    rows = tokens.read(corpora.find("testbed/all"), "test", model.tokenizer, 64, 150)
+    nll_NT = token_nll(model, rows.tokens, batch=4096 // 64).double()
+    found = Loss(on="testbed/all", rows=150).measure(model)
+    assert found.metrics["loss"] == float(nll_NT.mean())
+    assert found.metrics["bits_per_byte"] == float(nll_NT.sum()) / math.log(2) / int(rows.n_bytes[:, 1:].sum())
+    assert found.metrics["loss_se"] == pytest.approx(float(nll_NT.mean(1).std() / math.sqrt(150)), rel=1e-9)
+    assert set(found.protocol) == {
+        *("corpus", "split", "tokens_sha256", "tokenizer_sha256", "separator", "rows", "block"),
+        *("stride", "first_token", "scored_tokens", "scored_bytes", "dtype"),
+    }
+
+
+@pytest.mark.parametrize(("block", "stride"), [(16, 1), (16, 7), (16, 15), (64, 48)])
+def test_strided_windows_score_each_token_once_with_its_context(
+    model: Model, stories: str, block: int, stride: int
+) -> None:
+    ids = [token for text in texts(stories) for token in encoded(model, text)]
+    found = Loss(on=stories, block=block, stride=stride).measure(model)
+    end = block + (len(ids) - block) // stride * stride  # what does not fill a window is left out
+    by_hand = [
+        naive(model, ids, place, 0 if place < block else block + -(-(place + 1 - block) // stride) * stride - block)
+        for place in range(1, end)
+    ]
+    assert found.protocol["scored_tokens"] == len(by_hand)
+    assert (found.protocol["stride"], found.protocol["overlap"]) == (stride, "context only")
+    assert found.metrics["loss"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+
+
+@pytest.mark.parametrize(("block", "stride"), [(16, None), (16, 6), (128, None)])
+def test_documents_by_themselves(model: Model, stories: str, block: int, stride: int | None) -> None:
+    found = Loss(on=stories, block=block, stride=stride, windows="documents").measure(model)
+    step = stride or block - 1
+    sums: list[float] = []
+    for text in texts(stories):
+        ids, total, done, end = encoded(model, text), 0.0, 1, block
+        while done < len(ids):
+            end = min(end, len(ids))
+            total += sum(naive(model, ids, place, max(0, end - block)) for place in range(done, end))
+            done, end = end, end + step
+        sums.append(total)
+    said: dict[str, Any] = found.details["documents"]
+    assert said["nll"] == pytest.approx(sums, abs=2e-4)
+    assert said["tokens"] == [len(encoded(model, text)) - 1 for text in texts(stories)]
+    assert said["bytes"] == [len(text.encode()) for text in texts(stories)]
+    assert found.metrics["loss"] == pytest.approx(sum(sums) / sum(said["tokens"]), rel=1e-5)
+    assert found.metrics["bits_per_byte"] == pytest.approx(sum(sums) / math.log(2) / sum(said["bytes"]), rel=1e-5)
+    assert found.protocol["documents"] == len(sums)
+    assert found.protocol["first_token"] == "scored after the separator"
+
+
+@pytest.mark.parametrize("fields", [{}, {"stride": 5}, {"windows": "documents"}])
+def test_the_losses_of_documents_are_those_of_the_whole(model: Model, stories: str, fields: dict[str, Any]) -> None:
+    found = Loss(on=stories, block=16, **fields).measure(model)
+    said: dict[str, Any] = found.details["documents"]
+    assert len(said["nll"]) == len(texts(stories))
+    assert sum(said["tokens"]) == found.protocol["scored_tokens"]
+    assert sum(said["bytes"]) == found.protocol["scored_bytes"]
+    assert sum(said["nll"]) / sum(said["tokens"]) == pytest.approx(found.metrics["loss"], rel=1e-6)
+
+
+def test_the_error_of_documents_is_that_of_a_ratio(model: Model, stories: str) -> None:
+    found = Loss(on=stories, windows="documents", block=128).measure(model)
+    said: dict[str, Any] = found.details["documents"]
+    nll, n_tokens = torch.tensor(said["nll"]).double(), torch.tensor(said["tokens"]).double()
+    leaving_out = torch.tensor(
+        [float((nll.sum() - a) / (n_tokens.sum() - b)) for a, b in zip(nll, n_tokens, strict=True)]
+    )
+    jackknife = float(((leaving_out - leaving_out.mean()) ** 2).sum() * (len(nll) - 1) / len(nll)) ** 0.5
+    assert found.metrics["loss_se"] == pytest.approx(jackknife, rel=0.35)  # nine documents of very unlike length
+
+
+def test_fewer_documents(model: Model, stories: str) -> None:
+    few, everything = (Loss(on=stories, rows=rows, block=32, windows="documents").measure(model) for rows in (3, None))
+    assert few.details["documents"]["nll"] == pytest.approx(everything.details["documents"]["nll"][:3], abs=1e-4)
+    with pytest.raises(DataError, match="holds 9 documents, fewer than 10: give it more text, or ask for fewer rows"):
+        Loss(on=stories, rows=10, block=32, windows="documents").protocol(model)
+
+
+@pytest.mark.parametrize(("fields", "most"), [({"stride": 33}, 32), ({"stride": 32, "windows": "documents"}, 31)])
+def test_a_stride_that_leaves_out_tokens_is_refused(
+    model: Model, stories: str, fields: dict[str, Any], most: int
+) -> None:
+    with pytest.raises(DataError, match=f"leaves out tokens between windows of 32: ask for at most {most}"):
+        Loss(on=stories, block=32, **fields).protocol(model)
+
+
+@pytest.mark.parametrize("length", [24, 100])
+def test_it_equals_the_rolling_loglikelihood_of_lm_eval(model: Model, stories: str, length: int) -> None:
+    assert_equal_to_lm_eval(model, stories, length)
+
+
+def test_it_equals_the_rolling_loglikelihood_of_lm_eval_on_stories(shared: Path) -> None:
+    model = load(shared / "data/models/stories260K")
+    assert_equal_to_lm_eval(model, f"file:{shared}/data/tinystories/tinystories_sample.txt", 200, rows=12)
+
+
+def assert_equal_to_lm_eval(model: Model, on: str, length: int, **fields: Any) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval, the extra `tasks`")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    said = Loss(on=on, windows="documents", block=length + 1, **fields).measure(model).details["documents"]
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts(on)[: len(said["nll"])])]
+    theirs = HFLM(
+        pretrained=model.hf, tokenizer=model.tokenizer, max_length=length, batch_size=4, add_bos_token=False
+    ).loglikelihood_rolling(asked, disable_tqdm=True)
+    assert said["nll"] == pytest.approx([-value for value in theirs], rel=1e-4, abs=1e-4)
+    per_token = [(a + b) / n for a, b, n in zip(said["nll"], theirs, said["tokens"], strict=True)]
+    assert max(map(abs, per_token)) < 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ class Blocks:
     ----------
     tokens : (n, T) int64 token ids
     n_bytes : (n, T) int64, UTF-8 bytes of text that each token stands for; 0 for a separator
+    documents : (n, T) int64, number of the document that each token belongs to, a separator to the one after it
+    scored : (n, T) bool, tokens that this row is there to score; each token is scored in one row at most
+    lengths : (n,) int64, tokens of each row; what follows them is padding
+    n_documents : documents read, from the first
     corpus, split : where they come from
     sha256 : of the token ids, shape included: equal hashes mean equal rows
     tokenizer : SHA-256 of the tokenizer
@@ -37,6 +41,10 @@ class Blocks:
 
     tokens: Tensor
     n_bytes: Tensor
+    documents: Tensor
+    scored: Tensor
+    lengths: Tensor
+    n_documents: int
     corpus: str
     split: Split
     sha256: str
@@ -120,10 +128,10 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _tokenized(
-    corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus, split: Split, tokenizer: PreTrainedTokenizerBase, *, separated: bool = True
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Token ids and byte counts of each document, separator first."""
-    separator = separator_of(tokenizer)
+    """Token ids and byte counts of each document, separator first where documents are to be `separated`."""
+    separator = separator_of(tokenizer) if separated else None
     for batch in _batches(corpus.documents(split)):
         found = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids_of, offsets_of = cast("list[list[int]]", found["input_ids"]), cast("list[Any]", found["offset_mapping"])
@@ -135,6 +143,24 @@ def _tokenized(
             yield tokens, n_bytes
 
 
+def _required(corpus: Corpus, tokenizer: PreTrainedTokenizerBase | None, block: int) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise DataError(
+            f"corpus {corpus.name!r} cannot be read without a tokenizer: put tokenizer.json into the model folder"
+        )
+    if block < 2:
+        raise DataError(f"a block must hold at least 2 tokens, got {block}")
+    return tokenizer
+
+
+def _hash_rows(ids_NT: NDArray[np.int64]) -> str:
+    return hashlib.sha256(repr(ids_NT.shape).encode() + np.ascontiguousarray(ids_NT, "<i4").tobytes()).hexdigest()
+
+
+def _name_of(separator: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return None if separator is None else cast(str, tokenizer.convert_ids_to_tokens(separator))
+
+
 def read(
     corpus: Corpus,
     split: Split,
@@ -143,6 +169,7 @@ def read(
     count: int | None = None,
     *,
     at_most: bool = False,
+    stride: int | None = None,
 ) -> Blocks:
     """Documents of a split, tokenized, joined end to end and cut into rows; what does not fill a row is left out.
 
@@ -153,20 +180,19 @@ def read(
     block : tokens a row, T
     count : rows wanted; None takes all that the split holds
     at_most : take all that the split holds where it holds fewer than `count`, but at least one
+    stride : tokens from the start of a row to the start of the next; None for `block`, so that rows share no token.
+        Of a row that overlaps the one before it only the last `stride` tokens are scored, so that each token is scored
+        once, with at least ``block - stride`` tokens of context; of any other row, all but its first
 
     Raises
     ------
     DataError
         When the model has no tokenizer, or the split holds not one row or, unless `at_most`, fewer than asked for.
     """
-    if tokenizer is None:
-        raise DataError(
-            f"corpus {corpus.name!r} cannot be read without a tokenizer: put tokenizer.json into the model folder"
-        )
-    if block < 2:
-        raise DataError(f"a block must hold at least 2 tokens, got {block}")
+    tokenizer = _required(corpus, tokenizer, block)
+    step = block if stride is None else stride
     hashed = tokenizer_hash(tokenizer)
-    wanted = None if count is None else count * block
+    wanted = None if count is None else block + (count - 1) * step
     tokens: list[NDArray[np.int64]] = []
     n_bytes: list[NDArray[np.int64]] = []
     total = 0
@@ -176,30 +202,160 @@ def read(
         total += len(document_tokens)
         if wanted is not None and total >= wanted:
             break
-    rows = total // block
+    rows = 0 if total < block else (total - block) // step + 1
     if count is not None:
         rows = min(rows, count) if at_most else count
-    if total < max(rows, 1) * block:
+    if total < block + (max(rows, 1) - 1) * step:
         least = f"{rows:,} blocks" if rows > 1 else "one block"
         advice = "it is empty; give it text" if not total else "give it more text, or ask for fewer or shorter blocks"
         raise DataError(
             f"the {split} split of corpus {corpus.name!r} holds {total:,} tokens, "
             f"fewer than {least} of {block}: {advice}"
         )
+    places_NT = torch.arange(rows)[:, None] * step + torch.arange(block)
 
-    def packed(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        return np.concatenate(parts)[: rows * block].reshape(rows, block)
+    def packed(parts: list[NDArray[np.int64]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts))[places_NT]
 
-    ids = packed(tokens)
-    separator = separator_of(tokenizer)
+    ids_NT = packed(tokens)
+    documents_NT = packed([np.full(len(part), number, np.int64) for number, part in enumerate(tokens)])
+    scored_NT = torch.ones(rows, block, dtype=torch.bool)
+    scored_NT[:, 0] = False
+    if step < block:
+        scored_NT[1:, : block - step] = False
     return Blocks(
-        tokens=torch.from_numpy(ids),
-        n_bytes=torch.from_numpy(packed(n_bytes)),
+        tokens=ids_NT,
+        n_bytes=packed(n_bytes),
+        documents=documents_NT,
+        scored=scored_NT,
+        lengths=torch.full((rows,), block),
+        n_documents=int(documents_NT.max()) + 1,
         corpus=corpus.name,
         split=split,
-        sha256=hashlib.sha256(repr(ids.shape).encode() + np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest(),
+        sha256=_hash_rows(ids_NT.numpy()),
         tokenizer=hashed,
-        separator=None if separator is None else cast(str, tokenizer.convert_ids_to_tokens(separator)),
+        separator=_name_of(separator_of(tokenizer), tokenizer),
+    )
+
+
+def windows(n_tokens: int, block: int, stride: int, *, context: int = 0) -> list[tuple[int, int, int]]:
+    """Windows over a text that score each of its tokens once, as (start, first scored, end) of each.
+
+    Parameters
+    ----------
+    n_tokens : of the text
+    block : tokens of the longest window
+    stride : tokens scored by every window after the first, at most ``block - context``; the last one may score fewer
+    context : tokens at the beginning of the text that are not scored: 1 where the first has none before it
+
+    Notes
+    -----
+    The last window ends where the text ends and is as long as the others, so that its tokens have as much context as
+    any: lm-eval's rolling windows of n tokens are those of ``block = n + 1, stride = n, context = 1``.
+    """
+    assert 1 <= stride <= block - context, f"stride {stride} of blocks of {block} with context {context}"
+    if n_tokens <= context:
+        return []
+    found = [(0, context, min(block, n_tokens))]
+    while (done := found[-1][2]) < n_tokens:
+        end = min(done + stride, n_tokens)
+        found.append((max(0, end - block), done, end))
+    return found
+
+
+Context = Literal["separator", "none", "half"]
+"""What of a document stands before the first token scored: its separator, nothing, or the first half."""
+
+
+def read_documents(
+    corpus: Corpus,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase | None,
+    block: int,
+    count: int | None = None,
+    *,
+    stride: int | None = None,
+    context: Context = "separator",
+) -> Blocks:
+    """Documents of a split, each tokenized and cut into rows by itself; rows are as long as what they hold.
+
+    Parameters
+    ----------
+    corpus, split, tokenizer : as in `read`
+    block : tokens of the longest row
+    count : documents wanted, from the first; None takes all
+    stride : tokens scored by each row of a document after its first, see `windows`; None for as many as leave room for
+        the context of a first row
+    context : ``separator``: the separator goes before each document as the context of its first token, and where the
+        tokenizer has none, the first token is context itself. ``none``: every token is scored, for models that see
+        both sides of it. ``half``: of the first row of a document the first half is not scored
+
+    Raises
+    ------
+    DataError
+        When the model has no tokenizer, the split has fewer documents than asked for, or not one token to score.
+    """
+    tokenizer = _required(corpus, tokenizer, block)
+    hashed = tokenizer_hash(tokenizer)
+    rows: list[tuple[NDArray[np.int64], NDArray[np.int64], int, int]] = []
+    n_documents = 0
+
+    def unscored(n_tokens: int) -> int:
+        return {"separator": 1, "none": 0, "half": max(1, min(block, n_tokens) // 2)}[context]
+
+    step = block - unscored(block) if stride is None else stride
+    for ids, n_bytes in _tokenized(corpus, split, tokenizer, separated=context == "separator"):
+        if n_documents == count:
+            break
+        for start, first, end in windows(len(ids), block, step, context=unscored(len(ids))):
+            rows.append((ids[start:end], n_bytes[start:end], first - start, n_documents))
+        n_documents += 1
+    if count is not None and n_documents < count:
+        raise DataError(
+            f"the {split} split of corpus {corpus.name!r} holds {n_documents:,} documents, fewer than {count:,}: "
+            "give it more text, or ask for fewer rows"
+        )
+    if not rows:
+        raise DataError(f"the {split} split of corpus {corpus.name!r} holds no token to score: give it text")
+    lengths_N = torch.tensor([len(ids) for ids, *_ in rows])
+    ids_NT, bytes_NT = (torch.zeros(len(rows), int(lengths_N.max()), dtype=torch.int64) for _ in range(2))
+    documents_NT = torch.tensor([document for *_, document in rows])[:, None].expand_as(ids_NT)
+    for number, (ids, n_bytes, _, _) in enumerate(rows):
+        ids_NT[number, : len(ids)] = torch.from_numpy(ids)
+        bytes_NT[number, : len(ids)] = torch.from_numpy(n_bytes)
+    first_N = torch.tensor([first for _, _, first, _ in rows])
+    places_T = torch.arange(ids_NT.shape[1])
+    return Blocks(
+        tokens=ids_NT,
+        n_bytes=bytes_NT,
+        documents=documents_NT,
+        scored=(places_T >= first_N[:, None]) & (places_T < lengths_N[:, None]),
+        lengths=lengths_N,
+        n_documents=n_documents,
+        corpus=corpus.name,
+        split=split,
+        sha256=_hash_rows(np.concatenate([lengths_N.numpy()[:, None], ids_NT.numpy()], axis=1)),
+        tokenizer=hashed,
+        separator=_name_of(separator_of(tokenizer) if context == "separator" else None, tokenizer),
+    )
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer puts before and after one text: ``[CLS]`` and ``[SEP]``, none and ``</s>``.
+
+    Raises
+    ------
+    DataError
+        When its rule changes the text between them, so that it cannot be told where they end.
+    """
+    bare = cast("list[int]", tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = cast("list[int]", tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    raise DataError(
+        f"the special tokens that {type(tokenizer).__name__} puts around a text cannot be told from it: "
+        "its tokenizer.json needs a post-processor that leaves the text as it is"
     )
 
 
