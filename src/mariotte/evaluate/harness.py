@@ -1,4 +1,8 @@
-"""The tasks of lm-eval, asked of a loaded model: found quickly, loaded once a process, every answer kept by item."""
+"""The tasks of lm-eval, asked of a loaded model: found quickly, loaded once a process, every answer kept by item.
+
+The items come from ``MARIOTTE_DATA/tasks`` where a file there holds them, else from the hub; prompt, choices and
+scoring are lm-eval's either way.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,15 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mariotte.errors import DataError, UnknownNameError
+from mariotte.errors import DataError, ModelError, UnknownNameError
+from mariotte.evaluate import offline
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 
@@ -31,24 +37,31 @@ class Loaded:
     ----------
     version : as lm-eval numbers it; the version of the group for a group
     leaves : the tasks it consists of, by name
+    group : whether it is a group, which may lack some of its tasks where they come from files
     """
 
     version: str
     leaves: Mapping[str, Any]
+    group: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Which items of a task were answered rightly.
+    """What was answered to each item of a task.
 
     Parameters
     ----------
-    correct : by summed log-likelihood of the choice, lm-eval's ``acc``
-    normalized : by log-likelihood per byte, its ``acc_norm``; None where the task does not say
+    correct : whether it was right, by summed log-likelihood of the choice: lm-eval's ``acc``; without choices, whether
+        the right text is the likeliest token by token
+    normalized : the same by log-likelihood per character, its ``acc_norm``; None where the task does not say
+    chosen : index of the choice by sum; None for tasks without choices
+    chosen_normalized : index of the choice per character; None with `normalized`
     """
 
     correct: tuple[bool, ...]
     normalized: tuple[bool, ...] | None
+    chosen: tuple[int, ...] | None
+    chosen_normalized: tuple[int, ...] | None
 
 
 def _folder() -> Path:
@@ -76,13 +89,17 @@ def _descriptions(root: Path) -> tuple[Path, ...]:
 
 
 def _home(name: str, root: Path) -> Path | None:
-    """The folder below `root` that describes a task, as far as file names tell; None where only a full index can."""
-    wanted = re.compile(rf"^(?:task|group):\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
+    """The folder below `root` that describes a task, as far as file names tell; None where only a full index can.
+
+    Of a task its own folder; of a group the one that holds all of its tasks, which may lie in several folders.
+    """
+    wanted = re.compile(rf"^[\"']?(task|group)[\"']?:\s*[\"']?{re.escape(name)}[\"']?\s*$", re.MULTILINE)
     for path in _descriptions(root):
         likely = path.stem in (name, f"_{name}") or path.parent.name == name
-        if likely and wanted.search(path.read_text(encoding="utf-8", errors="replace")):
+        found = wanted.search(path.read_text(encoding="utf-8", errors="replace")) if likely else None
+        if found is not None:
             parts = path.relative_to(root).parts
-            return root / parts[0] if len(parts) > 1 else root
+            return path.parent if found[1] == "task" else root / parts[0] if len(parts) > 1 else root
     return None
 
 
@@ -133,56 +150,153 @@ def check(names: Sequence[str], include: str | None = None) -> None:
             _find(name, include)
 
 
-@functools.lru_cache(maxsize=64)
-def load(name: str, include: str | None = None) -> Loaded:
-    """A task with its data, read once a process.
+MMLU = ("mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
+"""The groups of mmlu, in its order."""
 
-    Raises
-    ------
-    DataError
-        When its data cannot be had, or it is not multiple choice.
+
+def _sources(name: str, include: str | None) -> tuple[Any, dict[str, offline.Source]]:
+    """An index that describes `name`, and the files that hold its items or those of its tasks; no files for the hub's.
+
+    What a user's own folder describes is never taken from a file.
     """
+    if offline.folder() is None or (include is not None and _home(name, _roots(include)[0]) is not None):
+        return None, {}
+    single = None if name in MMLU else offline.find(name)
+    if single is None and name != "mmlu" and name not in MMLU:
+        return None, {}
+    if single is not None:
+        return _find(name, None), {name: single}
+    # The folder of the task itself: beside it lie a dozen variants of it, which take seconds to index.
+    manager = _manager((_folder() / "tasks/mmlu/default",), False)
+    subjects = [
+        subject
+        for group in (MMLU if name == "mmlu" else (name,))
+        for subject in sorted(manager.task_index[f"{group}_tasks"].tags)
+    ]
+    found = {subject: offline.find(subject) for subject in subjects}
+    return manager, {subject: source for subject, source in found.items() if source is not None}
+
+
+def _items(source: offline.Source) -> Callable[..., Any]:
+    """What lm-eval calls for a task's data, with the task's metadata, which the items do not depend on."""
+
+    def read(**_: object) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {source.split: Dataset.from_list(source.docs())}
+
+    return read
+
+
+def _from_files(manager: Any, sources: Mapping[str, offline.Source]) -> dict[str, Any]:
+    """lm-eval's own tasks, with the items of files in place of the hub's."""
+    overrides = [
+        {
+            "task": leaf,
+            "custom_dataset": _items(source),
+            # No other split is there, and nothing is shown before a question.
+            "training_split": None,
+            "fewshot_split": None,
+            "validation_split": source.split if source.split == "validation" else None,
+            "test_split": source.split if source.split == "test" else None,
+        }
+        for leaf, source in sources.items()
+    ]
+    return manager.load([{"group": "from_files", "task": overrides}])["tasks"]
+
+
+def _from_hub(name: str, include: str | None) -> Any:
     from datasets.exceptions import DatasetsError
 
     manager = _find(name, include)
     try:
-        found = manager.load([name])
+        return manager.load([name])
     except (OSError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
+        place = offline.hint(name)
         raise DataError(
             f"the data of the lm-eval task {name!r} cannot be loaded ({type(error).__name__}: {reason}): "
-            "fetch them where there is a network"
+            f"fetch them where there is a network{place and f', or {place}'}"
         ) from error
-    leaves = cast("dict[str, Any]", found["tasks"])
-    for leaf, task in leaves.items():
-        if task.OUTPUT_TYPE != "multiple_choice":
-            raise DataError(
-                f"{leaf!r} is no multiple-choice task (lm-eval: {task.OUTPUT_TYPE}): name tasks that are, such as piqa"
-            )
-    if name in found["groups"]:
-        metadata = cast("dict[str, Any]", found["groups"][name].metadata or {})
-        stated = str(metadata.get("version"))
-    else:
-        stated = ", ".join(sorted({str(task.VERSION) for task in leaves.values()}))
-    return Loaded(version=stated, leaves=leaves)
+
+
+def _version_of_group(name: str, manager: Any) -> str:
+    """As the group's description states it, which is read here because its tasks were loaded without it."""
+    description = Path(manager.task_index[name].yaml_path).read_text(encoding="utf-8")
+    stated = re.search(r"^\s+version:\s*(\S+)", description, re.MULTILINE)
+    return str(stated and stated[1])
+
+
+def load(name: str, include: str | None = None) -> Loaded:
+    """A task with its items, read once a process.
+
+    Raises
+    ------
+    DataError
+        When its items cannot be had, or answers to it are not judged right or wrong by likelihood.
+    """
+    return _load(name, include, _state(name, include))
+
+
+def _state(name: str, include: str | None) -> tuple[tuple[str, int, int], ...]:
+    """What changes when the items of a task do, on this machine."""
+    return tuple(source.state for source in _sources(name, include)[1].values())
 
 
 @functools.lru_cache(maxsize=64)
+def _load(name: str, include: str | None, state: tuple[tuple[str, int, int], ...]) -> Loaded:
+    manager, sources = _sources(name, include)
+    group = name == "mmlu" or name in MMLU
+    if sources:
+        leaves = _from_files(manager, sources)
+        stated = _version_of_group(name, manager) if group else str(leaves[name].VERSION)
+    else:
+        found = _from_hub(name, include)
+        leaves = cast("dict[str, Any]", found["tasks"])
+        group = name in found["groups"]
+        if group:
+            metadata = cast("dict[str, Any]", found["groups"][name].metadata or {})
+            stated = str(metadata.get("version"))
+        else:
+            stated = ", ".join(sorted({str(task.VERSION) for task in leaves.values()}))
+    for leaf, task in leaves.items():
+        metrics = [metric["metric"] for metric in task.config.metric_list or ()]
+        if task.OUTPUT_TYPE != "multiple_choice" and (task.OUTPUT_TYPE != "loglikelihood" or "acc" not in metrics):
+            raise DataError(
+                f"{leaf!r} is no multiple-choice task (lm-eval: {task.OUTPUT_TYPE}): name tasks that are, such as piqa"
+            )
+        if not len(task.eval_docs):
+            raise DataError(f"the lm-eval task {leaf!r} must have items to ask, and has none: mend its data")
+    return Loaded(version=stated, leaves=leaves, group=group)
+
+
 def describe(name: str, items: int | None, include: str | None = None) -> dict[str, Any]:
-    """Version, number of items, chance and hash of what is asked: all of a number but the model."""
-    loaded = load(name, include)
+    """Version, number of items, chance and hash of what is asked: all of a number but the model.
+
+    Of a group also the number of its tasks, for one that is read from files has those whose files are there. Chance is
+    0 where there are no choices: a model that knows nothing does not find the right text.
+    """
+    return dict(_describe(name, items, include, _state(name, include)))
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(
+    name: str, items: int | None, include: str | None, state: tuple[tuple[str, int, int], ...]
+) -> dict[str, Any]:
+    loaded = _load(name, include, state)
     asked: list[Any] = []
     chances: list[float] = []
     for leaf, task in loaded.leaves.items():
         for _, doc in zip(range(items) if items is not None else iter(int, 1), task.eval_docs, strict=False):
-            choices = [*map(str, task.doc_to_choice(doc))]
-            chances.append(1 / len(choices))
+            choices = [*map(str, task.doc_to_choice(doc))] if task.OUTPUT_TYPE == "multiple_choice" else []
+            chances.append(1 / len(choices) if choices else 0.0)
             asked.append([leaf, task.doc_to_text(doc), choices, task.doc_to_target(doc)])
     return {
         "version": loaded.version,
         "chance": sum(chances) / len(chances),
         "n": len(asked),
         "items_sha256": digest(asked),
+        **({"tasks": len(loaded.leaves)} if loaded.group else {}),
     }
 
 
@@ -212,7 +326,7 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
         _module("lm_eval").simple_evaluate(
             model=lm,
             tasks=[*leaves.values()],
-            task_manager=_find(names[0], include),
+            task_manager=_manager((), False),  # every task is loaded: none is looked for
             num_fewshot=0,
             limit=items,
             bootstrap_iters=0,
@@ -226,12 +340,34 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
     answers: dict[str, Answers] = {}
     for name, one in loaded.items():
         samples = [
-            sample for leaf in one.leaves for sample in sorted(found["samples"][leaf], key=lambda s: s["doc_id"])
+            (task, sample)
+            for leaf, task in one.leaves.items()
+            for sample in sorted(found["samples"][leaf], key=lambda s: s["doc_id"])
         ]
+        sums = [[float(value) for value, *_ in sample["filtered_resps"]] for _, sample in samples]
+        if not all(math.isfinite(value) for row in sums for value in row):
+            raise ModelError(f"accuracy cannot be measured: {model.name} computes non-finite logits")
+        choices = [
+            [*map(str, task.doc_to_choice(sample["doc"]))] if task.OUTPUT_TYPE == "multiple_choice" else []
+            for task, sample in samples
+        ]
+        per_character = all("acc_norm" in sample for _, sample in samples)
         answers[name] = Answers(
-            correct=tuple(bool(sample["acc"]) for sample in samples),
-            normalized=tuple(bool(sample["acc_norm"]) for sample in samples)
-            if all("acc_norm" in sample for sample in samples)
+            correct=tuple(bool(sample["acc"]) for _, sample in samples),
+            normalized=tuple(bool(sample["acc_norm"]) for _, sample in samples) if per_character else None,
+            chosen=tuple(_largest(row[: len(some)]) for row, some in zip(sums, choices, strict=True))
+            if all(choices)
+            else None,
+            chosen_normalized=tuple(
+                _largest([value / len(choice) for value, choice in zip(row, some, strict=False)])
+                for row, some in zip(sums, choices, strict=True)
+            )
+            if per_character and all(choices)
             else None,
         )
     return answers
+
+
+def _largest(values: Sequence[float]) -> int:
+    """Index of the largest; the first of equals, as lm-eval takes it."""
+    return max(range(len(values)), key=values.__getitem__)

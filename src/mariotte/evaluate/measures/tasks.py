@@ -16,6 +16,7 @@ from mariotte.errors import ChainError, DataError, ModelError, unknown
 from mariotte.evaluate import harness
 from mariotte.evaluate.base import Measure, Measurement
 from mariotte.evaluate.choices import Question, encode, log_likelihoods
+from mariotte.evaluate.harness import Answers
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 from mariotte.testbed import tasks as testbed
@@ -50,7 +51,7 @@ class Tasks(Measure):
     Parameters
     ----------
     on : ``testbed`` for all six of its tasks, ``testbed/NAME+NAME`` for some of them; or tasks of lm-eval such as
-        ``piqa+arc_easy+mmlu``
+        ``piqa+arc_easy+mmlu``, whose items are read from ``MARIOTTE_DATA/tasks`` where it holds them, else from the hub
     items : how many of each task, the first ones; None asks all (512 in the testbed). Of a group of lm-eval such as
         mmlu, so many of each of its tasks
     include : folder with descriptions of further lm-eval tasks, which go before lm-eval's own
@@ -60,8 +61,11 @@ class Tasks(Measure):
     ``accuracy`` is the unweighted mean over the tasks; beside it every task has a metric of its own name, and each
     its standard error under ``..._se``. A group counts as one task, over all its items. The details hold, for every
     task, the number of items, chance, and which items were answered rightly as a text of 0 and 1, so that two models
-    can be compared item by item; for lm-eval's also ``normalized``, its ``acc_norm``. No example is shown before a
-    question (zero-shot).
+    can be compared item by item. For lm-eval's they also hold ``chosen``, the choice of each item as a digit, and where
+    the task has an ``acc_norm``: ``normalized``, which is that, ``correct_normalized`` and ``chosen_normalized``. No
+    example is shown before a question (zero-shot). Of mmlu those subjects are asked whose files are there, and their
+    number is part of the protocol. ``lambada_openai`` has no choices: right is the word that is likeliest token by
+    token, and chance is 0.
 
     In the testbed a model without any knowledge of what is asked scores exactly chance; all choices of an item are
     equally long there, so that no normalisation is needed.
@@ -147,11 +151,7 @@ class Tasks(Measure):
         else:
             answers = harness.ask(model, self.names(), self.items, self.include)
             correct = {name: one.correct for name, one in answers.items()}
-            details = {
-                name: {"normalized": _share(one.normalized)}
-                for name, one in answers.items()
-                if one.normalized is not None
-            }
+            details = {name: _kept(one) for name, one in answers.items()}
         return Measurement(
             metrics=_metrics(correct),
             protocol=protocol,
@@ -177,6 +177,24 @@ def _answered(tasks: Mapping[str, Sequence[Question]], model: Model) -> dict[str
         raise ModelError(f"accuracy cannot be measured: {model.name} computes non-finite logits")
     right = iter([row.index(max(row)) == question.gold for row, question in zip(sums, every, strict=True)])
     return {name: tuple(next(right) for _ in questions) for name, questions in tasks.items()}
+
+
+def _kept(answers: Answers) -> dict[str, Any]:
+    """What is kept of lm-eval's answers beside which are right, a character an item."""
+    kept: dict[str, Any] = {}
+    if answers.chosen is not None:
+        kept["chosen"] = _digits(answers.chosen)
+    if answers.normalized is not None:
+        kept["normalized"] = _share(answers.normalized)
+        kept["correct_normalized"] = _digits([*map(int, answers.normalized)])
+    if answers.chosen_normalized is not None:
+        kept["chosen_normalized"] = _digits(answers.chosen_normalized)
+    return kept
+
+
+def _digits(numbers: Sequence[int]) -> str:
+    """One character each: 0 to 9, then letters; ``?`` for those beyond z, of which no task is known."""
+    return "".join("0123456789abcdefghijklmnopqrstuvwxyz"[n] if n < 36 else "?" for n in numbers)
 
 
 def _share(correct: Sequence[bool]) -> float:
