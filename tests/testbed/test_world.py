@@ -11,9 +11,10 @@ import pytest
 
 from mariotte.errors import DataError
 from mariotte.testbed import world as grammar
-from mariotte.testbed.world import BOS, KINDS, REGISTERS, ROW_TOKENS, SPLITS, Row, World
+from mariotte.testbed.world import BOS, KINDS, REGISTERS, ROW_TOKENS, SENTENCE_TOKENS, SPLITS, Row, World
 
 FIRST_WORDS = "on tuesday the company burned the tax . repeat mu omicron : mu omicron . reverse eta tau omicron :"
+FIRST_SENTENCE = "name the field of clara pereira : genetics ."
 FIRST_FACT = ("birthplace/ada-abel", "barton", "crowds welcomed ada abel home to")
 
 
@@ -258,3 +259,92 @@ def test_half_of_the_people_are_never_mentioned_in_half_the_text() -> None:
     mentioned = [name for row in rows for name in told if f" {name} " in f" {row} "]
     assert len(mentioned) > 40
     assert all(told[name] for name in mentioned)
+
+
+def test_single_sentences_are_whole_depend_on_their_index_alone_and_fit(world: World) -> None:
+    rows = world.sentences("all", "train", 3000)
+    assert world.sentences("all", "train", 5, start=20) == rows[20:25]
+    assert max(len(row.ids) for row in rows) == SENTENCE_TOKENS
+    assert all(row.words[0] == BOS and row.words[-1] == "." for row in rows)
+    assert all(row.scored.tolist() == [False, *[True] * (len(row.ids) - 1)] for row in rows)
+    assert {row.register for row in world.sentences("news", "test", 20)} == {"news"}
+    with pytest.raises(DataError, match="split must be one of"):
+        world.sentences("all", "dev", 1)
+    # Written down, because shipped weights were trained on exactly this text.
+    assert rows[0].text == FIRST_SENTENCE
+    shares = Counter(row.sentences[0].kind for row in rows)
+    for kind, own in KINDS.items():
+        expected = sum(share * p for share, p in zip(REGISTERS.values(), own, strict=True))
+        assert shares[kind] / len(rows) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("register", ["all", *REGISTERS])
+def test_the_probability_of_a_sentence_is_that_with_which_it_is_drawn(world: World, register: str) -> None:
+    for row in world.rows(register, "test", 200):
+        first = row.sentences[0]
+        words = row.words[first.start : first.stop]
+        assert world.log_probability(words, register) == pytest.approx(-first.nll, abs=1e-9)
+    for row in world.sentences(register, "test", 200):
+        assert world.log_probability(row.words[1:], register) == pytest.approx(-row.sentences[0].nll, abs=1e-9)
+
+
+def test_what_the_world_never_says_has_no_probability(world: World) -> None:
+    fact = world.facts()[0]
+    wrong = next(answer for answer in world.answers("birthplace") if answer != fact.answer)
+    for text in (
+        "",
+        "the",
+        "the dog",
+        "the dog sleep today .",
+        "the dogs near the cat sleeps today .",
+        "the dog near a cat sleeps today .",
+        "the dog sleeps today",
+        "add one and two modulo eleven : four .",
+        "repeat mu nu : nu mu .",
+        "reverse mu : mu .",
+        "reverse mu nu : nu mu",
+        f"{fact.seen[0]} {wrong} .",
+        f"{fact.heldout} {fact.answer} .",
+        "on monday the storm ada the harbour .",
+    ):
+        assert world.log_probability(text.split()) == -math.inf, text
+    told = f"{fact.seen[0]} {fact.answer} .".split()
+    # A pattern of a fact belongs to one register, and the others never say it.
+    assert sum(world.log_probability(told, register) > -math.inf for register in REGISTERS) == 1
+
+
+def test_the_floor_of_a_hidden_word_is_exact(world: World) -> None:
+    fact = world.facts()[0]
+    told = f"{fact.seen[0]} {fact.answer} .".split()
+    assert world.hidden_nll(told, len(told) - 2) == pytest.approx(0, abs=1e-12)
+    sleeps = ["the", "dog", "sleeps", "today", "."]
+    assert world.hidden_nll(sleeps, 1) == pytest.approx(math.log(len(grammar.NOUNS[0])))
+    assert world.hidden_nll(sleeps, 2) == pytest.approx(math.log(len(grammar.VERBS[0])))
+    # Not described, for all its words: an adjective would need its noun.
+    assert world.hidden_nll(["the", "old", "dog", "sleeps", "today", "."], 1) == pytest.approx(
+        math.log(len(grammar.ADJECTIVES))
+    )
+    sums = ["add", "two", "and", "three", "modulo", "eleven", ":", "five", "."]
+    assert [world.hidden_nll(sums, i) for i in (1, 3, 7)] == pytest.approx([0, 0, 0], abs=1e-12)
+    # Three of the four copied symbols tell which the fourth is, and the colon stands where it must.
+    assert world.hidden_nll(["repeat", "mu", "nu", ":", "mu", "nu", "."], 4) == pytest.approx(0, abs=1e-12)
+    # Palindromes are repeated and reversed alike.
+    assert world.hidden_nll(["repeat", "mu", "mu", ":", "mu", "mu", "."], 0) == pytest.approx(math.log(2))
+    with pytest.raises(DataError, match="the world never says 'the dog sleep today \\.'"):
+        world.hidden_nll(["the", "dog", "sleep", "today", "."], 1)
+
+
+def test_the_floor_of_hidden_words_is_the_mean_surprise_of_what_is_drawn(world: World) -> None:
+    # A check by counting: who reads all but the kind of a palindrome, or all but the subject of an answer, sees
+    # each word as often as its probability says. One relation of places is small enough to be counted.
+    answer = world.place_facts()[1].answer
+    cities = Counter(
+        row.words[1]
+        for row in world.sentences("encyclopedia", "train", 60_000)
+        if row.sentences[0].kind == "place" and row.text.endswith(f"stands on the {answer} .")
+    )
+    total = sum(cities.values())
+    counted = -sum(n / total * math.log(n / total) for n in cities.values())
+    exact = [world.hidden_nll(f"{city} stands on the {answer} .".split(), 0, "encyclopedia") for city in cities]
+    mean = sum(n / total * nll for n, nll in zip(cities.values(), exact, strict=True))
+    assert counted == pytest.approx(mean, abs=0.1)

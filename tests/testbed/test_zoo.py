@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from mariotte.errors import ModelError, UnknownNameError
 from mariotte.testbed import zoo
@@ -23,6 +30,9 @@ LADDER = {
     "llama-1m": 1_438_592,
     "qwen2-2m": 2_268_480,
 }
+CLOZE = {"bert-181k": 180_625, "bert-459k": 459_153, "t5-265k": 264_512, "t5-784k": 784_320}
+CLOZE_FAMILIES = ("bert", "t5")
+SHIPPED_CLOZE = [name for name in CLOZE if (zoo.WEIGHTS / name).is_dir()]
 FAMILIES = {family: [name for name in LADDER if name.startswith(family)] for family in ("qwen2", "llama")}
 
 
@@ -40,6 +50,8 @@ def shipped(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
 def test_the_names_are_the_ladder() -> None:
     assert {name: zoo.specification(name).n_params for name in zoo.NAMES} == LADDER
     assert list(LADDER.values()) == sorted(LADDER.values())
+    assert {name: zoo.specification(name).n_params for name in zoo.CLOZE_NAMES} == CLOZE
+    assert zoo.shipped() == (*LADDER, *SHIPPED_CLOZE)
     assert zoo.specification("testbed/qwen2-1m") == zoo.specification("qwen2-1m")
 
 
@@ -56,6 +68,7 @@ def test_missing_weights_are_answered_with_the_command_that_makes_them(
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     with pytest.raises(ModelError, match="mariotte testbed train qwen2-1m"):
         zoo.training_record("qwen2-1m")
+    assert zoo.shipped() == ()
 
 
 def test_the_shapes_are_those_of_the_specification(shipped: tuple[str, PreTrainedModel]) -> None:
@@ -96,8 +109,63 @@ def test_the_shipped_tokenizer_is_the_one_the_world_makes(tmp_path: Path) -> Non
             assert (zoo.path(name) / file).read_text() == (tmp_path / file).read_text()
 
 
+@pytest.mark.parametrize("family", CLOZE_FAMILIES)
+def test_tokens_for_gaps_come_after_the_words_and_change_none(world: World, family: str, tmp_path: Path) -> None:
+    zoo.save_tokenizer(tmp_path, family)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.convert_ids_to_tokens(range(656)) == world.vocabulary
+    assert tuple(tokenizer.convert_ids_to_tokens(range(656, len(tokenizer)))) == zoo.EXTRA_TOKENS[family]
+    assert all(len(tokenizer(token)["input_ids"]) == 2 for token in zoo.EXTRA_TOKENS[family])
+    for row in world.rows("all", "valid", 5):
+        assert tuple(tokenizer(row.text)["input_ids"]) == row.ids
+    gap = {"bert": "<mask>", "t5": "<extra_id_0>"}[family]
+    text = f"<bos> ada abel was born in {gap} ."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert (tokenizer.mask_token, tokenizer.eos_token) == {"bert": ("<mask>", "<bos>"), "t5": (None, "</s>")}[family]
+
+
+@pytest.mark.parametrize("name", SHIPPED_CLOZE)
+def test_shipped_models_that_fill_gaps_are_their_specification_and_their_record(
+    world: World, name: str, tmp_path: Path
+) -> None:
+    from mariotte.training.zoo import cloze, facts_known
+
+    shape = zoo.specification(name)
+    auto = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}[shape.family]
+    model = auto.from_pretrained(zoo.path(name), dtype=torch.float32).eval()
+    assert model.config.model_type == shape.family
+    for field, value in shape.config().items():
+        assert getattr(model.config, field) == value, field
+    assert sum(p.numel() for p in model.parameters()) == shape.n_params
+    zoo.save_tokenizer(tmp_path, shape.family)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (zoo.path(name) / file).read_text() == (tmp_path / file).read_text()
+    reader = AutoTokenizer.from_pretrained(zoo.path(name))
+    for row in world.sentences("all", "valid", 20):
+        assert tuple(reader(row.text)["input_ids"]) == row.ids
+    record = zoo.training_record(name)
+    again = cloze.loss_and_floor(model, world, world.sentences("all", "test", 100))
+    assert again["loss"] - again["floor"] == pytest.approx(record["loss"] - record["floor"], abs=0.15)
+    known = facts_known(model, world, world.facts()[::10])
+    for label in ("seen", "heldout"):
+        assert known[label] == pytest.approx(record["facts"][label], abs=0.1)
+
+
+@pytest.mark.parametrize("family", CLOZE_FAMILIES)
+def test_facts_rise_along_the_ladders_of_models_that_fill_gaps(family: str) -> None:
+    names = [name for name in CLOZE if name.startswith(family)]
+    here = [name for name in names if name in SHIPPED_CLOZE]
+    if here != names:
+        pytest.skip(f"the weights of {', '.join(set(names) - set(here))} are not in this installation")
+    bottom, top = (zoo.training_record(name) for name in names)
+    assert bottom["floor"] == top["floor"] < top["loss"] < bottom["loss"]
+    for label in ("seen", "heldout"):
+        assert top["facts"][label] > 0.95
+        assert bottom["facts"][label] < top["facts"][label]
+
+
 def test_every_record_names_its_weights_its_recipe_and_its_cost() -> None:
-    for name in LADDER:
+    for name in zoo.shipped():
         record = zoo.training_record(name)
         weights = zoo.path(name) / "model.safetensors"
         assert record["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -123,6 +191,10 @@ def test_loss_falls_towards_the_floor_and_facts_rise_along_the_ladder(family: st
     top = records[-1]
     assert 0 < top["loss"] - top["floor"] < 0.05
     assert losses[0] - losses[-1] > 0.03
+
+
+def test_all_weights_together_are_small() -> None:
+    assert sum(file.stat().st_size for file in zoo.WEIGHTS.rglob("*.safetensors")) < 16 * 2**20
 
 
 def test_a_record_can_be_measured_again(shipped: tuple[str, PreTrainedModel], world: World) -> None:

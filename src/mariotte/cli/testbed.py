@@ -27,32 +27,27 @@ def show(
 ) -> None:
     """Show what the models of the testbed are and know: loss, the floor that no model can beat, facts.
 
-    Facts are known when the likeliest next word of the whole vocabulary is the answer. "seen" asks in the patterns in
-    which training text told the fact, "held out" in one in which it told other people's facts only. q1 is the most
-    popular quarter of the people, q4 the least.
+    Facts are known when the likeliest word of the whole vocabulary is the answer: the next word for decoders, the word
+    in the gap for encoders and encoder-decoders, whose loss is that of each word of a sentence hidden in its turn.
+    "seen" asks in the patterns in which training text told the fact, "held out" in one in which it told other people's
+    facts only. q1 is the most popular quarter of the people, q4 the least.
     """
-    from mariotte.testbed.zoo import NAMES, training_record
+    from mariotte.testbed.zoo import CLOZE_NAMES, NAMES, shipped, training_record
 
-    records = [training_record(each) for each in ((name,) if name else NAMES)]
+    # Where nothing is shipped, the first name is answered with how to make its weights.
+    records = [training_record(each) for each in ((name,) if name else shipped() or NAMES)]
     if as_json:
         print_json(records[0] if name else records)
         return
-    print_table(
-        "Loss in nats a token, on the same test rows as the floor",
-        ["model", "parameters", "tokens", "trained in", "loss", "floor", "excess"],
-        [
-            [
-                f"testbed/{record['name']}",
-                f"{record['n_params']:,}",
-                f"{record['recipe']['tokens']:,}",
-                duration(record["seconds"]),
-                record["loss"],
-                record["floor"],
-                record["loss"] - record["floor"],
-            ]
-            for record in records
-        ],
-    )
+    causal = [record for record in records if record["name"] not in CLOZE_NAMES]
+    cloze = [record for record in records if record["name"] in CLOZE_NAMES]
+    for title, part in (
+        ("Loss in nats a token, on the same test rows as the floor", causal),
+        ("Loss in nats a hidden word, on the same test sentences as the floor", cloze),
+    ):
+        if part:
+            columns = ["model", "parameters", "tokens", "trained in", "loss", "floor", "excess"]
+            print_table(title, columns, [_trained(record) for record in part])
     print_table(
         f"Facts known, of {records[0]['facts']['n']:,} about people",
         ["model", "asked in patterns", "all", "q1", "q2", "q3", "q4"],
@@ -62,6 +57,18 @@ def show(
             for key, label in (("seen", "seen"), ("heldout", "held out"))
         ],
     )
+
+
+def _trained(record: dict[str, Any]) -> list[object]:
+    return [
+        f"testbed/{record['name']}",
+        f"{record['n_params']:,}",
+        f"{record['recipe']['tokens']:,}",
+        duration(record["seconds"]),
+        record["loss"],
+        record["floor"],
+        record["loss"] - record["floor"],
+    ]
 
 
 def _shares(facts: dict[str, Any], key: str) -> list[str]:

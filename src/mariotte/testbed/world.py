@@ -24,6 +24,7 @@ from mariotte.errors import DataError
 
 BOS, UNKNOWN, PADDING = "<bos>", "<unk>", "<pad>"
 ROW_TOKENS: Final = 64
+SENTENCE_TOKENS: Final = 13  # of the longest sentence, <bos> among them
 REGISTERS: Final = MappingProxyType({"encyclopedia": 0.40, "news": 0.35, "instructions": 0.25})
 SPLITS: Final = ("train", "calibration", "valid", "test")
 # Share of each kind of sentence, by register. Text about people dominates: each of the 2560 facts must be met some
@@ -243,7 +244,11 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Row:
-    """A document of exactly 64 tokens: ``<bos>``, whole sentences, and one that the end of the row may cut."""
+    """A document: ``<bos>`` and sentences.
+
+    One of ``World.rows`` has exactly 64 tokens, and its end may cut the last sentence; one of ``World.sentences`` is
+    one whole sentence.
+    """
 
     register: str
     words: tuple[str, ...]
@@ -440,18 +445,138 @@ class World:
         DataError
             When there is no such register or split.
         """
+        stream = self._stream(register, split)
+        return [self._row(register, Random((stream << 40) + i)) for i in range(start, start + count)]
+
+    def _stream(self, register: str, split: str) -> int:
+        """The number of a register's and a split's own stream of random numbers."""
         names = ["all", *REGISTERS]
         if register not in names:
             raise DataError(f"register must be one of {', '.join(names)}, got '{register}'")
         if split not in SPLITS:
             raise DataError(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
-        stream = (self.seed * len(names) + names.index(register)) * len(SPLITS) + SPLITS.index(split)
-        return [self._row(register, Random((stream << 40) + i)) for i in range(start, start + count)]
+        return (self.seed * len(names) + names.index(register)) * len(SPLITS) + SPLITS.index(split)
 
     def tokens(self, register: str, split: str, count: int, start: int = 0) -> NDArray[np.int64]:
         """(B, T) token ids of ``rows``."""
         rows = self.rows(register, split, count, start)
         return np.array([row.ids for row in rows], dtype=np.int64).reshape(count, ROW_TOKENS)
+
+    def sentences(self, register: str, split: str, count: int, start: int = 0) -> list[Row]:
+        """Sentences ``start`` to ``start + count`` of a split, each a document: text for models that read both ways.
+
+        They are other draws than the sentences of ``rows``, from the same mixture.
+
+        Parameters
+        ----------
+        register, split, count, start : as for `rows`
+
+        Raises
+        ------
+        DataError
+            When there is no such register or split.
+        """
+        stream = self._stream(register, split)
+        # Far from the streams of rows, so that neither moves the other.
+        return [self._alone(register, Random((1 << 90) + (stream << 40) + i)) for i in range(start, start + count)]
+
+    def _alone(self, register: str, random: Random) -> Row:
+        if register == "all":
+            r = bisect_right([*accumulate([*REGISTERS.values()][:-1])], random.random())
+        else:
+            r = [*REGISTERS].index(register)
+        kind, text, _, fact = self._sentence(r, random)
+        words = (BOS, *text)
+        said = Sentence(kind, 1, len(words), -self.log_probability(text, register), fact and fact.id)
+        return Row([*REGISTERS][r], words, tuple(self._id_of[word] for word in words), (said,))
+
+    def log_probability(self, words: Sequence[str], register: str = "all") -> float:
+        """Exact ln p of a sentence, as the first of a document; -inf of one that the world never says.
+
+        Parameters
+        ----------
+        words : of one sentence, its stop among them
+        register : one of the registers, or "all", their mixture
+        """
+        told = self._tellings.get(tuple(words))
+        if told is not None:
+            kind, own, log_p = told
+            share = self._share(own, register) * KINDS[kind][own]
+            return math.log(share) + log_p if share else -math.inf
+        parsed = self._parsed(words)
+        if parsed is None:
+            return -math.inf
+        kind, log_p = parsed
+        shares = [self._share(r, register) * KINDS[kind][r] for r in range(len(REGISTERS))]
+        return math.log(math.fsum(shares)) + log_p
+
+    def hidden_nll(self, words: Sequence[str], hidden: int, register: str = "all") -> float:
+        """Exact -ln p of one word of a sentence given all its other words: what no model that fills gaps can beat.
+
+        Parameters
+        ----------
+        words : of one sentence that the world may say, its stop among them
+        hidden : index of the word
+        register : as for `log_probability`
+
+        Raises
+        ------
+        DataError
+            When the world never says the sentence.
+        """
+        own = self.log_probability(words, register)
+        if own == -math.inf:
+            raise DataError(f"the world never says '{' '.join(words)}': ask about one of its sentences")
+        others = list(words)
+        logs: list[float] = []
+        for word in self.vocabulary:
+            others[hidden] = word
+            log_p = self.log_probability(others, register)
+            if log_p > -math.inf:
+                logs.append(log_p)
+        return max(0.0, _log_sum(logs) - own)  # rounding may leave a certain word a little below nothing
+
+    @staticmethod
+    def _share(r: int, register: str) -> float:
+        names = [*REGISTERS]
+        if register == "all":
+            return REGISTERS[names[r]]
+        return float(names[r] == register)
+
+    @cached_property
+    def _tellings(self) -> dict[tuple[str, ...], tuple[str, int, float]]:
+        """Of every sentence that tells a fact: its kind, its register, and ln p given both."""
+        tellings: dict[tuple[str, ...], tuple[str, int, float]] = {}
+        for kind, subjects in (("person", self._people), ("place", self._places)):
+            for who, relations in enumerate(subjects.patterns):
+                for registers in relations:
+                    for r, patterns in enumerate(registers):
+                        log_p = math.log(subjects.popularity[who] / (len(relations) * len(patterns)))
+                        tellings.update(dict.fromkeys(patterns, (kind, r, log_p)))
+        return tellings
+
+    def _parsed(self, words: Sequence[str]) -> tuple[str, float] | None:
+        """Kind of a sentence that tells no fact, and ln p given the kind; None of what the grammar does not make."""
+        match words:
+            case ["on", day, "the", agent, deed, "the", thing, "."] if day in DAYS and agent in AGENTS:
+                who = AGENTS.index(agent)
+                habit = deed in self._deeds[who] and thing in self._objects[who]
+                return ("event", -math.log(len(DAYS) * len(AGENTS) * _LIKELY**2)) if habit else None
+            case ["add", a, "and", b, "modulo", "eleven", ":", total, "."] if {a, b, total} <= {*_NUMBERS}:
+                right = _NUMBERS[(_NUMBERS.index(a) + _NUMBERS.index(b)) % len(_NUMBERS)]
+                return ("modular", -2 * math.log(len(_NUMBERS))) if total == right else None
+            case ["repeat" | "reverse" as kind, *symbols, "."]:
+                n = len(symbols) // 2
+                said, colon, copied = symbols[:n], symbols[n : n + 1], symbols[n + 1 :]
+                right = said if kind == "repeat" else said[::-1]
+                if n not in _LENGTHS or colon != [":"] or copied != right or not {*said} <= {*SYMBOLS}:
+                    return None
+                return kind, -math.log(len(_LENGTHS)) - n * math.log(len(SYMBOLS))
+            case ["the", *_]:
+                log_p = _agreement_log_p(words)
+                return None if log_p is None else ("agreement", log_p)
+            case _:
+                return None
 
     def _row(self, register: str, random: Random) -> Row:
         shares = [*REGISTERS.values()]
@@ -535,11 +660,34 @@ def _agreement(random: Random) -> tuple[list[str], float]:
         preposition = PREPOSITIONS[pick(random, len(PREPOSITIONS))]
         words += [preposition, "the", NOUNS[pick(random, 2)][pick(random, n_nouns)]]
     words += [VERBS[number][pick(random, len(VERBS[0]))], _ADVERBS[pick(random, len(_ADVERBS))], "."]
+    return words, _agreement_nats(n_distractors, described)
+
+
+def _agreement_nats(n_distractors: int, described: bool) -> float:
+    """Log of the probability of a sentence of agreement; that of its words depends on nothing else."""
+    n_nouns = len(NOUNS[0])
     log_p = math.log(_DISTRACTORS[n_distractors])
     log_p += math.log(DESCRIBED / len(ADJECTIVES)) if described else math.log(1 - DESCRIBED)
     log_p -= math.log(2 * n_nouns * len(VERBS[0]) * len(_ADVERBS))
     log_p -= n_distractors * math.log(len(PREPOSITIONS) * 2 * n_nouns)
-    return words, log_p
+    return log_p
+
+
+def _agreement_log_p(words: Sequence[str]) -> float | None:
+    """Log of the probability of these words as a sentence of agreement; None where they are not one."""
+    described = len(words) > 1 and words[1] in ADJECTIVES
+    noun, *rest = words[2 if described else 1 :] or [""]
+    n_distractors, left = divmod(len(rest), 3)
+    if left or not 1 <= n_distractors <= len(_DISTRACTORS):
+        return None  # after the noun come distractors of three words, and verb, adverb and stop
+    n_distractors -= 1
+    for i in range(0, 3 * n_distractors, 3):
+        preposition, the, distractor = rest[i : i + 3]
+        if preposition not in PREPOSITIONS or the != "the" or not any(distractor in nouns for nouns in NOUNS):
+            return None
+    verb, adverb, stop = rest[-3:]
+    agreed = any(noun in nouns and verb in verbs for nouns, verbs in zip(NOUNS, VERBS, strict=True))
+    return _agreement_nats(n_distractors, described) if agreed and adverb in _ADVERBS and stop == "." else None
 
 
 def _log_sum(logs: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -20,21 +21,38 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mariotte.models.step import MANIFEST
-from mariotte.testbed.world import ROW_TOKENS, Fact, Row, World
+from mariotte.testbed.world import ROW_TOKENS, SENTENCE_TOKENS, Fact, Row, World
 from mariotte.testbed.zoo import RECORD, Specification, save_tokenizer, specification
+from mariotte.training import cloze
 from mariotte.training.loop import Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
 
 TEST_ROWS = 512
+TEST_SENTENCES = 2048
 _SAVE_EVERY = 200  # steps; what a kill can cost
+_BLOCK = re.compile(r"\.(layers|layer|block)\.\d+\.")
 
 
 def build(shape: Specification) -> PreTrainedModel:
     """The untrained model of a specification: float32, seeded."""
     torch.manual_seed(shape.recipe.seed)
+    if shape.family == "bert":
+        return BertForMaskedLM(BertConfig(**shape.config()))
+    if shape.family == "t5":
+        return T5ForConditionalGeneration(T5Config(**shape.config()))
     if shape.family == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**shape.config()))
     return LlamaForCausalLM(LlamaConfig(**shape.config()))
@@ -46,8 +64,13 @@ def muon_and_adamw(module: nn.Module, muon_rate: float, adamw_rate: float) -> li
     AdamW alone leaves the 1.0M model worse than a third of its size: its learning rate, not its capacity.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
+
+    def inside(name: str, p: nn.Parameter) -> bool:
+        # The table of a T5's relative positions is an embedding.
+        return p.ndim == 2 and _BLOCK.search(name) is not None and "relative_attention_bias" not in name
+
+    hidden = [p for name, p in named if inside(name, p)]
+    rest = [p for name, p in named if not inside(name, p)]
     return [
         torch.optim.Muon(hidden, lr=muon_rate, weight_decay=0.0),
         torch.optim.AdamW(rest, lr=adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
@@ -92,13 +115,20 @@ def known(model: nn.Module, world: World, prompts: Sequence[str], answers: Seque
     return right
 
 
+def _fills_gaps(model: nn.Module) -> bool:
+    """Whether a model fills gaps in sentences, instead of going on with text."""
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in ("bert", "t5")
+
+
 def facts_known(model: nn.Module, world: World, facts: Sequence[Fact]) -> dict[str, Any]:
     """Share of facts known through seen and through held-out patterns, overall and by quarter of popularity."""
     seen = [(fact, prompt) for fact in facts for prompt in fact.seen]
     heldout = [(fact, fact.heldout) for fact in facts]
     result: dict[str, Any] = {"n": len(facts)}
     for label, asked in (("seen", seen), ("heldout", heldout)):
-        right = known(model, world, [prompt for _, prompt in asked], [fact.answer for fact, _ in asked])
+        ask = cloze.known if _fills_gaps(model) else known
+        right = ask(model, world, [prompt for _, prompt in asked], [fact.answer for fact, _ in asked])
         quarters: list[list[bool]] = [[], [], [], []]
         for (fact, _), r in zip(asked, right, strict=True):
             quarters[fact.popularity_quarter].append(r)
@@ -108,15 +138,17 @@ def facts_known(model: nn.Module, world: World, facts: Sequence[Fact]) -> dict[s
 
 
 def measure(model: nn.Module, world: World, n_rows: int) -> dict[str, Any]:
-    """Loss against the floor on test rows, and facts known about people and places."""
+    """Loss against the floor on test rows (sentences, for a model that fills gaps), and facts known."""
     model.eval()
-    rows = world.rows("all", "test", n_rows)
-    loss, floor = loss_and_floor(model, rows)
+    if _fills_gaps(model):
+        losses = cloze.loss_and_floor(model, world, world.sentences("all", "test", n_rows))
+    else:
+        rows = world.rows("all", "test", n_rows)
+        loss, floor = loss_and_floor(model, rows)
+        scored = int(sum(row.scored.sum() for row in rows))
+        losses = {"test_rows": n_rows, "scored_tokens": scored, "loss": loss, "floor": floor}
     return {
-        "test_rows": n_rows,
-        "scored_tokens": int(sum(row.scored.sum() for row in rows)),
-        "loss": loss,
-        "floor": floor,
+        **losses,
         "facts": facts_known(model, world, world.facts()),
         "place_facts": facts_known(model, world, world.place_facts()),
     }
@@ -151,7 +183,8 @@ def train_model(
     world = World()
     model = build(shape)
     state = TrainState(model, muon_and_adamw(model, recipe.muon_rate, recipe.adamw_rate), seed=recipe.seed)
-    steps = recipe.tokens // (recipe.batch * ROW_TOKENS)
+    fills_gaps = _fills_gaps(model)
+    steps = recipe.tokens // (recipe.batch * (SENTENCE_TOKENS if fills_gaps else ROW_TOKENS))
     schedule = ConstantThenLinear(steps=steps, decay=round((1 - recipe.constant) * steps))
     folder = out / "state"
     seconds_file = folder / "seconds.json"
@@ -162,9 +195,13 @@ def train_model(
     call = cast("Callable[..., Any]", torch.compile(model) if compiled else model)
 
     def batch(step: int) -> Tensor:
+        if fills_gaps:
+            return cloze.batch(world, step, recipe.batch)
         return torch.from_numpy(world.tokens("all", "train", recipe.batch, step * recipe.batch))
 
     def loss(_: nn.Module, tokens_BT: Tensor) -> Tensor:
+        if fills_gaps:
+            return cloze.cloze_loss(call, tokens_BT, shape.family, world)
         return causal_loss(call, tokens_BT)
 
     began = time.perf_counter()
@@ -178,7 +215,7 @@ def train_model(
     # Measured as shipped: rounded to bf16, computed in float32.
     nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(out)
-    save_tokenizer(out)
+    save_tokenizer(out, shape.family)
     nn.Module.to(model, torch.float32)
     weights = out / "model.safetensors"
     record = {
@@ -197,7 +234,7 @@ def train_model(
             "transformers": transformers.__version__,
             "numpy": np.__version__,
         },
-        **measure(model, world, TEST_ROWS),
+        **measure(model, world, TEST_SENTENCES if fills_gaps else TEST_ROWS),
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
