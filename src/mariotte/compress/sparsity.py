@@ -31,6 +31,10 @@ _SLACK = 9
 """Decimals to which a number of weights is rounded before its fraction is dropped: 100 x 0.29 is 29."""
 
 
+_DIGITS = 16
+"""Bits settled in one pass over the weights; 2^16 counters are kept."""
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Exactly `zeros` of every `of` neighbouring weights of a row are zero.
@@ -92,6 +96,52 @@ class Pattern:
 def whole(weights: int, amount: float) -> int:
     """Whole weights that a share of some makes, rounded down, so that some are always left."""
     return min(math.floor(round(weights * amount, _SLACK)), weights - 1)
+
+
+def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Masks of the `count` smallest entries by magnitude, over all tensors together.
+
+    Parameters
+    ----------
+    weights : floating tensors of one dtype
+    count : how many, from 0 to all
+
+    Returns
+    -------
+    bool tensors of the same shapes, True where an entry is among the smallest; exactly `count` are. Of equal ones,
+    those that come first along `weights` are taken, so that a smaller count is always a subset of a larger one.
+
+    Notes
+    -----
+    The magnitude of the last one taken is found by its bits: those of a non-negative float, read as an integer, sort
+    like the float. Sixteen bits are settled with each pass over the weights, by counting; a sort of all weights would
+    hold several copies of a model at once.
+    """
+    wide = any(weight.dtype == torch.float64 for weight in weights)
+    floating, integer, bits = (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
+
+    def magnitudes(weight: Tensor) -> Tensor:
+        return weight.detach().to(floating).abs().contiguous().view(integer).flatten()
+
+    last, rank = 0, count  # the bits settled so far; how many are still to be taken among those that begin with them
+    for shift in range(bits - _DIGITS, -1, -_DIGITS):
+        histogram = torch.zeros(1 << _DIGITS, dtype=torch.int64)
+        for weight in weights:
+            keys_W = magnitudes(weight).long() >> shift
+            digits = keys_W[keys_W >> _DIGITS == last] & ((1 << _DIGITS) - 1)
+            histogram += torch.bincount(digits, minlength=1 << _DIGITS).cpu()
+        reached = histogram.cumsum(0)
+        digit = int(torch.searchsorted(reached, torch.tensor(rank)).clamp(max=(1 << _DIGITS) - 1))
+        rank -= int(reached[digit - 1]) if digit else 0
+        last = (last << _DIGITS) | digit
+    masks: list[Tensor] = []
+    for weight in weights:
+        keys_W = magnitudes(weight).long()
+        equal = keys_W == last
+        taken = (keys_W < last) | (equal & (equal.cumsum(0) <= rank))
+        rank = max(0, rank - int(equal.sum()))
+        masks.append(taken.view(weight.shape))
+    return masks
 
 
 def smallest_of_rows(score_OI: Tensor, counts_O: Tensor) -> Tensor:

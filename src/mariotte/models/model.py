@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -172,8 +172,17 @@ class Model:
 
     @property
     def counts(self) -> Counts:
-        """Parameters, bytes in the stored dtype, and FLOPs, from the shapes alone."""
-        return accounting.count_shape(self.shape, bytes_per_param=self.stored_dtype.itemsize)
+        """Parameters, bytes in the stored dtype, and FLOPs, from the shapes alone.
+
+        What was quantized counts as its packed integers take, unless a later step has worked on the weights since.
+        """
+        counted = accounting.count_shape(self.shape, bytes_per_param=self.stored_dtype.itemsize)
+        saved = 0
+        for done in reversed(self.done):
+            if done.family != "quantization":
+                break
+            saved += done.facts["weights"] * self.stored_dtype.itemsize - done.facts["packed_bytes"]
+        return replace(counted, n_bytes=counted.n_bytes - saved)
 
     @property
     def device(self) -> torch.device:
@@ -238,9 +247,9 @@ class Model:
         return sum(parameter.numel() for parameter in self.hf.parameters())
 
     def matrices(self, *scopes: str) -> list[nn.Linear]:
-        """The blocks' matrices of these scopes (all, attention, ffn), each once."""
-        parts = {"attention", "ffn"} if "all" in scopes else set(scopes)
-        return [
+        """The blocks' matrices of these scopes (all, attention, ffn), each once; for the scope head also the head."""
+        parts = {*scopes, "attention", "ffn"} if "all" in scopes else set(scopes)
+        found = [
             matrix
             for block in self.blocks
             for matrix in (
@@ -248,6 +257,7 @@ class Model:
                 *(block.ffn if "ffn" in parts else ()),
             )
         ]
+        return [*found, *([self.head] if "head" in parts else [])]
 
     def zeros(self, *scopes: str) -> int:
         """Weights of the matrices of these scopes (without any: of all the blocks' matrices) that are exactly zero."""

@@ -167,6 +167,7 @@ class Step(ABC):
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
     * ``version``: goes up when a correction changes numbers
     * ``plain``: whether the result is an ordinary transformers checkpoint of the same family
+    * ``fixed``: the one amount of a step that is written without any, such as ``int8``
 
     Parameters
     ----------
@@ -186,6 +187,7 @@ class Step(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     version: ClassVar[int] = 1
     plain: ClassVar[bool] = True
+    fixed: ClassVar[int | None] = None
 
     scope: str = ""
     of: str | None = None
@@ -212,7 +214,7 @@ class Step(ABC):
         settings = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name != "scope"}
         return Link(
             self.name(),
-            amount,
+            None if self.fixed is not None else amount,
             None if self.scope == self.scopes[0] else self.scope,
             {key: value for key, (value, default) in settings.items() if value is not None and value != default},
         )
@@ -256,6 +258,11 @@ class Step(ABC):
         ChainError
             When it is missing, no number, or out of range.
         """
+        if cls.fixed is not None:
+            if amount is not None and amount != cls.fixed:
+                came = repr(amount) if isinstance(amount, str) else print_number(amount)
+                raise ChainError(f"{name} takes no amount, got {came}: write {name}")
+            return cls.fixed
         example = {"tokens": "1M", "bits": "4"}.get(cls.unit, "0.3")
         if amount is None or isinstance(amount, str):
             came = "none" if amount is None else repr(amount)

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mariotte.compress.methods.magnitude import Magnitude, smallest
+from mariotte.compress.methods.magnitude import Magnitude
+from mariotte.compress.sparsity import smallest
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.step import Context, prepare_once
 from mariotte.testing.methods import MethodConformance, cases, context_of, overflowing
@@ -92,8 +93,8 @@ def test_links_name_scope_and_fields_only_when_they_are_not_the_defaults():
 def test_fields_are_checked():
     with pytest.raises(ChainError, match="magnitude: per must be one of model, layer, got 'row'"):
         Magnitude(per="row")
-    with pytest.raises(ChainError, match="magnitude has no scope 'head'; it has all, attention, ffn"):
-        Magnitude(scope="head")
+    with pytest.raises(ChainError, match="magnitude has no scope 'embeddings'; it has all, attention, ffn, head"):
+        Magnitude(scope="embeddings")
 
 
 @pytest.mark.parametrize("allocation", ["influence", "greedy"])

@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from mariotte.compress.allocate import check_allocation, gather, spread, whole
 from mariotte.compress.calibration import tokens_for
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.scope import SCOPES, change, in_scope, untied_weights
+from mariotte.compress.sparsity import smallest
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
@@ -24,54 +25,6 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["Magnitude"]
 
 PER = ("model", "layer")
-_DIGITS = 16
-"""Bits settled in one pass over the weights; 2^16 counters are kept."""
-
-
-def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the `count` smallest entries by magnitude, over all tensors together.
-
-    Parameters
-    ----------
-    weights : floating tensors of one dtype
-    count : how many, from 0 to all
-
-    Returns
-    -------
-    bool tensors of the same shapes, True where an entry is among the smallest; exactly `count` are. Of equal ones,
-    those that come first along `weights` are taken, so that a smaller count is always a subset of a larger one.
-
-    Notes
-    -----
-    The magnitude of the last one taken is found by its bits: those of a non-negative float, read as an integer, sort
-    like the float. Sixteen bits are settled with each pass over the weights, by counting; a sort of all weights would
-    hold several copies of a model at once.
-    """
-    wide = any(weight.dtype == torch.float64 for weight in weights)
-    floating, integer, bits = (torch.float64, torch.int64, 64) if wide else (torch.float32, torch.int32, 32)
-
-    def magnitudes(weight: Tensor) -> Tensor:
-        return weight.detach().to(floating).abs().contiguous().view(integer).flatten()
-
-    last, rank = 0, count  # the bits settled so far; how many are still to be taken among those that begin with them
-    for shift in range(bits - _DIGITS, -1, -_DIGITS):
-        histogram = torch.zeros(1 << _DIGITS, dtype=torch.int64)
-        for weight in weights:
-            keys_W = magnitudes(weight).long() >> shift
-            digits = keys_W[keys_W >> _DIGITS == last] & ((1 << _DIGITS) - 1)
-            histogram += torch.bincount(digits, minlength=1 << _DIGITS).cpu()
-        reached = histogram.cumsum(0)
-        digit = int(torch.searchsorted(reached, torch.tensor(rank)).clamp(max=(1 << _DIGITS) - 1))
-        rank -= int(reached[digit - 1]) if digit else 0
-        last = (last << _DIGITS) | digit
-    masks: list[Tensor] = []
-    for weight in weights:
-        keys_W = magnitudes(weight).long()
-        equal = keys_W == last
-        taken = (keys_W < last) | (equal & (equal.cumsum(0) <= rank))
-        rank = max(0, rank - int(equal.sum()))
-        masks.append(taken.view(weight.shape))
-    return masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +34,9 @@ class Magnitude(Step):
     Parameters
     ----------
     per : model: one threshold for all matrices in scope; layer: the same share of each matrix
-    scope : all: the projections of attention and MLP; attention or ffn: those alone. Embeddings, head, norms and biases
-        are never touched, as in the study that compared these scopes
+    scope : all: the projections of attention and MLP; attention or ffn: those alone, as in the study that compared
+        these; head: the final dense layer alone, which gets a matrix of its own where it was tied to the embeddings.
+        Embeddings, norms and biases are never touched
     allocation : how the blocks share the amount, per layer. uniform: alike; influence: those that change the stream
         little lose more; greedy: by calibration loss, step by step
 
@@ -106,7 +60,7 @@ class Magnitude(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     reference: ClassVar[str] = "namburi2023cost"
-    scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
+    scopes: ClassVar[tuple[str, ...]] = SCOPES
 
     per: str = "model"
     allocation: str = "uniform"
@@ -122,12 +76,19 @@ class Magnitude(Step):
                 f"magnitude: allocation={self.allocation} needs per=layer, as one threshold for the model spreads the "
                 "zeros by itself"
             )
+        if self.scope == "head" and self.allocation != "uniform":
+            raise ChainError(
+                f"magnitude: allocation={self.allocation} spreads an amount over blocks, and the scope head has none: "
+                "leave allocation out"
+            )
 
     def matrices(self, model: Model) -> list[nn.Linear]:
         """The matrices in scope, from input to output."""
         return [matrix for some in self._by_block(model) for matrix in some]
 
     def _by_block(self, model: Model) -> list[list[nn.Linear]]:
+        if self.scope == "head":
+            return [[model.head]]
         parts = {"all": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.scope]
         return [[matrix for part in parts for matrix in getattr(block, part)] for block in model.blocks]
 
@@ -137,9 +98,9 @@ class Magnitude(Step):
     @override
     def removes(self, model: Model, amount: int | float) -> int:
         sizes = [matrix.weight.numel() for matrix in self.matrices(model)]
-        if self.per == "model" or self.allocation != "uniform":
-            return round(amount * sum(sizes))
-        return sum(round(amount * size) for size in sizes)
+        together = self.per == "model" or self.allocation != "uniform"
+        zeros = round(amount * sum(sizes)) if together else sum(round(amount * size) for size in sizes)
+        return zeros - (untied_weights(model, self.scope) if zeros else 0)
 
     @override
     @torch.no_grad()
@@ -174,12 +135,11 @@ class Magnitude(Step):
 
     def _zeroed(self, model: Model, counts: Sequence[int]) -> Model:
         """The model with so many of the smallest weights of each matrix set to zero."""
-        names = parameter_names(model)
         cut: dict[str, Tensor] = {}
-        for matrix, count in zip(self.matrices(model), counts, strict=True):
+        for (name, matrix), count in zip(in_scope(model, self.scope).items(), counts, strict=True):
             (mask,) = smallest([matrix.weight], count)
-            cut[names[matrix.weight]] = matrix.weight.masked_fill(mask, 0.0)
-        return derive(model, cut)
+            cut[name] = matrix.weight.masked_fill(mask, 0.0)
+        return change(model, self.scope, cut) if any(counts) else model.copy()
 
     @override
     @torch.no_grad()
@@ -188,12 +148,10 @@ class Magnitude(Step):
         facts: dict[str, Any] = {"per": self.per}
         if self.per == "model":
             zeros = round(amount * sum(weight.numel() for weight in weights))
-            names = parameter_names(model)
             masks = smallest(weights, zeros)
-            cut = derive(
-                model,
-                {names[weight]: weight.masked_fill(mask, 0.0) for weight, mask in zip(weights, masks, strict=True)},
-            )
+            found = zip(in_scope(model, self.scope), weights, masks, strict=True)
+            zeroed = {name: weight.masked_fill(mask, 0.0) for name, weight, mask in found}
+            cut = change(model, self.scope, zeroed) if zeros else model.copy()
         else:
             tensors = prepared.get("allocation") if "allocation" in prepared else {}
             shares = spread(self.allocation, tensors, amount, self._block_sizes(model))
@@ -201,5 +159,5 @@ class Magnitude(Step):
             zeros, cut = sum(counts), self._zeroed(model, counts)
             if self.allocation != "uniform":
                 facts |= {"allocation": self.allocation, "shares": [round(share, 6) for share in shares]}
-        in_scope = sum(weight.numel() for weight in weights)
-        return cut.after(self.done(amount, zeros / in_scope, zeros=zeros, in_scope=in_scope, **facts))
+        total = sum(weight.numel() for weight in weights)
+        return cut.after(self.done(amount, zeros / total, zeros=zeros, in_scope=total, **facts))

@@ -1,0 +1,50 @@
+"""What a scope covers, and a model whose weights there are others.
+
+Shapes: O outputs and I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mariotte.compress.surgery import derive, parameter_names
+from mariotte.models.model import Model
+
+SCOPES = ("all", "attention", "ffn", "head")
+"""Of the methods that work on matrices one by one, wherever they stand."""
+
+PARTS = {"all": {"attention", "ffn"}, "attention": {"attention"}, "ffn": {"ffn"}, "head": {"head"}}
+"""What each scope covers: the head is no part of the blocks, and of no other scope."""
+
+
+def in_scope(model: Model, scope: str) -> dict[str, nn.Linear]:
+    """The matrices of a scope by the name of their weight, each once however many layers share it."""
+    names = parameter_names(model)
+    return {names[matrix.weight]: matrix for matrix in model.matrices(scope)}
+
+
+def oriented(matrix: nn.Module) -> Tensor:
+    """A matrix's weight as (O, I): a view, also where it is held the other way round (Conv1D)."""
+    weight = cast(Tensor, matrix.weight)
+    return weight.T if isinstance(matrix, Conv1D) else weight
+
+
+def untied_weights(model: Model, scope: str) -> int:
+    """Weights of the matrix that a model has more once this scope alone is changed: the head's, where it is tied."""
+    tied = scope == "head" and model.head.weight is model.embeddings.weight
+    return model.head.weight.numel() if tied else 0
+
+
+def change(model: Model, scope: str, weights: Mapping[str, Tensor]) -> Model:
+    """A model with other weights in a scope, by the names of `in_scope`; the given one stays as it is.
+
+    A head that is tied to the embeddings gets a matrix of its own, so that the embeddings keep theirs.
+    """
+    if untied_weights(model, scope):
+        (value,) = weights.values()
+        return derive(model, {f"{model.entry.head}.weight": value}, untie=True)
+    return derive(model, weights)
