@@ -72,6 +72,7 @@ def test_every_public_name_is_there_and_the_list_is_frozen() -> None:
         "Model",
         "Record",
         "__version__",
+        "compare",
         "compress_model",
         "count",
         "fit",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mariotte.chain import Link as Link
     from mariotte.chain import parse as parse_chain  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from mariotte.errors import MariotteError as MariotteError
+    from mariotte.experiments.comparison import compare as compare
     from mariotte.experiments.pipeline import compress_model as compress_model
     from mariotte.experiments.pipeline import measure as measure
     from mariotte.experiments.run import run_study as run_study
@@ -37,6 +38,7 @@ _HOME = {
     "MariotteError": "mariotte.errors",
     "Model": "mariotte.models.model",
     "Record": "mariotte.store",
+    "compare": "mariotte.experiments.comparison",
     "compress_model": "mariotte.experiments.pipeline",
     "count": "mariotte.accounting",
     "fit": "mariotte.laws",

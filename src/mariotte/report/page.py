@@ -114,17 +114,36 @@ def build(
         raise MariotteError(
             "a report needs records, got none: run a study first, or check the store and the study's name"
         )
+    return render(
+        title or _title(records),
+        _sections(records, runs, failures, followed(runs, claims)),
+        sentences=usable_sentences(records, allowance=ALLOWANCE),
+        eyebrow="Compression report" + (f" · study {study}" if study else ""),
+        synthetic=_synthetic(records),
+    )
+
+
+def render(
+    title: str, sections: Sequence[Section], *, sentences: Sequence[str], eyebrow: str, synthetic: bool = False
+) -> str:
+    """A page of sections, complete in itself.
+
+    Parameters
+    ----------
+    title, eyebrow : heading, and the line above it
+    sentences : what to take away, in the box below the heading
+    synthetic : say that the models are the testbed's
+    """
     from mariotte import __version__
 
-    sections = _sections(records, runs, failures, followed(runs, claims))
     script = _asset("figures.js")
     runtime = _runtime() if any(section.figure for section in sections) else ""
     page = _environment().get_template("page.html")
     return page.render(
-        title=title or _title(records),
-        study=study,
-        synthetic=_synthetic(records),
-        sentences=usable_sentences(records, allowance=ALLOWANCE),
+        title=title,
+        eyebrow=eyebrow,
+        synthetic=synthetic,
+        sentences=sentences,
         sections=sections,
         version=__version__,
         style=Markup(_asset("style.css")),
@@ -155,8 +174,23 @@ def write(
     MariotteError
         When there are no records or the file cannot be written.
     """
-    target = Path(path).expanduser().resolve()
     html = build(records, title=title, study=study, runs=runs, failures=failures, claims=claims)
+    return save(html, path)
+
+
+def save(html: str, path: str | Path) -> Path:
+    """Write a page to `path`, completely or not at all.
+
+    Returns
+    -------
+    the path, absolute
+
+    Raises
+    ------
+    MariotteError
+        When the file cannot be written.
+    """
+    target = Path(path).expanduser().resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

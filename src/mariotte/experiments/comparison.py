@@ -1,0 +1,500 @@
+"""Two models beside each other: what one lost against the other, on the same items, and whether that is chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mariotte.data import corpora, tokens
+from mariotte.data.corpora import Split
+from mariotte.data.tokens import tokenizer_hash
+from mariotte.errors import ChainError, DataError
+from mariotte.evaluate import conditions, paired
+from mariotte.evaluate.agreement import agreement
+from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.conditions import Condition
+from mariotte.experiments import identity
+from mariotte.models.load import load
+from mariotte.models.model import Model
+
+Array = NDArray[np.float64]
+
+SIZE = "size"
+"""What the metrics of a model's size are said to be measured by."""
+
+FOLLOWED = ("kl", "token_agreement")
+"""What is found beside the loss of two causal models."""
+
+NOISE = 0.05
+"""Probability below which flipped answers are not put down to chance."""
+
+ROUNDING = 1e-3
+"""Relative difference up to which a metric and what its items give are the same number, rounded for storing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One metric of both models.
+
+    Parameters
+    ----------
+    measure, metric : such as ``knowledge:testbed`` and ``top1``
+    kind : loss, score, speed, size: what is better
+    base, other : its values
+    difference : other - base
+    relative : difference over the base's absolute value; None where that is 0
+    lo, hi : 95 % interval of the difference; None for a metric without items
+    items, per : how many items there were, and what one is
+    kept, lost, gained, p : answers that stayed right, that flipped, and McNemar's exact p; None where nothing is
+        answered right or wrong
+    verdict : better, worse, same, ``inside the noise``; empty where that cannot be told
+    """
+
+    measure: str
+    metric: str
+    kind: str
+    base: float
+    other: float
+    difference: float
+    relative: float | None
+    lo: float | None = None
+    hi: float | None = None
+    items: int | None = None
+    per: str = ""
+    kept: int | None = None
+    lost: int | None = None
+    gained: int | None = None
+    p: float | None = None
+    verdict: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """Facts by their ids, or questions by their places from 0, that both know, and that only one does."""
+
+    kept: tuple[str | int, ...]
+    lost: tuple[str | int, ...]
+    gained: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two models."""
+
+    name: str
+    fingerprint: str
+    steps: tuple[str, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A condition with the change that was found, in its unit, and whether it failed the comparison."""
+
+    text: str
+    measure: str
+    metric: str
+    change: float
+    unit: str
+    failed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `compare` found.
+
+    Parameters
+    ----------
+    base, other : the models
+    rows : one a metric
+    facts : by measure, which facts were kept, lost and gained
+    answers : by measure and task, which questions were
+    conditions : those that were asked for
+    protocols : by measure, what both numbers depend on besides the weights
+    notes : what a reader should know
+    """
+
+    base: Side
+    other: Side
+    rows: tuple[Row, ...]
+    facts: Mapping[str, Changed]
+    answers: Mapping[str, Mapping[str, Changed]]
+    conditions: tuple[Judged, ...]
+    protocols: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a condition to fail on holds."""
+        return any(one.failed for one in self.conditions)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values, with whether it failed."""
+        return {**asdict(self), "failed": self.failed}
+
+
+def _silent(what: str) -> None:
+    """Tell nobody."""
+
+
+def usual_measures(base: str) -> list[str]:
+    """What two models are compared by unless asked otherwise."""
+    testbed = base.startswith("testbed/")
+    return ["loss:testbed/all", "knowledge:testbed", "tasks:testbed"] if testbed else ["loss:wikitext2"]
+
+
+def compare(
+    base: Model | str,
+    other: Model | str,
+    measures: Sequence[str] | None = None,
+    *,
+    fail_if: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str | None = None,
+    progress: Callable[[str], None] = _silent,
+) -> Comparison:
+    """Compare two models on the same items.
+
+    Parameters
+    ----------
+    base, other : loaded models, or what `mariotte.load` takes: the dense model, and what became of it
+    measures : such as ``loss:wikitext2``, ``knowledge:testbed``, ``tasks:piqa`` or ``speed:random``; None for loss,
+        facts and tasks of a testbed model, and ``loss:wikitext2`` for any other
+    fail_if : conditions on changes from base to other, such as ``loss > +3%`` or ``knowledge.top1 < -2pp``
+    device, dtype : as for `mariotte.load`
+    progress : told what is being done
+
+    Returns
+    -------
+    Comparison
+        With the sizes of both, and beside each loss of causal models ``kl``, the mean divergence of the other model's
+        next token from the base's in nats, and ``token_agreement``, the share of tokens after which both find the
+        same next token likeliest.
+
+    Raises
+    ------
+    MariotteError
+        When the models do not share a tokenizer, a measure cannot be taken, or a condition names no metric.
+
+    Notes
+    -----
+    A metric that is a mean over items (documents, facts, questions) has the interval of a paired bootstrap over them;
+    right and wrong answers have McNemar's exact test, which then decides what is inside the noise. Tasks count equally
+    in their mean, and items are drawn within each.
+    """
+    wanted = [conditions.parse(text) for text in fail_if]
+    texts = list(measures) if measures else usual_measures(base if isinstance(base, str) else base.name)
+    asked = {identity.measure_text(one): one for one in map(identity.resolve_measure, texts)}
+    for condition in wanted:
+        _check_prefix(condition, asked)
+    for one in asked.values():
+        one.check()
+    progress("loading")
+    dense = load(base, device, dtype) if isinstance(base, str) else base
+    cut = load(other, device, dtype) if isinstance(other, str) else other
+    _check_tokenizers(dense, cut)
+    befores: dict[str, Measurement] = {}
+    for text, one in asked.items():
+        _check_items(text, one.protocol(dense), one.protocol(cut), dense, cut)
+        progress(f"{text} of {dense.name}")
+        befores[text] = one.measure(dense)
+    causal = dense.kind == cut.kind == "causal"
+    rows = _sizes(dense, cut)
+    names = [(row.measure, row.metric) for row in rows]
+    for text, before in befores.items():
+        followed = FOLLOWED if causal and identity.measure_name(asked[text]) == "loss" else ()
+        names += [(text, metric) for metric in (*before.metrics, *followed)]
+    for condition in wanted:
+        conditions.find(condition, names)  # now, so that a slip of the pen costs no second measurement
+    facts: dict[str, Changed] = {}
+    answers: dict[str, dict[str, Changed]] = {}
+    protocols: dict[str, Mapping[str, Any]] = {}
+    notes: list[str] = []
+    for text, one in asked.items():
+        progress(f"{text} of {cut.name}")
+        before = befores[text]
+        after = one.compare(cut, dense, before)
+        if after.base is not None:
+            before = replace(before, metrics=after.base)
+        protocols[text] = dict(after.protocol)
+        rows += _measured(text, one, before, after)
+        if (changed := _facts(before, after)) is not None:
+            facts[text] = changed
+        if found := _answers(before, after):
+            answers[text] = found
+        if identity.measure_name(one) == "loss" and causal:
+            progress(f"agreement on {one.on}")
+            rows += _followed(text, one, dense, cut)
+        elif identity.measure_name(one) == "loss":
+            notes.append(f"{text}: divergence and agreement are computed for causal models only.")
+    judged = [_judge(condition, rows) for condition in wanted]
+    if dense.fingerprint == cut.fingerprint and not (dense.derived or cut.derived):
+        notes.append("Both are the same model: config and weights have one fingerprint.")
+    return Comparison(
+        base=_side(dense),
+        other=_side(cut),
+        rows=tuple(rows),
+        facts=facts,
+        answers=answers,
+        conditions=tuple(judged),
+        protocols=protocols,
+        notes=tuple(notes),
+    )
+
+
+def _side(model: Model) -> Side:
+    return Side(
+        name=model.name,
+        fingerprint=model.fingerprint,
+        steps=tuple(done.step for done in model.done),
+        dtype=str(model.hf.dtype).removeprefix("torch."),
+        device=str(model.device),
+    )
+
+
+def _check_prefix(condition: Condition, asked: Mapping[str, Measure]) -> None:
+    """Refuse what names no measure before any model is loaded."""
+    known = {SIZE, *(name for text, one in asked.items() for name in (text, identity.measure_name(one)))}
+    prefix, dot, _ = condition.metric.rpartition(".")
+    if dot and prefix not in known:
+        raise ChainError(
+            f"{condition.text!r} asks for a metric of {prefix!r}, which is not measured: measured are "
+            f"{', '.join(sorted(known))}"
+        )
+
+
+def _check_tokenizers(base: Model, other: Model) -> None:
+    if base.tokenizer is None and other.tokenizer is None:
+        return
+    for model in (base, other):
+        if model.tokenizer is None:
+            raise DataError(
+                f"{model.name} has no tokenizer, and what it is compared with has one: copy its tokenizer.json"
+            )
+    assert base.tokenizer is not None
+    assert other.tokenizer is not None
+    if tokenizer_hash(base.tokenizer) != tokenizer_hash(other.tokenizer):
+        raise DataError(
+            f"{base.name} and {other.name} have different tokenizers, so that no item is the same for both: compare "
+            "models of one tokenizer"
+        )
+
+
+def _check_items(text: str, before: Mapping[str, Any], after: Mapping[str, Any], base: Model, other: Model) -> None:
+    for key in before:
+        if (key.endswith("sha256") or key == "tasks") and before[key] != after.get(key):
+            raise DataError(
+                f"{text} asks {base.name} and {other.name} different items ({key} differs): give the measure a block "
+                "that both models have positions for"
+            )
+
+
+def _sizes(base: Model, other: Model) -> list[Row]:
+    before, after = base.counts, other.counts
+    found = {
+        "params": (before.n_params, after.n_params),
+        "params_non_embedding": (before.n_params_non_embedding, after.n_params_non_embedding),
+        "bytes": (before.n_bytes, after.n_bytes),
+        "flops_per_token": (before.flops_per_token, after.flops_per_token),
+    }
+    return [_row(SIZE, name, "size", float(a), float(b)) for name, (a, b) in found.items()]
+
+
+def _row(measure: str, metric: str, kind: str, base: float, other: float, **more: Any) -> Row:
+    difference = other - base
+    relative = difference / abs(base) if base else None
+    row = Row(
+        measure=measure,
+        metric=metric,
+        kind=kind,
+        base=base,
+        other=other,
+        difference=difference,
+        relative=relative,
+        **more,
+    )
+    return replace(row, verdict=_verdict(row))
+
+
+def _verdict(row: Row) -> str:
+    if row.kind not in ("loss", "score", "speed") or row.lo is None or row.hi is None:
+        return ""
+    if row.difference == row.lo == row.hi == 0:
+        return "same"
+    chance = row.lo <= 0 <= row.hi if row.p is None else row.p >= NOISE
+    if chance:
+        return "inside the noise"
+    return "worse" if (row.difference > 0) == (row.kind == "loss") else "better"
+
+
+@dataclass(frozen=True)
+class _Items:
+    """What both models made of the same items."""
+
+    base: Array
+    other: Array
+    per: str
+    weights: Array | None = None
+    strata: NDArray[np.int64] | None = None
+    answers: bool = False
+
+
+def _measured(text: str, measure: Measure, before: Measurement, after: Measurement) -> list[Row]:
+    """Every metric that both have; standard errors give way to the intervals of the differences."""
+    known = _items(before, after)
+    kinds = measure.metrics
+    found: list[Row] = []
+    for metric in (name for name in before.metrics if name in after.metrics and not name.endswith("_se")):
+        a, b = float(before.metrics[metric]), float(after.metrics[metric])
+        kind = str(kinds.get(metric) or _family(metric, kinds))
+        items = known.get(metric)
+        more = _interval_of_rounds(metric, after) if items is None else _paired(items, a, b)
+        found.append(_row(text, metric, kind, a, b, **more))
+    return found
+
+
+def _family(metric: str, kinds: Mapping[str, str]) -> str:
+    """The kind of a metric that a measure does not declare: that of all which it declares, where they are of one."""
+    one = set(kinds.values())
+    return one.pop() if len(one) == 1 else "speed" if metric.startswith("speedup") else ""
+
+
+def _paired(items: _Items, base: float, other: float) -> dict[str, Any]:
+    """Interval and flips of a metric from its items, unless they are not what it is made of."""
+    found = paired.bootstrap(items.base, items.other, items.weights, items.strata)
+    if not (
+        math.isclose(found.base, base, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        and math.isclose(found.other, other, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    ):
+        return {}
+    more: dict[str, Any] = {"lo": found.lo, "hi": found.hi, "items": found.items, "per": items.per}
+    if items.answers:
+        flips = paired.flips(items.base > 0, items.other > 0)
+        more |= {"kept": len(flips.kept), "lost": len(flips.lost), "gained": len(flips.gained), "p": flips.p}
+    return more
+
+
+def _interval_of_rounds(metric: str, after: Measurement) -> dict[str, Any]:
+    """The interval that a measure found itself by taking turns, as speed does."""
+    part = metric.removeprefix("speedup_")
+    found = after.details.get(part) if part != metric else None
+    if not isinstance(found, Mapping) or "interval" not in found:
+        return {}
+    lo, hi = (float(end) - 1 for end in cast("Sequence[float]", found["interval"]))
+    more: dict[str, Any] = {"lo": lo, "hi": hi} if math.isfinite(lo) and math.isfinite(hi) else {}
+    return {**more, "items": after.details.get("rounds"), "per": "round"}
+
+
+def _items(before: Measurement, after: Measurement) -> dict[str, _Items]:
+    """Per-item values by metric, from what the measures keep of them."""
+    found: dict[str, _Items] = {}
+    documents = before.details.get("documents"), after.details.get("documents")
+    if all(isinstance(one, Mapping) and {"nll", "tokens", "bytes"} <= {*one} for one in documents):
+        a, b = (cast("Mapping[str, Sequence[float]]", one) for one in documents)
+        nll = np.asarray(a["nll"], np.float64), np.asarray(b["nll"], np.float64)
+        for metric, weights in (("loss", a["tokens"]), ("bits_per_byte", a["bytes"])):
+            weights_N = np.asarray(weights, np.float64) * (math.log(2) if metric == "bits_per_byte" else 1)
+            kept_N = weights_N > 0
+            if kept_N.any():
+                found[metric] = _Items(nll[0][kept_N], nll[1][kept_N], "document", weights_N[kept_N])
+    if (facts := _known(before, after)) is not None:
+        known, now, count = facts
+        every = sorted(known | now)
+        rest = np.zeros(count - len(every))
+        a_N, b_N = (np.concatenate(([one in of for one in every], rest)).astype(np.float64) for of in (known, now))
+        found["top1"] = _Items(a_N, b_N, "fact", answers=True)
+    tasks = _right(before, after)
+    for name, (a_N, b_N) in tasks.items():
+        found[name] = _Items(a_N, b_N, "question", answers=True)
+    if tasks and "accuracy" in before.metrics:
+        strata = np.concatenate([np.full(len(a_N), place) for place, (a_N, _) in enumerate(tasks.values())])
+        found["accuracy"] = _Items(
+            np.concatenate([a_N for a_N, _ in tasks.values()]),
+            np.concatenate([b_N for _, b_N in tasks.values()]),
+            "question",
+            strata=strata,
+            answers=True,
+        )
+    return found
+
+
+def _known(before: Measurement, after: Measurement) -> tuple[set[str], set[str], int] | None:
+    """Facts that each knows, and how many were asked."""
+    if not ("known" in before.details and "lost" in after.details and "n_facts" in before.protocol):
+        return None
+    known = {str(one) for one in before.details["known"]}
+    now = known - {str(one) for one in after.details["lost"]} | {str(one) for one in after.details["gained"]}
+    return known, now, int(before.protocol["n_facts"])
+
+
+def _right(before: Measurement, after: Measurement) -> dict[str, tuple[Array, Array]]:
+    """Of each task which questions each model answers rightly."""
+    found: dict[str, tuple[Array, Array]] = {}
+    for name, one in before.details.items():
+        two = after.details.get(name)
+        if not (isinstance(one, Mapping) and isinstance(two, Mapping) and "correct" in one and "correct" in two):
+            continue
+        a_N, b_N = (
+            np.asarray([mark == "1" for mark in str(part["correct"])], np.float64)
+            for part in (cast("Mapping[str, Any]", one), cast("Mapping[str, Any]", two))
+        )
+        if len(a_N) == len(b_N) > 0:
+            found[name] = (a_N, b_N)
+    return found
+
+
+def _facts(before: Measurement, after: Measurement) -> Changed | None:
+    found = _known(before, after)
+    if found is None:
+        return None
+    known, now, _ = found
+    return Changed(kept=tuple(sorted(known & now)), lost=tuple(sorted(known - now)), gained=tuple(sorted(now - known)))
+
+
+def _answers(before: Measurement, after: Measurement) -> dict[str, Changed]:
+    found: dict[str, Changed] = {}
+    for name, (a_N, b_N) in _right(before, after).items():
+        flips = paired.flips(a_N > 0, b_N > 0)
+        found[name] = Changed(kept=flips.kept, lost=flips.lost, gained=flips.gained)
+    return found
+
+
+def _followed(text: str, measure: Measure, base: Model, other: Model) -> list[Row]:
+    """Divergence and agreement over the windows of the text that a loss is measured on, without overlap."""
+    corpus = corpora.find(measure.on)
+    fields = asdict(measure)
+    block = fields.get("block") or min(tokens.usual_block(corpus, base), tokens.usual_block(corpus, other))
+    assert base.tokenizer is not None
+    windows = tokens.blocks(
+        corpus, cast(Split, fields.get("split", "test")), base.tokenizer, block, fields.get("rows"), at_most=True
+    )
+    found = agreement(base, other, windows, tokens.separator_of(base.tokenizer))
+    rows: list[Row] = []
+    of_each = zip(FOLLOWED, ("loss", "score"), (found.kl, found.same), (0.0, 1.0), strict=True)
+    for metric, kind, values, itself in of_each:
+        one = paired.bootstrap(itself * found.tokens, values, found.tokens)
+        interval = {"lo": one.lo, "hi": one.hi, "items": one.items, "per": "document"}
+        rows.append(_row(text, metric, kind, itself, one.other, **interval))
+    return rows
+
+
+def _judge(condition: Condition, rows: Sequence[Row]) -> Judged:
+    row = rows[conditions.find(condition, [(one.measure, one.metric) for one in rows])]
+    if condition.unit == "pp" and row.kind != "score":
+        raise ChainError(
+            f"{condition.text!r} counts in percentage points, and {row.metric} is no share: write % or nothing"
+        )
+    return Judged(
+        text=condition.text,
+        measure=row.measure,
+        metric=row.metric,
+        change=condition.change(row.base, row.other),
+        unit=condition.unit,
+        failed=condition.holds(row.base, row.other),
+    )

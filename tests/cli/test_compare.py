@@ -1,0 +1,183 @@
+"""Comparing two models as a user does: a model with itself, with what was cut of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import mariotte
+from mariotte.cli.main import app
+from mariotte.errors import ChainError, ModelError
+from mariotte.evaluate.base import Measurement
+from mariotte.experiments import comparison
+from mariotte.report.compare import build, sentences
+
+MEASURES = ["loss:testbed/all(rows=16)", "knowledge:testbed(facts=120)", "tasks:testbed/facts+reverse(items=32)"]
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["compare", *(str(argument) for argument in arguments)], prog_name="mariotte")
+
+
+def options(*measures: str) -> list[str]:
+    return [part for measure in measures for part in ("--measure", measure)]
+
+
+def refused(done: Result, said: str) -> None:
+    assert done.exit_code == 2, (done.stdout, done.stderr)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("mariotte: ")
+    assert said in last, last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A testbed model with every second weight zeroed."""
+    folder = tmp_path_factory.mktemp("cut") / "cut"
+    mariotte.save(mariotte.compress_model("testbed/qwen2-46k", "magnitude@0.5"), folder)
+    return folder
+
+
+def test_a_model_with_itself_differs_in_nothing() -> None:
+    done = command("testbed/qwen2-46k", "testbed/qwen2-46k", *options(*MEASURES), "--fail-if", "loss > +0", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["failed"]
+    assert {row["metric"] for row in found["rows"]} >= {"loss", "kl", "token_agreement", "top1", "accuracy", "bytes"}
+    assert {row["difference"] for row in found["rows"]} == {0}
+    assert {row["lo"] for row in found["rows"] if row["lo"] is not None} == {0}
+    assert {row["hi"] for row in found["rows"] if row["hi"] is not None} == {0}
+    assert {row["p"] for row in found["rows"] if row["p"] is not None} == {1}
+    assert {row["verdict"] for row in found["rows"]} <= {"same", ""}
+    facts = found["facts"]["knowledge:testbed(facts=120)"]
+    assert facts["kept"]
+    assert facts["lost"] == facts["gained"] == []
+    assert "Both are the same model" in found["notes"][0]
+
+
+def test_a_cut_model_lists_what_it_lost_and_fails_as_asked(cut: Path, tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+    asked = ["--fail-if", "loss > +3%", "--fail-if", "knowledge.top1 < -99pp", "--out", page]
+    done = command("testbed/qwen2-46k", cut, *options(*MEASURES), *asked)
+    assert done.exit_code == 1, (done.stdout, done.stderr)
+    assert "mariotte: failed, because loss > +3%: loss changed by +" in done.stderr
+    assert "passed, not knowledge.top1 < -99pp: top1 changed by -" in done.stdout
+    assert " facts kept, " in done.stdout
+    assert "  lost " in done.stdout
+    html = page.read_text(encoding="utf-8")
+    assert "Failed: loss &gt; +3%" in html
+    assert "facts lost" in html
+
+
+def test_the_numbers_of_a_cut_model(cut: Path) -> None:
+    found = mariotte.compare("testbed/qwen2-46k", str(cut), MEASURES, fail_if=["loss > +1000%", "kl < +0"])
+    assert not found.failed
+    assert [one.failed for one in found.conditions] == [False, False]
+    rows = {row.metric: row for row in found.rows if row.measure != "size"}
+    dense, cut_model = mariotte.load("testbed/qwen2-46k"), mariotte.load(str(cut))
+    for measure in MEASURES[:2]:
+        base, other = mariotte.measure(dense, measure).metrics, mariotte.measure(cut_model, measure).metrics
+        for name in set(base) & set(rows):
+            assert rows[name].base == pytest.approx(base[name])
+            assert rows[name].difference == pytest.approx(other[name] - base[name])
+    top1, facts = rows["top1"], found.facts[MEASURES[1]]
+    assert (top1.kept, top1.lost, top1.gained) == (len(facts.kept), len(facts.lost), len(facts.gained))
+    assert top1.difference == pytest.approx((len(facts.gained) - len(facts.lost)) / 120)
+    assert top1.lo is not None
+    assert top1.hi is not None
+    assert top1.lo <= top1.difference <= top1.hi
+    kl = rows["kl"]
+    assert kl.verdict == "worse"
+    assert kl.lo is not None
+    assert 0 < kl.lo < kl.other
+    # Both losses are expectations of the same tokens: their items are those of the divergence.
+    assert kl.items == 16
+    assert rows["accuracy"].items == 64
+    assert rows["accuracy"].difference == pytest.approx((rows["facts"].difference + rows["reverse"].difference) / 2)
+    json.dumps(found.plain(), allow_nan=False)
+    assert "Of " in " ".join(sentences(found.plain()))
+    assert build(found.plain()).startswith("<!DOCTYPE html>")
+
+
+def test_speed_has_the_interval_of_its_rounds() -> None:
+    model = mariotte.load("testbed/qwen2-46k")
+    found = mariotte.compare(model, model, ["speed:random(batch=1,prompt=4,new=2,rounds=8,seconds=0.1)"])
+    rows = {row.metric: row for row in found.rows}
+    decode = rows["speedup_decode"]
+    assert decode.per == "round"
+    assert decode.items is not None
+    assert decode.items >= 8
+    assert decode.lo is not None
+    assert decode.lo <= decode.difference
+
+
+def test_documents_have_losses_and_bits_for_items() -> None:
+    def of(nll: list[float]) -> Measurement:
+        loss = sum(nll) / 10
+        return Measurement(
+            metrics={"loss": loss, "bits_per_byte": 1.0, "loss_se": 0.1},
+            protocol={},
+            details={"documents": {"nll": nll, "tokens": [4, 6, 0], "bytes": [8, 12, 0]}},
+        )
+
+    from mariotte.evaluate.measures.loss import Loss
+
+    rows = comparison._measured("loss:x", Loss(on="testbed/all"), of([8.0, 12.0, 0.0]), of([9.0, 15.0, 0.0]))
+    assert [row.metric for row in rows] == ["loss", "bits_per_byte"]
+    assert (rows[0].items, rows[0].per, rows[0].verdict) == (2, "document", "worse")
+    assert rows[0].difference == pytest.approx(0.4)
+    # Items that do not make up the metric are not its items.
+    assert (rows[1].items, rows[1].lo) == (None, None)
+
+
+def test_another_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    described = json.loads((other / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    refused(command(model_folder, other, *options(MEASURES[0])), "have different tokenizers")
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer_config.json").unlink(missing_ok=True)
+    refused(command(model_folder, other, *options(MEASURES[0])), "has no tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("loss", "a condition is METRIC OP ±NUMBER"),
+        ("loss > 3%", "a condition is METRIC OP ±NUMBER"),
+        ("tasks.accuracy < -1pp", "asks for a metric of 'tasks', which is not measured"),
+        ("perplexity > +1%", "no metric named 'perplexity' was measured"),
+        ("loss > +3pp", "loss is no share: write % or nothing"),
+    ],
+)
+def test_conditions_that_cannot_be_judged_are_one_sentence(model_folder: Path, condition: str, said: str) -> None:
+    done = command(model_folder, model_folder, *options("loss:testbed/all(rows=2)"), "--fail-if", condition)
+    refused(done, said)
+
+
+def test_measures_and_models_that_are_not_there(model_folder: Path, tmp_path: Path) -> None:
+    refused(command(model_folder, model_folder, *options("los:testbed/all")), "no measure named 'los'")
+    refused(command(model_folder, tmp_path / "none", *options(MEASURES[0])), "none")
+
+
+def test_usual_measures() -> None:
+    assert comparison.usual_measures("testbed/qwen2-46k")[0] == "loss:testbed/all"
+    assert comparison.usual_measures("some/model") == ["loss:wikitext2"]
+
+
+def test_models_that_compute_no_numbers(model_folder: Path) -> None:
+    import torch
+
+    broken = mariotte.load(str(model_folder))
+    with torch.no_grad():
+        broken.embeddings.weight.fill_(float("nan"))
+    with pytest.raises((ModelError, ChainError), match="finite"):
+        mariotte.compare(str(model_folder), broken, [MEASURES[0]])
