@@ -3,16 +3,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from mariotte.errors import ChainError, DataError
 from mariotte.evaluate.measures.knowledge import Knowledge, answer_ranks
 from mariotte.models.load import load
 from mariotte.models.model import Model
+from mariotte.testbed.world import World
 
 
 class Oracle(torch.nn.Module):
@@ -107,3 +110,60 @@ def test_fields_are_checked() -> None:
         Knowledge(on="wikidata")
     with pytest.raises(ChainError, match="facts must be at least 1"):
         Knowledge(on="testbed", facts=0)
+
+
+class Gaps(torch.nn.Module):
+    """An encoder or encoder-decoder that answers each sentence it has a rank for, in the place of its gap."""
+
+    def __init__(self, answers: Mapping[tuple[int, ...], tuple[int, int]], vocab: int) -> None:
+        super().__init__()
+        self.answers, self.vocab, self.dtype = answers, vocab, torch.float32
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        positions = input_ids if decoder_input_ids is None else decoder_input_ids
+        logits = torch.zeros(*positions.shape, self.vocab)
+        for row, sentence in zip(logits, input_ids.tolist(), strict=True):
+            answer, rank = self.answers[tuple(sentence)]
+            row[:, [t for t in range(self.vocab) if t != answer][: rank - 1]] = 2.0
+            row[:, answer] = 1.0
+        return SimpleNamespace(logits=logits, encoder_last_hidden_state=None)
+
+
+def gap_model(kind: str) -> Model:
+    """A model of a kind that speaks the testbed's language and knows nothing yet."""
+    words = [*World().vocabulary, "<mask>" if kind == "masked" else "<extra_id_0>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    extra: dict[str, Any] = {"mask_token": words[-1]} if kind == "masked" else {"extra_special_tokens": [words[-1]]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=words[0], unk_token=words[1], **extra)
+    made = SimpleNamespace(
+        kind=kind,
+        name=kind,
+        tokenizer=tokenizer,
+        config={"decoder_start_token_id": 0, "model_type": "other"},
+        device=torch.device("cpu"),
+        shape=SimpleNamespace(vocab=len(words)),
+        hf=Gaps({}, len(words)),
+    )
+    return cast(Model, made)
+
+
+@pytest.mark.parametrize("kind", ["masked", "seq2seq"])
+def test_models_that_fill_gaps_are_asked_for_the_same_facts(kind: str) -> None:
+    model, measure = gap_model(kind), Knowledge(on="testbed", facts=40)
+    facts, seen, heldout, answers = measure._gaps(model)
+    stop = World().vocabulary.index(".")
+    ranks: dict[tuple[int, ...], tuple[int, int]] = {}
+    for prompts, rank in ((heldout, 6), (seen, 1)):
+        for prompt, answer in zip(prompts, answers, strict=True):
+            sentence = prompt.source or prompt.tokens
+            assert sentence[-1] == stop
+            assert sentence[-2] == len(World().vocabulary)
+            ranks[sentence] = (answer, rank)
+    model.hf.answers = ranks
+    found = measure.measure(model)
+    assert found.metrics["top1"] == found.metrics["mrr"] == 1
+    assert (found.metrics["heldout_top1"], found.metrics["heldout_top5"]) == (0, 0)
+    assert found.metrics["heldout_mrr"] == pytest.approx(1 / 6)
+    assert found.details["known"] == sorted(fact.id for fact in facts)
+    assert found.protocol["n_facts"] == 40

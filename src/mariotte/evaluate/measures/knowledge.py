@@ -13,10 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte.data import lama as data
+from mariotte.data.lama import Probe
 from mariotte.data.tokens import separator_of, tokenizer_hash
 from mariotte.errors import ChainError, DataError, unknown
 from mariotte.evaluate import lama
 from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.cloze import Asker, Prompt, vocabulary_placings
 from mariotte.evaluate.facts import facts_told
 from mariotte.models.model import Model
 from mariotte.store.record import digest
@@ -68,6 +70,12 @@ def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequen
     return ranks
 
 
+def gap_ranks(model: Model, prompts: Sequence[Prompt], answers: Sequence[int]) -> Tensor:
+    """`answer_ranks` of a masked model or an encoder-decoder: (n,) int64, a tie counting against it."""
+    found = vocabulary_placings(model, prompts, answers)
+    return found.above + found.level
+
+
 def _scores(ranks: Tensor, prefix: str = "") -> dict[str, float]:
     found = ranks.double()
     return {
@@ -99,8 +107,9 @@ class Knowledge(Measure):
     -----
     In the testbed every fact is asked twice: through a pattern in which it was seen in training, and through one that
     training held out for this fact (though it was seen with other subjects); the latter's metrics begin with
-    ``heldout_``. Answers are ranked against the whole vocabulary, and a tie counts against the model. The details give
-    the same by relation and by quarter of popularity.
+    ``heldout_``. Answers are ranked against the whole vocabulary, and a tie counts against the model. An encoder and an
+    encoder-decoder are asked with a gap before the sentence's stop. The details give the same by relation and by
+    quarter of popularity.
 
     LAMA is asked by the kind of model: a masked one at its mask, an encoder-decoder after its sentinel, a causal one
     where the answer comes last, so that a relation whose template ends otherwise is asked through the first of
@@ -204,11 +213,31 @@ class Knowledge(Measure):
         answers = cast("list[list[int]]", tokenizer([f.answer for f in facts], add_special_tokens=False)["input_ids"])
         for fact, found in zip(facts, answers, strict=True):
             if len(found) != 1 or found[0] == tokenizer.unk_token_id:
-                raise DataError(
-                    f"knowledge:{self.on} asks for one-token answers, and {fact.answer!r} is no single token of "
-                    f"{model.name}: these facts are told in the testbed's own language, so ask a testbed model"
-                )
+                raise self._strange(fact.answer, model)
         return facts, ids(f.seen[0] for f in facts), ids(f.heldout for f in facts), [found[0] for found in answers]
+
+    def _gaps(self, model: Model) -> tuple[tuple[Fact, ...], list[Prompt], list[Prompt], list[int]]:
+        """The same for a model that fills gaps, as which it is asked whole sentences."""
+        asker = Asker(model)
+        facts = _chosen(self.facts)
+
+        def probes(texts: Iterable[str]) -> list[Probe]:
+            return [Probe(fact.id, f"{text} ", " .", fact.answer) for fact, text in zip(facts, texts, strict=True)]
+
+        seen, heldout = probes(fact.seen[0] for fact in facts), probes(fact.heldout for fact in facts)
+        names = sorted({fact.answer for fact in facts})
+        tokens = dict(zip(names, asker.answers(seen[0], names), strict=True))
+        for name, found in tokens.items():
+            if found is None or len(found) != 1:
+                raise self._strange(name, model)
+        answers = [found[0] for fact in facts if (found := tokens[fact.answer]) is not None]
+        return facts, asker.prompts(seen), asker.prompts(heldout), answers
+
+    def _strange(self, answer: str, model: Model) -> DataError:
+        return DataError(
+            f"knowledge:{self.on} asks for one-token answers, and {answer!r} is no single token of "
+            f"{model.name}: these facts are told in the testbed's own language, so ask a testbed model"
+        )
 
     @property
     @override
@@ -221,12 +250,17 @@ class Knowledge(Measure):
     def protocol(self, model: Model) -> dict[str, Any]:
         if self.in_lama:
             return self._lama_protocol(model)
-        facts, seen, heldout, answers = self._questions(model)
+        asked: list[Any]
+        if model.kind == "causal":
+            facts, *asked = self._questions(model)
+        else:
+            facts, seen, heldout, answers = self._gaps(model)
+            asked = [*([[p.tokens, p.position, p.source] for p in prompts] for prompts in (seen, heldout)), answers]
         assert model.tokenizer is not None
         return {
             "facts": self.on,
             "n_facts": len(facts),
-            "questions_sha256": digest([seen, heldout, answers]),
+            "questions_sha256": digest(asked),
             "tokenizer_sha256": tokenizer_hash(model.tokenizer),
             "candidates": "whole vocabulary",
             "chance_top1": 1 / model.shape.vocab,
@@ -237,8 +271,12 @@ class Knowledge(Measure):
     def measure(self, model: Model, dense: Measurement | None = None) -> Measurement:
         if self.in_lama:
             return self._lama(model, dense)
-        facts, seen, heldout, answers = self._questions(model)
-        seen_ranks, heldout_ranks = answer_ranks(model, seen, answers), answer_ranks(model, heldout, answers)
+        if model.kind == "causal":
+            facts, seen, heldout, answers = self._questions(model)
+            seen_ranks, heldout_ranks = answer_ranks(model, seen, answers), answer_ranks(model, heldout, answers)
+        else:
+            facts, seen_gaps, heldout_gaps, answers = self._gaps(model)
+            seen_ranks, heldout_ranks = gap_ranks(model, seen_gaps, answers), gap_ranks(model, heldout_gaps, answers)
 
         def part(chosen: list[int]) -> dict[str, float]:
             return {"n": len(chosen), **_scores(seen_ranks[chosen]), **_scores(heldout_ranks[chosen], "heldout_")}
