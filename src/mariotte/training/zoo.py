@@ -43,7 +43,8 @@ from mariotte.training.schedule import ConstantThenLinear
 TEST_ROWS = 512
 TEST_SENTENCES = 2048
 _SAVE_EVERY = 200  # steps; what a kill can cost
-_BLOCK = re.compile(r"\.(layers|layer|block)\.\d+\.")
+# The matrix of a BERT's head, before its last norm, is trained as those inside the blocks.
+_BLOCK = re.compile(r"\.(layers|layer|block)\.\d+\.|\.predictions\.transform\.")
 
 
 def build(shape: Specification) -> PreTrainedModel:
