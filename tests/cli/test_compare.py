@@ -136,6 +136,27 @@ def test_documents_have_losses_and_bits_for_items() -> None:
     assert (rows[1].items, rows[1].lo) == (None, None)
 
 
+def test_facts_of_lama_are_averaged_as_lama_does() -> None:
+    from mariotte.evaluate.measures.knowledge import Knowledge
+
+    def of(top1: float, **changed: list[str]) -> Measurement:
+        relations = {"trex/P19": {"n": 4}, "trex/P20": {"n": 2}, "squad": {"n": 3}}
+        details = {"relations": relations, "subsets": {"trex": {"n": 6}, "squad": {"n": 3}}, **changed}
+        return Measurement(metrics={"top1": top1}, protocol={"n_facts": 9}, details=details)
+
+    before = of((3 / 4 + 1 / 2) / 4 + 1 / 6, known=["trex/P19/a", "trex/P19/b", "trex/P19/c", "trex/P20/d", "squad/e"])
+    after = of((1 / 4 + 1 / 2) / 4 + 2 / 6, lost=["trex/P19/a", "trex/P19/b"], gained=["squad/f"])
+    (row,) = comparison._measured("knowledge:lama", Knowledge(on="testbed"), before, after)
+    assert (row.items, row.kept, row.lost, row.gained, row.p) == (9, 3, 2, 1, 1)
+    assert row.difference == pytest.approx(1 / 24)
+    assert row.lo is not None
+    assert row.hi is not None
+    assert row.lo < row.difference < row.hi
+    # Where ties count in part the items do not make up the metric: flips are told, an interval is not.
+    (row,) = comparison._measured("knowledge:lama", Knowledge(on="testbed"), of(0.9, **before.details), after)
+    assert (row.lo, row.lost, row.verdict) == (None, 2, "inside the noise")
+
+
 def test_another_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(model_folder, other)

@@ -28,6 +28,14 @@ def test_the_number_is_the_ratio_of_sums_averaged_over_strata() -> None:
     assert found.difference == pytest.approx(found.other - found.base)
 
 
+def test_strata_count_as_much_as_asked() -> None:
+    found = bootstrap([2, 6, 1, 0], [3, 9, 1, 1], [2, 2, 1, 1], [0, 0, 1, 1], (0.75, 0.25))
+    assert found.difference == pytest.approx(0.75 * 4 / 4 + 0.25 * 1 / 2)
+    assert found.lo is not None
+    assert found.hi is not None
+    assert found.lo <= found.difference <= found.hi
+
+
 def test_the_percentile_interval_is_that_of_all_resamples() -> None:
     values = np.array([0.0, 1.0, 5.0, 2.5])
     every = np.array([np.mean(drawn) for drawn in itertools.product(values, repeat=4)])

@@ -45,6 +45,7 @@ def bootstrap(
     other: ArrayLike,
     weights: ArrayLike | None = None,
     strata: ArrayLike | None = None,
+    shares: Sequence[float] | None = None,
     *,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
@@ -56,8 +57,9 @@ def bootstrap(
     ----------
     base, other : (n,) of each item the sum of its values, such as the nats of a document's tokens, or 0 and 1
     weights : (n,) what the sums are divided by, such as the number of those tokens; None for ones
-    strata : (n,) integers: items are drawn within each, and the numbers of the strata are averaged, each counting the
-        same, as the accuracy over several tasks does; None for a single one
+    strata : (n,) integers: items are drawn within each, and the numbers of the strata are averaged, as the accuracy
+        over several tasks is; None for a single one
+    shares : what each stratum, in the order of their integers, counts in that average; None for all the same
     level : of the interval
     resamples, seed : of the drawing
 
@@ -98,16 +100,18 @@ def bootstrap(
         )
     members = [np.flatnonzero(s_N == stratum) for stratum in np.unique(s_N)]
 
+    share_S = np.full(len(members), 1 / len(members)) if shares is None else np.asarray(shares, np.float64)
+
     def mean(values_N: Array) -> float:
-        return float(np.mean([values_N[i].sum() / w_N[i].sum() for i in members]))
+        return float(share_S @ np.array([values_N[i].sum() / w_N[i].sum() for i in members]))
 
     found = mean(b_N - a_N)
     lo = hi = None
     if all(len(i) > 1 for i in members):
         generator = np.random.default_rng(seed)
         drawn_R = np.zeros(resamples)
-        for i in members:
-            drawn_R += _resampled((b_N - a_N)[i], w_N[i], resamples, generator) / len(members)
+        for i, share in zip(members, share_S, strict=True):
+            drawn_R += _resampled((b_N - a_N)[i], w_N[i], resamples, generator) * share
         tail = _expanded((1 - level) / 2, sum(_as_many_equal(w_N[i]) - 1 for i in members))
         lo, hi = (float(q) for q in np.quantile(drawn_R, (tail, 1 - tail)))
     return Difference(mean(a_N), mean(b_N), found, lo, hi, len(a_N))

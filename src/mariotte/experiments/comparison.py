@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mariotte.data import corpora, tokens
 from mariotte.data.corpora import Split
+from mariotte.data.lama import WHOLE
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError
 from mariotte.evaluate import conditions, paired
@@ -323,11 +324,12 @@ def _row(measure: str, metric: str, kind: str, base: float, other: float, **more
 
 
 def _verdict(row: Row) -> str:
-    if row.kind not in ("loss", "score", "speed") or row.lo is None or row.hi is None:
+    known = row.lo is not None and row.hi is not None
+    if row.kind not in ("loss", "score", "speed") or not (known or row.p is not None):
         return ""
-    if row.difference == row.lo == row.hi == 0:
+    if row.difference == 0 and (row.lo or 0) == (row.hi or 0) == 0:
         return "same"
-    chance = row.lo <= 0 <= row.hi if row.p is None else row.p >= NOISE
+    chance = (row.lo or 0) <= 0 <= (row.hi or 0) if row.p is None else row.p >= NOISE
     if chance:
         return "inside the noise"
     return "worse" if (row.difference > 0) == (row.kind == "loss") else "better"
@@ -342,6 +344,7 @@ class _Items:
     per: str
     weights: Array | None = None
     strata: NDArray[np.int64] | None = None
+    shares: tuple[float, ...] | None = None
     answers: bool = False
 
 
@@ -366,14 +369,13 @@ def _family(metric: str, kinds: Mapping[str, str]) -> str:
 
 
 def _paired(items: _Items, base: float, other: float) -> dict[str, Any]:
-    """Interval and flips of a metric from its items, unless they are not what it is made of."""
-    found = paired.bootstrap(items.base, items.other, items.weights, items.strata)
-    if not (
-        math.isclose(found.base, base, rel_tol=ROUNDING, abs_tol=ROUNDING)
-        and math.isclose(found.other, other, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    """Flips of a metric's items, and its interval where it is what they make up: ties may count in part elsewhere."""
+    found = paired.bootstrap(items.base, items.other, items.weights, items.strata, items.shares)
+    more: dict[str, Any] = {}
+    if math.isclose(found.base, base, rel_tol=ROUNDING, abs_tol=ROUNDING) and math.isclose(
+        found.other, other, rel_tol=ROUNDING, abs_tol=ROUNDING
     ):
-        return {}
-    more: dict[str, Any] = {"lo": found.lo, "hi": found.hi, "items": found.items, "per": items.per}
+        more = {"lo": found.lo, "hi": found.hi, "items": found.items, "per": items.per}
     if items.answers:
         flips = paired.flips(items.base > 0, items.other > 0)
         more |= {"kept": len(flips.kept), "lost": len(flips.lost), "gained": len(flips.gained), "p": flips.p}
@@ -405,10 +407,16 @@ def _items(before: Measurement, after: Measurement) -> dict[str, _Items]:
                 found[metric] = _Items(nll[0][kept_N], nll[1][kept_N], "document", weights_N[kept_N])
     if (facts := _known(before, after)) is not None:
         known, now, count = facts
-        every = sorted(known | now)
-        rest = np.zeros(count - len(every))
-        a_N, b_N = (np.concatenate(([one in of for one in every], rest)).astype(np.float64) for of in (known, now))
-        found["top1"] = _Items(a_N, b_N, "fact", answers=True)
+        parts = _relations(before, count)
+        columns = [_marks(known, now, prefix, n) for prefix, n, _ in parts]
+        found["top1"] = _Items(
+            np.concatenate([a_N for a_N, _ in columns]),
+            np.concatenate([b_N for _, b_N in columns]),
+            "fact",
+            strata=np.repeat(np.arange(len(parts)), [n for _, n, _ in parts]),
+            shares=tuple(share for *_, share in parts),
+            answers=True,
+        )
     tasks = _right(before, after)
     for name, (a_N, b_N) in tasks.items():
         found[name] = _Items(a_N, b_N, "question", answers=True)
@@ -431,6 +439,31 @@ def _known(before: Measurement, after: Measurement) -> tuple[set[str], set[str],
     known = {str(one) for one in before.details["known"]}
     now = known - {str(one) for one in after.details["lost"]} | {str(one) for one in after.details["gained"]}
     return known, now, int(before.protocol["n_facts"])
+
+
+def _marks(known: set[str], now: set[str], prefix: str, count: int) -> tuple[Array, Array]:
+    """1 for each fact of a relation that is known and 0 for each that is not, before and now."""
+    every = sorted(one for one in known | now if one.startswith(prefix))
+    rest = np.zeros(count - len(every))
+    a_N, b_N = (np.concatenate(([one in of for one in every], rest)).astype(np.float64) for of in (known, now))
+    return a_N, b_N
+
+
+def _relations(before: Measurement, count: int) -> list[tuple[str, int, float]]:
+    """What facts are averaged over: how ids begin, how many there are, and what they count in the mean.
+
+    LAMA averages over the relations of a subset, or over its facts where it is sentences, and then over subsets.
+    """
+    relations, subsets = (cast("Mapping[str, Any]", before.details.get(name, {})) for name in ("relations", "subsets"))
+    if not subsets:
+        return [("", count, 1.0)]
+    of = {label: label.partition("/")[0] for label in relations}
+    found: list[tuple[str, int, float]] = []
+    for label, part in relations.items():
+        members = [one for one in relations if of[one] == of[label]]
+        within = part["n"] / sum(relations[one]["n"] for one in members) if of[label] in WHOLE else 1 / len(members)
+        found.append((f"{label}/", int(part["n"]), within / len(subsets)))
+    return found
 
 
 def _right(before: Measurement, after: Measurement) -> dict[str, tuple[Array, Array]]:
