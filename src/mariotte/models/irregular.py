@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mariotte.architectures import IRREGULAR
+from mariotte.models.dynamic import restore_
 from mariotte.models.model import Model
 from mariotte.models.modeling_mariotte import (
     MariotteLlamaConfig,
@@ -63,6 +64,7 @@ def skeleton(model: Model, sizes: Mapping[str, Any]) -> PreTrainedModel:
     for name, _ in list(hf.named_buffers()):
         path, _, leaf = name.rpartition(".")
         setattr(hf.get_submodule(path), leaf, nn.Buffer(buffers[name].clone(), persistent=False))
+    restore_(hf)
     return hf
 
 
