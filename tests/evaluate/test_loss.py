@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from mariotte.architectures import Kind
 from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.evaluate.measures.loss import Loss
@@ -88,6 +101,9 @@ def test_without_a_tokenizer(model: Model) -> None:
         ({"rows": 0}, "rows"),
         ({"stride": 0}, "stride"),
         ({"windows": "rolling"}, "windows must be one of packed, documents, got 'rolling'"),
+        ({"objective": "mlm"}, "objective must be one of next, masked, pseudo, conditional, got 'mlm'"),
+        ({"mask_rate": 0.0}, "mask_rate must be above 0 and at most 1, got 0.0"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
     ],
 )
 def test_fields_are_checked(fields: dict[str, object], said: str) -> None:
@@ -240,3 +256,233 @@ def assert_equal_to_lm_eval(model: Model, on: str, length: int, **fields: Any) -
     assert said["nll"] == pytest.approx([-value for value in theirs], rel=1e-4, abs=1e-4)
     per_token = [(a + b) / n for a, b, n in zip(said["nll"], theirs, said["tokens"], strict=True)]
     assert max(map(abs, per_token)) < 1e-4
+
+
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "<extra_id_0>")
+
+
+def spoken(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of these words that puts [CLS] and [SEP] around a text."""
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate([*SPECIALS, *words])}, unk_token="[PAD]"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        extra_special_tokens=["<extra_id_0>"],
+    )
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[str, PreTrainedTokenizerFast]:
+    """A corpus of documents of one to thirty words, and a tokenizer for it."""
+    vocabulary, chance = [f"w{i}" for i in range(40)], random.Random(1)
+    documents = [" ".join(chance.choices(vocabulary, k=k)) for k in (6, 1, 30, 13, 2, 21)]
+    (tmp_path / "test.txt").write_text("\n\n".join(documents))
+    return f"file:{tmp_path}", spoken(vocabulary)
+
+
+class Read(Model):
+    """A random model with what the measure needs of one: no entry of its family."""
+
+    def __init__(self, hf: PreTrainedModel, kind: Kind, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.hf, self.tokenizer, self.name, self._kind = hf.eval(), tokenizer, f"tiny-{hf.config.model_type}", kind
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in hf.parameters():
+                if parameter.ndim > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    @property
+    def kind(self) -> Kind:
+        return self._kind
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def encoder(words: tuple[str, PreTrainedTokenizerFast]) -> Model:
+    config = BertConfig(
+        vocab_size=45,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return Read(BertForMaskedLM(config), "masked", words[1])
+
+
+@pytest.fixture
+def translator(words: tuple[str, PreTrainedTokenizerFast]) -> Model:
+    config = T5Config(
+        vocab_size=45, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=48, pad_token_id=0, decoder_start_token_id=0
+    )
+    return Read(T5ForConditionalGeneration(config), "seq2seq", words[1])
+
+
+def log_probability(logits_V: torch.Tensor, right: int) -> float:
+    return float(logits_V.double()[right] - logits_V.double().logsumexp(0))
+
+
+def pieces(ids: list[int], room: int) -> list[tuple[list[int], int]]:
+    """Windows of a text that meet, the last as long as the others, with the first place that each scores."""
+    found = [(ids[start : start + room], 0) for start in range(0, len(ids), room)]
+    if len(found) > 1 and len(found[-1][0]) < room:
+        found[-1] = (ids[-room:], room - len(found[-1][0]))
+    return found
+
+
+@torch.no_grad()
+def hidden_alone(model: Model, piece: list[int], place: int) -> float:
+    """Minus the log-probability of one token of a text given all the others, in float64."""
+    read = [1, *piece, 2]
+    if model.kind == "masked":
+        read[place + 1] = 3
+        return -log_probability(model.hf(input_ids=torch.tensor([read])).logits[0, place + 1], piece[place])
+    read[place + 1] = 4
+    found = model.hf(input_ids=torch.tensor([read]), decoder_input_ids=torch.tensor([[0, 4]]))
+    return -log_probability(found.logits[0, 1], piece[place])
+
+
+@pytest.mark.parametrize("kind", ["encoder", "translator"])
+@pytest.mark.parametrize("block", [12, 64])
+def test_pseudo_likelihood_hides_every_token_alone(
+    kind: str, block: int, words: tuple[str, PreTrainedTokenizerFast], request: pytest.FixtureRequest
+) -> None:
+    model, (on, tokenizer) = request.getfixturevalue(kind), words
+    found = Loss(on=on, objective="pseudo", block=block).measure(model)
+    sums = [
+        sum(
+            hidden_alone(model, piece, place)
+            for piece, first in pieces(tokenizer(text, add_special_tokens=False)["input_ids"], block - 2)
+            for place in range(first, len(piece))
+        )
+        for text in texts(on)
+    ]
+    said: dict[str, Any] = found.details["documents"]
+    assert said["nll"] == pytest.approx(sums, rel=1e-4)
+    assert said["tokens"] == [len(text.split()) for text in texts(on)]
+    assert said["bytes"] == [len(text) for text in texts(on)]
+    assert found.metrics["loss"] == pytest.approx(sum(sums) / sum(said["tokens"]), rel=1e-5)
+    assert found.protocol["objective"] == "pseudo"
+    assert found.protocol["special_tokens"] == {"before": ["[CLS]"], "after": ["[SEP]"]}
+    assert found.protocol["mask"] == ("[MASK]" if kind == "encoder" else "<extra_id_0>")
+
+
+def test_masked_tokens_are_scored_given_the_others(
+    encoder: Model, words: tuple[str, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = words[0]
+    read: list[torch.Tensor] = []
+    forward = encoder.hf.forward
+    monkeypatch.setattr(
+        encoder.hf, "forward", lambda **given: (read.append(given["input_ids"].clone()), forward(**given))[1]
+    )
+    measure = Loss(on=on, mask_rate=0.3, seed=3)
+    found = measure.measure(encoder)
+    monkeypatch.undo()
+    rows = {}  # by their unmasked tokens
+    for row in (row for batch in read for row in batch):
+        rows[tuple(row[row != 0].tolist())] = row[row != 0]
+    total, count = 0.0, 0
+    for text in texts(on):
+        ids = [1, *words[1](text, add_special_tokens=False)["input_ids"], 2]
+        masked = next(
+            row
+            for row in rows.values()
+            if len(row) == len(ids) and all(a in (b, 3) for a, b in zip(row.tolist(), ids, strict=True))
+        )
+        places = (masked == 3).nonzero().flatten().tolist()
+        assert len(places) == max(1, round(0.3 * (len(ids) - 2)))
+        with torch.no_grad():
+            logits_TV = encoder.hf(input_ids=masked[None]).logits[0]
+        total -= sum(log_probability(logits_TV[place], ids[place]) for place in places)
+        count += len(places)
+    assert found.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found.protocol["scored_tokens"] == count
+    assert (found.protocol["mask_rate"], found.protocol["seed"], found.protocol["draws"]) == (0.3, 3, 1)
+
+
+def test_what_is_hidden_depends_on_the_seed_alone(encoder: Model, words: tuple[str, PreTrainedTokenizerFast]) -> None:
+    first, again, other = (Loss(on=words[0], seed=seed).protocol(encoder) for seed in (0, 0, 1))
+    assert first == again
+    assert first["hidden_sha256"] != other["hidden_sha256"]
+
+
+def test_enough_draws_hide_every_token_once(encoder: Model, words: tuple[str, PreTrainedTokenizerFast]) -> None:
+    found = Loss(on=words[0], mask_rate=0.25, draws=8).measure(encoder)
+    assert found.details["documents"]["tokens"] == [len(text.split()) for text in texts(words[0])]
+
+
+@pytest.mark.parametrize("block", [10, 64])
+def test_an_encoder_decoder_writes_what_follows(
+    translator: Model, words: tuple[str, PreTrainedTokenizerFast], block: int
+) -> None:
+    on, tokenizer = words
+    sums: list[float] = []
+    n_tokens: list[int] = []
+    for text in texts(on):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        first, end, total = max(1, min(block, len(ids)) // 2), min(block, len(ids)), 0.0
+        n_tokens.append(max(0, len(ids) - first))
+        while first < len(ids):
+            read, right = [1, *ids[max(0, end - block) : first], 2], ids[first:end]
+            with torch.no_grad():
+                logits_UV = translator.hf(
+                    input_ids=torch.tensor([read]), decoder_input_ids=torch.tensor([[0, *right[:-1]]])
+                ).logits[0]
+            total -= sum(log_probability(logits_V, token) for logits_V, token in zip(logits_UV, right, strict=True))
+            first, end = end, min(len(ids), end + block - block // 2)
+        sums.append(total)
+    found = Loss(on=on, block=block).measure(translator)
+    said: dict[str, Any] = found.details["documents"]
+    assert said["nll"] == pytest.approx(sums, rel=1e-4, abs=1e-4)
+    assert said["tokens"] == n_tokens
+    assert found.metrics["loss"] == pytest.approx(sum(sums) / sum(n_tokens), rel=1e-5)
+    assert found.protocol["objective"] == "conditional"
+    assert {"input", "target"} <= set(found.protocol)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "translator"])
+def test_a_uniform_model_of_any_kind_scores_ln_v(
+    kind: str, words: tuple[str, PreTrainedTokenizerFast], request: pytest.FixtureRequest
+) -> None:
+    model: Model = request.getfixturevalue(kind)
+    with torch.no_grad():
+        for parameter in model.hf.parameters():
+            parameter.zero_()
+    for objective in (None, "pseudo"):
+        found = Loss(on=words[0], objective=objective, block=16).measure(model)
+        assert found.metrics["loss"] == pytest.approx(math.log(45), abs=1e-6)
+
+
+def test_what_a_kind_cannot_be_asked(
+    model: Model, encoder: Model, translator: Model, words: tuple[str, PreTrainedTokenizerFast]
+) -> None:
+    with pytest.raises(DataError, match=r"is a causal model, which cannot be asked for objective=pseudo: ask for next"):
+        Loss(on="testbed/all", objective="pseudo").protocol(model)
+    with pytest.raises(DataError, match="cannot be asked for objective=next: ask for masked or pseudo"):
+        Loss(on=words[0], objective="next").protocol(encoder)
+    with pytest.raises(DataError, match="whose windows are pieces of one document: leave windows out"):
+        Loss(on=words[0], windows="packed").protocol(translator)
+    with pytest.raises(DataError, match="a window of 2 tokens has no room for text beside 2 special ones"):
+        Loss(on=words[0], block=2).protocol(encoder)
+    with pytest.raises(DataError, match="leaves out tokens between windows of 12: ask for at most 10"):
+        Loss(on=words[0], block=12, stride=11).protocol(encoder)
+    words[1].mask_token = None
+    with pytest.raises(DataError, match="the tokenizer of tiny-bert has no mask token to hide tokens with"):
+        Loss(on=words[0]).protocol(encoder)
+
+
+def test_a_decoder_that_cannot_start(translator: Model, words: tuple[str, PreTrainedTokenizerFast]) -> None:
+    translator.hf.config.decoder_start_token_id = None
+    translator.hf.generation_config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="has no decoder_start_token_id: set it"):
+        Loss(on=words[0]).measure(translator)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
+from mariotte.errors import ModelError
 from mariotte.models.model import Model
 
 TOKENS_AT_ONCE = 4096
@@ -92,3 +95,112 @@ def scored_nll(
         part_BT[asked_BT.cpu()] = found_M.cpu()
         nll_NT[chosen_B, :longest] = part_BT
     return nll_NT[scored_NT]
+
+
+def first_written(model: Model) -> tuple[int, ...]:
+    """What the decoder of an encoder-decoder has written before its first word: its start, and what must come next.
+
+    Raises
+    ------
+    ModelError
+        When its config names no start.
+    """
+    configs = (model.hf.config, model.hf.generation_config)
+    start, forced = (
+        next((found for config in configs if (found := getattr(config, name, None)) is not None), None)
+        for name in ("decoder_start_token_id", "forced_bos_token_id")
+    )
+    if start is None:
+        raise ModelError(
+            f"the config of {model.name} has no decoder_start_token_id: set it to what its decoder starts with"
+        )
+    return (start,) if forced is None else (start, forced)
+
+
+def _padded(model: Model, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, T) tokens, filled up on the right, and where they are tokens."""
+    pad = getattr(model.hf.config, "pad_token_id", None)
+    tokens_BT = pad_sequence([*rows], batch_first=True, padding_value=0 if pad is None else pad)
+    lengths_B = torch.tensor([len(row) for row in rows])
+    present_BT = (torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]).long()
+    return tokens_BT.to(model.device), present_BT.to(model.device)
+
+
+@torch.no_grad()
+def hidden_nll(
+    model: Model,
+    rows: Sequence[Tensor],
+    hidden: Sequence[tuple[int, Sequence[int]]],
+    mask: int,
+    *,
+    at_once: int = TOKENS_AT_ONCE,
+) -> Tensor:
+    """Negative log-likelihood of hidden tokens, given all others of their row.
+
+    Parameters
+    ----------
+    model : a masked model; or an encoder-decoder, whose decoder is given the mask and asked for the one hidden token
+    rows : token ids of each row, special ones among them
+    hidden : the row and the places hidden together, for each time that a row is read; one place for encoder-decoders
+    mask : the token that is put in the place of each
+    at_once : tokens in one forward pass
+
+    Returns
+    -------
+    (M,) float32 on the CPU, nats, in the order of `hidden`; the logarithm is taken in float32
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(hidden)
+    for chosen_B in batches(torch.tensor([len(rows[row]) for row, _ in hidden]), at_once):
+        chosen = [hidden[int(number)] for number in chosen_B]
+        tokens_BT, present_BT = _padded(model, [rows[row] for row, _ in chosen])
+        counts = [len(places) for _, places in chosen]
+        rows_M = torch.arange(len(chosen)).repeat_interleave(torch.tensor(counts)).to(model.device)
+        places_M = torch.tensor([place for _, places in chosen for place in places], device=model.device)
+        right_M = tokens_BT[rows_M, places_M]
+        tokens_BT[rows_M, places_M] = mask
+        if model.kind == "seq2seq":
+            written_BU = torch.tensor([[*first_written(model), mask]] * len(chosen), device=model.device)
+            logits_MV = model.hf(
+                input_ids=tokens_BT, attention_mask=present_BT, decoder_input_ids=written_BU, use_cache=False
+            ).logits[:, -1]
+        else:
+            logits_MV = model.hf(input_ids=tokens_BT, attention_mask=present_BT).logits[rows_M, places_M]
+        nll_M = functional.cross_entropy(logits_MV.float(), right_M, reduction="none").cpu()
+        parts = cast("tuple[Tensor, ...]", nll_M.split(counts))
+        for number, part in zip(chosen_B, parts, strict=True):
+            found[int(number)] = part
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def conditional_nll(
+    model: Model, sources: Sequence[Tensor], targets: Sequence[Tensor], *, at_once: int = TOKENS_AT_ONCE
+) -> Tensor:
+    """Negative log-likelihood of every token of each target, given its source and the target's tokens before it.
+
+    Parameters
+    ----------
+    model : an encoder-decoder
+    sources : token ids that the encoder reads, special ones among them
+    targets : token ids that the decoder should write after what it starts with, see `first_written`
+    at_once : tokens in one forward pass
+
+    Returns
+    -------
+    (M,) float32 on the CPU, nats, target after target; the logarithm is taken in float32
+    """
+    first = torch.tensor(first_written(model))
+    found: list[Tensor] = [torch.empty(0)] * len(targets)
+    lengths_N = torch.tensor([len(a) + len(b) for a, b in zip(sources, targets, strict=True)])
+    for chosen_B in batches(lengths_N, at_once):
+        chosen = [int(number) for number in chosen_B]
+        tokens_BT, present_BT = _padded(model, [sources[number] for number in chosen])
+        # What is given ends before the last token; the padding after it is never seen by what comes before.
+        written_BU, _ = _padded(model, [torch.cat([first, targets[number][:-1]]) for number in chosen])
+        logits_BUV = model.hf(
+            input_ids=tokens_BT, attention_mask=present_BT, decoder_input_ids=written_BU, use_cache=False
+        ).logits
+        for number, logits_UV in zip(chosen, logits_BUV[:, len(first) - 1 :], strict=True):
+            right_U = targets[number].to(model.device)
+            found[number] = functional.cross_entropy(logits_UV[: len(right_U)].float(), right_U, reduction="none").cpu()
+    return torch.cat(found)
