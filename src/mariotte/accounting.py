@@ -19,11 +19,13 @@ class Counts:
 
     Parameters
     ----------
-    n_params : parameters, a tied embedding counted once
-    n_params_non_embedding : without the input embedding and the output head, tied or not
+    n_params : parameters, a tied embedding and a block that layers share counted once
+    n_params_non_embedding : of the blocks and the norms behind them: without the embeddings and the head, tied or not
     n_bytes : bytes of the parameters in the stated dtype
-    flops_per_token : forward FLOPs a token (a multiply and an add are two), output head included, embedding look-up not
-    attention, ffn, embeddings : parameters of all attention projections, of all MLPs, of embedding and head
+    flops_per_token : forward FLOPs a token (a multiply and an add are two), output head included, embedding look-up
+        not; of an encoder-decoder those of one token read and one written
+    attention, ffn, embeddings : parameters of all attention projections, of all MLPs, and of what is before the blocks
+        and behind their final norm: all embeddings, the head, and maps and transforms beside them
     shortcuts : of the matrices through which the blocks of a sliced model hand on their input
     """
 
@@ -65,28 +67,60 @@ def count(config: Mapping[str, Any], *, context: int = 0, dtype: str | None = No
 
 def count_shape(s: Shape, *, context: int = 0, bytes_per_param: float = 4) -> Counts:
     """Count a model from its sizes; see `count`."""
-    query, keys = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    attention_matrices = s.hidden * (2 * query + 2 * keys)
-    attention_biases = (query + 2 * keys) * s.attention_bias + s.hidden * s.output_bias
-    ins = 2 if s.gated else 1
-    widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
-    ffn_matrices = sum(ffn * (ins * s.hidden + written) for ffn, written in widths)
-    ffn_biases = sum(ins * ffn + written for ffn, written in widths) * s.mlp_bias
-    # Norms have weights, or are folded into the matrices behind them.
-    norms = 0 if s.shortcuts else 2 * s.hidden * s.layers + s.final_size
-    shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
-    embeddings = s.vocab * (s.hidden + (0 if s.tied else s.final_size))
-    attention = s.layers * (attention_matrices + attention_biases)
-    ffn = ffn_matrices + ffn_biases
-    non_embedding = attention + ffn + norms + shortcuts
-    matrices = s.layers * attention_matrices + ffn_matrices + shortcuts + s.vocab * s.final_size
+    stacks = (s,) if s.encoder is None else (s.encoder, s)
+    counted = [_count_stack(stack) for stack in stacks]
+    attention, ffn, others, shortcuts = (sum(each) for each in zip(*(c[:4] for c in counted), strict=True))
+    passed, attended = (sum(each) for each in zip(*(c[4:] for c in counted), strict=True))
+    width, wide = s.embedding_size, s.final_size
+    maps_in, maps_out = (s.hidden * width * there for there in (s.map_in, s.map_out))
+    transform = wide * width * s.transform
+    # The head of a family with embeddings of another width reads that width, all others the final stream.
+    read = width if s.transform or s.map_out else wide
+    head = s.vocab * read
+    embeddings = (
+        s.vocab * width * (1 + s.copies)
+        + (0 if s.tied else head)
+        + s.vocab * s.head_biases
+        + sum(stack.tables + (1 + stack.norm_bias) * width * stack.embedding_norm for stack in stacks)
+        + maps_in
+        + maps_out
+        + (s.hidden * s.map_in + width * s.map_out) * s.map_bias
+        + transform
+        + (width + (1 + s.norm_bias) * width) * s.transform
+    )
+    non_embedding = attention + ffn + others + shortcuts
     return Counts(
         n_params=non_embedding + embeddings,
         n_params_non_embedding=non_embedding,
         n_bytes=round((non_embedding + embeddings) * bytes_per_param),
-        flops_per_token=2.0 * matrices + 4.0 * s.layers * query * context,
+        flops_per_token=2.0 * (passed + maps_in + maps_out + transform + head) + 4.0 * attended * context,
         attention=attention,
         ffn=ffn,
         embeddings=embeddings,
         shortcuts=shortcuts,
+    )
+
+
+def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
+    """Of one stack of blocks: parameters of attention, MLPs, norms and shortcuts; weights passed, width attended.
+
+    A token passes a shared block as often as there are layers of it.
+    """
+    query, keys, attentions = s.heads * s.head_dim, s.kv_heads * s.head_dim, 1 + s.cross
+    attention_matrices = s.hidden * (2 * query + 2 * keys) * attentions
+    attention_biases = ((query + 2 * keys) * s.attention_bias + s.hidden * s.output_bias) * attentions
+    ins = 2 if s.gated else 1
+    widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
+    ffn_matrices = [ffn * (ins * s.hidden + written) for ffn, written in widths]
+    ffn_biases = [(ins * ffn + written) * s.mlp_bias for ffn, written in widths]
+    # Norms have weights, or are folded into the matrices behind them.
+    norms = (attentions + 1) * s.hidden * s.blocks + s.final_size * s.final_norm
+    shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
+    return (
+        s.blocks * (attention_matrices + attention_biases),
+        sum(ffn_matrices[: s.blocks]) + sum(ffn_biases[: s.blocks]),
+        (0 if s.shortcuts else norms * (1 + s.norm_bias)) + s.relative,
+        shortcuts,
+        s.layers * attention_matrices + sum(ffn_matrices) + shortcuts,
+        s.layers * query * attentions,
     )

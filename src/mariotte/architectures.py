@@ -6,52 +6,95 @@ that is not described here is refused by name; it never borrows another's entry.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 from mariotte.errors import ModelError, unknown
 
 Kind = Literal["causal", "masked", "seq2seq"]
-"""What a family predicts: the next token, masked tokens on both sides, or the output of an encoder's input."""
+"""What a family predicts: the next token, tokens masked anywhere, or a text from another that an encoder has read."""
+
+Need = Literal["causal", "linear", "separate", "pre-norm", "rms-norm", "sequential", "gated"]
+"""What a method may need of a family; see `Architecture.lacking`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Where a family keeps its parts, and what its config calls their sizes.
 
+    An empty path or key says that the family has no such part; the defaults are those of Llama.
+
     Parameters
     ----------
     model_type : as ``config.model_type``; of an irregular model, that of the family it comes from
     kind : what it predicts
-    blocks, embeddings, final_norm, head : dotted paths from the model
-    attention_norm, mlp_norm : dotted paths from a block to the norm that feeds attention and MLP
+    blocks, embeddings, final_norm, head : dotted paths from the model; of an encoder-decoder, those of the decoder
+    positions, types : tables of learned positions and of token types, from the model
+    embedding_norm : norm of the sum of the embeddings, from the model
+    map_in, map_out : matrices between the width of the embeddings and that of the stream, from the model
+    transform, head_norm : what the final stream passes before the head, from the model
+    head_biases : parameters that are the head's bias, from the model: one, or as many when the head is not tied
+    copies : parameters that are the embeddings under another name, and tables of their own when the head is not tied
+    attention_norm, mlp_norm, cross_norm : dotted paths from a block to the norms of attention, MLP and cross attention;
+        they feed these parts, or take what they add where the family is post-norm
     query, key, value, output : projections of attention, from a block
+    fused : matrix that holds query, key and value together, from a block, in place of those three
+    cross : query, key, value and output of the attention to what an encoder read, from a block
+    relative : table of relative positions, from the first block of a stack
     gate, up, down : projections of the MLP, from a block; `gate` is None for an MLP without one
     attention_shortcut, mlp_shortcut : matrices through which a block hands on its input, from a block, if it has any
     hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : keys of the config
+    stored : the config's key that says how many blocks there are where layers share them
+    embedding, position_count, type_count, buckets : keys of the config: width of the embeddings, rows of their tables
+    position_offset : rows before the first position
+    positions_behind_map : positions are as wide as the stream and not as the embeddings
+    always_mapped : there is a map also between equal widths
+    map_bias : maps carry biases
+    ffn_multiple : width of an MLP whose width the config does not state, in hidden sizes
     attention_bias : the config's key that says whether the attention projections carry biases, or the fact itself
     output_bias : likewise for the output projection of attention
     mlp_bias : likewise for the projections of the MLP
     rms_norm : norms are RMSNorms: no mean subtracted, no bias
     norm_first : each norm feeds its sublayer (pre-norm), so that it can be folded into the matrices it feeds
+    parallel : attention and MLP read the same stream, neither what the other adds
+    transposed : the blocks' matrices are held as inputs x outputs (Conv1D)
     hidden_multiple_of_heads : the family's config validator asks that heads divide the hidden size
     irregular : sizes may be such as the family's own config cannot state; the class of such models is
         ``models/modeling_mariotte.py``
+    encoder : fields that are otherwise in the encoder of an encoder-decoder
+    variants : fields that are otherwise where the config says so, by ``key=value``, in which ``*`` stands for anything
+    defaults : what the config means when it leaves a key out: a value, or the name of the key in whose place it stands
+    assumes : what the config must say, as models with another value are not described here
+    ignored : patterns of weights in published checkpoints that the model has no use for
     """
 
     model_type: str
     kind: Kind = "causal"
     blocks: str = "model.layers"
     embeddings: str = "model.embed_tokens"
+    positions: str = ""
+    types: str = ""
+    embedding_norm: str = ""
+    map_in: str = ""
+    map_out: str = ""
     final_norm: str = "model.norm"
+    transform: str = ""
+    head_norm: str = ""
     head: str = "lm_head"
+    head_biases: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    cross_norm: str = ""
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    fused: str = ""
+    cross: tuple[str, ...] = ()
+    relative: str = ""
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
@@ -59,19 +102,120 @@ class Architecture:
     mlp_shortcut: str = "mlp_shortcut"
     hidden: str = "hidden_size"
     layers: str = "num_hidden_layers"
+    stored: str = ""
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
     head_dim: str = "head_dim"
     ffn: str = "intermediate_size"
     vocab: str = "vocab_size"
     tied: str = "tie_word_embeddings"
+    embedding: str = ""
+    position_count: str = "max_position_embeddings"
+    position_offset: int = 0
+    positions_behind_map: bool = False
+    always_mapped: bool = False
+    map_bias: bool = False
+    type_count: str = "type_vocab_size"
+    buckets: str = ""
+    ffn_multiple: int | None = None
     attention_bias: str | bool = False
     output_bias: str | bool = False
     mlp_bias: str | bool = False
     rms_norm: bool = True
     norm_first: bool = True
+    parallel: bool = False
+    transposed: bool = False
     hidden_multiple_of_heads: bool = False
     irregular: bool = False
+    encoder: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    assumes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def attention_paths(self) -> tuple[str, ...]:
+        """The matrices of attention, from a block: query, key, value or the one that holds them, output, cross."""
+        read = (self.fused,) if self.fused else (self.query, self.key, self.value)
+        return (*read, self.output, *self.cross)
+
+    @property
+    def ffn_paths(self) -> tuple[str, ...]:
+        """The matrices of the MLP, from a block: gate if there is one, up, down."""
+        return (*(() if self.gate is None else (self.gate,)), self.up, self.down)
+
+    @property
+    def stacks(self) -> tuple[Architecture, ...]:
+        """The entries of the stacks of blocks, from input to output: of an encoder if there is one, and its own."""
+        if not self.encoder:
+            return (self,)
+        return (replace(self, **{"cross": (), "cross_norm": "", "encoder": {}, **self.encoder}), self)
+
+    def stated(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with what it leaves out."""
+        stated = {key: value for key, value in config.items() if value is not None}
+        for key, value in self.defaults.items():
+            if key not in stated and (found := stated.get(value) if isinstance(value, str) else value) is not None:
+                stated[key] = found
+        return stated
+
+    def lacking(self, needs: Iterable[Need]) -> str | None:
+        """The first of these needs that the family does not meet, with the reason, in a clause; None when it meets all.
+
+        Examples
+        --------
+        >>> FAMILIES["gpt2"].lacking(["causal", "linear"])
+        'needs linear layers, and gpt2 holds its matrices transposed (Conv1D)'
+        """
+        for need in needs:
+            met, wanted, found = {
+                "causal": (self.kind == "causal", "a causal decoder", f"predicts otherwise: it is {self.kind}"),
+                "linear": (not self.transposed, "linear layers", "holds its matrices transposed (Conv1D)"),
+                "separate": (not self.fused, "separate query, key and value", "holds them in one matrix"),
+                "pre-norm": (self.norm_first, "norms before attention and MLP", "has them behind (post-norm)"),
+                "rms-norm": (self.rms_norm, "RMSNorm", "has LayerNorm, which subtracts the mean and adds a bias"),
+                "sequential": (not self.parallel, "an MLP behind attention", "has both side by side"),
+                "gated": (self.gate is not None, "a gated MLP", "has one without a gate"),
+            }[need]
+            if not met:
+                return f"needs {wanted}, and {self.model_type} {found}"
+        return None
+
+
+_BERT = Architecture(
+    model_type="bert",
+    kind="masked",
+    blocks="bert.encoder.layer",
+    embeddings="bert.embeddings.word_embeddings",
+    positions="bert.embeddings.position_embeddings",
+    types="bert.embeddings.token_type_embeddings",
+    embedding_norm="bert.embeddings.LayerNorm",
+    final_norm="",
+    transform="cls.predictions.transform.dense",
+    head_norm="cls.predictions.transform.LayerNorm",
+    head="cls.predictions.decoder",
+    head_biases=("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    attention_norm="attention.output.LayerNorm",
+    mlp_norm="output.LayerNorm",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    gate=None,
+    up="intermediate.dense",
+    down="output.dense",
+    kv_heads="",
+    head_dim="",
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    rms_norm=False,
+    norm_first=False,
+    hidden_multiple_of_heads=True,
+    defaults={"tie_word_embeddings": True, "type_vocab_size": 2},
+    assumes={"is_decoder": False, "add_cross_attention": False},
+    ignored=("*.pooler.*", "cls.seq_relationship.*", "*.position_ids"),
+)
 
 
 FAMILIES: Mapping[str, Architecture] = {
@@ -86,6 +230,256 @@ FAMILIES: Mapping[str, Architecture] = {
         ),
         # Qwen2 has biases on query, key and value whatever its config says, and none on the output.
         Architecture(model_type="qwen2", attention_bias=True),
+        Architecture(
+            model_type="gpt2",
+            blocks="transformer.h",
+            embeddings="transformer.wte",
+            positions="transformer.wpe",
+            final_norm="transformer.ln_f",
+            attention_norm="ln_1",
+            mlp_norm="ln_2",
+            query="",
+            key="",
+            value="",
+            fused="attn.c_attn",
+            output="attn.c_proj",
+            gate=None,
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            hidden="n_embd",
+            layers="n_layer",
+            heads="n_head",
+            kv_heads="",
+            head_dim="",
+            ffn="n_inner",
+            ffn_multiple=4,
+            position_count="n_positions",
+            attention_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+            rms_norm=False,
+            transposed=True,
+            hidden_multiple_of_heads=True,
+            defaults={"tie_word_embeddings": True},
+            assumes={"add_cross_attention": False},
+            ignored=("*.attn.bias", "*.attn.masked_bias"),
+        ),
+        Architecture(
+            model_type="opt",
+            blocks="model.decoder.layers",
+            embeddings="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            map_in="model.decoder.project_in",
+            map_out="model.decoder.project_out",
+            final_norm="model.decoder.final_layer_norm",
+            attention_norm="self_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            output="self_attn.out_proj",
+            gate=None,
+            up="fc1",
+            down="fc2",
+            kv_heads="",
+            head_dim="",
+            ffn="ffn_dim",
+            embedding="word_embed_proj_dim",
+            position_offset=2,
+            positions_behind_map=True,
+            attention_bias="enable_bias",
+            output_bias="enable_bias",
+            mlp_bias="enable_bias",
+            rms_norm=False,
+            hidden_multiple_of_heads=True,
+            # Of the published sizes only 350m is post-norm.
+            variants={"do_layer_norm_before=False": {"norm_first": False, "final_norm": ""}},
+            defaults={"tie_word_embeddings": True, "enable_bias": True},
+            assumes={"layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
+        ),
+        Architecture(
+            model_type="gpt_neox",
+            blocks="gpt_neox.layers",
+            embeddings="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            query="",
+            key="",
+            value="",
+            fused="attention.query_key_value",
+            output="attention.dense",
+            gate=None,
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            kv_heads="",
+            head_dim="",
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            mlp_bias=True,
+            rms_norm=False,
+            parallel=True,
+            hidden_multiple_of_heads=True,
+            variants={"use_parallel_residual=False": {"parallel": False}},
+            defaults={"attention_bias": True},
+            ignored=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
+        ),
+        _BERT,
+        replace(
+            _BERT,
+            model_type="roberta",
+            blocks="roberta.encoder.layer",
+            embeddings="roberta.embeddings.word_embeddings",
+            positions="roberta.embeddings.position_embeddings",
+            types="roberta.embeddings.token_type_embeddings",
+            embedding_norm="roberta.embeddings.LayerNorm",
+            transform="lm_head.dense",
+            head_norm="lm_head.layer_norm",
+            head="lm_head.decoder",
+            head_biases=("lm_head.bias", "lm_head.decoder.bias"),
+        ),
+        replace(
+            _BERT,
+            model_type="distilbert",
+            blocks="distilbert.transformer.layer",
+            embeddings="distilbert.embeddings.word_embeddings",
+            positions="distilbert.embeddings.position_embeddings",
+            types="",
+            embedding_norm="distilbert.embeddings.LayerNorm",
+            transform="vocab_transform",
+            head_norm="vocab_layer_norm",
+            head="vocab_projector",
+            head_biases=("vocab_projector.bias",),
+            attention_norm="sa_layer_norm",
+            mlp_norm="output_layer_norm",
+            query="attention.q_lin",
+            key="attention.k_lin",
+            value="attention.v_lin",
+            output="attention.out_lin",
+            up="ffn.lin1",
+            down="ffn.lin2",
+            hidden="dim",
+            layers="n_layers",
+            heads="n_heads",
+            ffn="hidden_dim",
+        ),
+        # One block, or a few, of which each serves many layers.
+        replace(
+            _BERT,
+            model_type="albert",
+            blocks="albert.encoder.albert_layer_groups",
+            embeddings="albert.embeddings.word_embeddings",
+            positions="albert.embeddings.position_embeddings",
+            types="albert.embeddings.token_type_embeddings",
+            embedding_norm="albert.embeddings.LayerNorm",
+            map_in="albert.encoder.embedding_hidden_mapping_in",
+            transform="predictions.dense",
+            head_norm="predictions.LayerNorm",
+            head="predictions.decoder",
+            head_biases=("predictions.bias", "predictions.decoder.bias"),
+            attention_norm="albert_layers.0.attention.LayerNorm",
+            mlp_norm="albert_layers.0.full_layer_layer_norm",
+            query="albert_layers.0.attention.query",
+            key="albert_layers.0.attention.key",
+            value="albert_layers.0.attention.value",
+            output="albert_layers.0.attention.dense",
+            up="albert_layers.0.ffn",
+            down="albert_layers.0.ffn_output",
+            stored="num_hidden_groups",
+            embedding="embedding_size",
+            always_mapped=True,
+            map_bias=True,
+            defaults={**_BERT.defaults, "num_hidden_groups": 1},
+            assumes={"inner_group_num": 1},
+            ignored=("*.pooler.*", "sop_classifier.*", "*.position_ids"),
+        ),
+        # Also Flan-T5, whose MLPs are gated and whose head is not tied.
+        Architecture(
+            model_type="t5",
+            kind="seq2seq",
+            blocks="decoder.block",
+            embeddings="shared",
+            final_norm="decoder.final_layer_norm",
+            attention_norm="layer.0.layer_norm",
+            cross_norm="layer.1.layer_norm",
+            mlp_norm="layer.2.layer_norm",
+            query="layer.0.SelfAttention.q",
+            key="layer.0.SelfAttention.k",
+            value="layer.0.SelfAttention.v",
+            output="layer.0.SelfAttention.o",
+            cross=tuple(f"layer.1.EncDecAttention.{part}" for part in "qkvo"),
+            relative="layer.0.SelfAttention.relative_attention_bias",
+            gate=None,
+            up="layer.2.DenseReluDense.wi",
+            down="layer.2.DenseReluDense.wo",
+            hidden="d_model",
+            layers="num_decoder_layers",
+            heads="num_heads",
+            kv_heads="",
+            head_dim="d_kv",
+            ffn="d_ff",
+            buckets="relative_attention_num_buckets",
+            encoder={
+                "blocks": "encoder.block",
+                "final_norm": "encoder.final_layer_norm",
+                "mlp_norm": "layer.1.layer_norm",
+                "up": "layer.1.DenseReluDense.wi",
+                "down": "layer.1.DenseReluDense.wo",
+                "layers": "num_layers",
+            },
+            variants={
+                "feed_forward_proj=gated-*": {
+                    "gate": "layer.2.DenseReluDense.wi_0",
+                    "up": "layer.2.DenseReluDense.wi_1",
+                    "encoder": {
+                        "gate": "layer.1.DenseReluDense.wi_0",
+                        "up": "layer.1.DenseReluDense.wi_1",
+                    },
+                }
+            },
+            defaults={
+                "tie_word_embeddings": True,
+                "num_decoder_layers": "num_layers",
+                "relative_attention_num_buckets": 32,
+            },
+            ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        ),
+        Architecture(
+            model_type="bart",
+            kind="seq2seq",
+            blocks="model.decoder.layers",
+            embeddings="model.shared",
+            copies=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+            positions="model.decoder.embed_positions",
+            embedding_norm="model.decoder.layernorm_embedding",
+            final_norm="",
+            attention_norm="self_attn_layer_norm",
+            cross_norm="encoder_attn_layer_norm",
+            mlp_norm="final_layer_norm",
+            output="self_attn.out_proj",
+            cross=tuple(f"encoder_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+            gate=None,
+            up="fc1",
+            down="fc2",
+            hidden="d_model",
+            layers="decoder_layers",
+            heads="decoder_attention_heads",
+            kv_heads="",
+            head_dim="",
+            ffn="decoder_ffn_dim",
+            position_offset=2,
+            attention_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+            rms_norm=False,
+            norm_first=False,
+            hidden_multiple_of_heads=True,
+            encoder={
+                "blocks": "model.encoder.layers",
+                "positions": "model.encoder.embed_positions",
+                "embedding_norm": "model.encoder.layernorm_embedding",
+                "layers": "encoder_layers",
+                "heads": "encoder_attention_heads",
+                "ffn": "encoder_ffn_dim",
+            },
+            defaults={"tie_word_embeddings": True},
+            ignored=("encoder.version", "decoder.version", "model.encoder.version", "model.decoder.version"),
+        ),
     )
 }
 
@@ -110,19 +504,63 @@ def find(model_type: str) -> Architecture:
     return FAMILIES[model_type]
 
 
+def of(config: Mapping[str, Any]) -> Architecture:
+    """The entry of a config: its family's, in the variant that it states.
+
+    Parameters
+    ----------
+    config : the content of ``config.json``
+
+    Raises
+    ------
+    UnknownNameError
+        When the config's family is not described.
+    ModelError
+        When the config states no family, or a variant that the entry does not describe.
+    """
+    if not config.get("model_type"):
+        raise ModelError(
+            "a config must state its model_type, got none; is this the config.json of a transformers model?"
+        )
+    entry = find(str(config["model_type"]))
+    for key, value in entry.assumes.items():
+        if config.get(key, value) != value:
+            raise ModelError(
+                f"of {entry.model_type} models only those with {key}={value} are described, got {config[key]!r}; "
+                "see docs/extend.md for describing others"
+            )
+    for condition, otherwise in entry.variants.items():
+        key, _, wanted = condition.partition("=")
+        if fnmatchcase(str(config.get(key)), wanted):
+            encoder = {**entry.encoder, **otherwise.get("encoder", {})}
+            entry = replace(entry, **{**otherwise, "encoder": encoder})
+    return entry
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The sizes of a model: what its accounting needs and its surgery checks against.
 
     All sizes are counts: L `layers`, D `hidden`, N `heads`, K `kv_heads`, H `head_dim`, F `ffn`, V `vocab`.
 
-    The last three are of irregular models alone.
-
     Parameters
     ----------
-    ffns : F of every layer, where they differ
+    ffns : F of every layer, where they differ; like the next two of irregular models alone
     shortcuts : blocks hand on their input through matrices, and norms have no weights
     final : width of the stream that the last block writes and the head reads, where it is not D
+    stored : blocks, where layers share them
+    cross : blocks attend to what an encoder read, too
+    norm_bias : norms have biases
+    final_norm : there is a norm behind the last block
+    relative : parameters of the table of relative positions
+    embedding : width E of the embeddings, where it is not D
+    tables : parameters of the tables of positions and token types
+    embedding_norm : the sum of the embeddings is normalised
+    map_in, map_out, map_bias : matrices from E to D before the blocks, from D to E behind them, and their biases
+    transform : a matrix, with a bias, and a norm stand before the head
+    head_biases : biases of the head
+    copies : tables of embeddings besides the first
+    encoder : the sizes of the encoder that an encoder-decoder has beside the decoder described here
     """
 
     layers: int
@@ -140,6 +578,31 @@ class Shape:
     ffns: tuple[int, ...] | None = None
     shortcuts: bool = False
     final: int | None = None
+    stored: int | None = None
+    cross: bool = False
+    norm_bias: bool = False
+    final_norm: bool = True
+    relative: int = 0
+    embedding: int | None = None
+    tables: int = 0
+    embedding_norm: bool = False
+    map_in: bool = False
+    map_out: bool = False
+    map_bias: bool = False
+    transform: bool = False
+    head_biases: int = 0
+    copies: int = 0
+    encoder: Shape | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that there are; a shared one counts once."""
+        return self.stored or self.layers
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding or self.hidden
 
     def ffn_of(self, layer: int) -> int:
         """Feed-forward width of one layer."""
@@ -169,14 +632,17 @@ def shape(config: Mapping[str, Any]) -> Shape:
     ModelError
         When the config lacks a size.
     """
-    if "model_type" not in config:
-        raise ModelError(
-            "a config must state its model_type, got none; is this the config.json of a transformers model?"
-        )
-    entry = find(str(config["model_type"]))
+    entry = of(config)
+    *encoder, decoder = (_shape(config, stack) for stack in entry.stacks)
+    return replace(decoder, encoder=encoder[0]) if encoder else decoder
+
+
+def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
+    """The sizes of one stack of blocks, with what is before and behind it."""
+    config = entry.stated(config)
 
     def size(key: str, default: int | None = None) -> int:
-        found = config.get(key)
+        found = config.get(key) if key else None
         found = default if found is None else found
         if not isinstance(found, int) or found < 1:
             raise ModelError(f"the {entry.model_type} config must state {key} as a positive integer, got {found!r}")
@@ -190,15 +656,19 @@ def shape(config: Mapping[str, Any]) -> Shape:
     if ffns is not None and len(ffns) != layers:
         raise ModelError(f"ffn_sizes must hold a width for each of the {layers} layers, got {len(ffns)}")
     final = size("final_size", hidden) if entry.irregular else hidden
+    embedding = size(entry.embedding, hidden)
+    mapped, tied = entry.always_mapped or embedding != hidden, fact(entry.tied)
+    positions = size(entry.position_count) + entry.position_offset if entry.positions else 0
+    types = size(entry.type_count) if entry.types else 0
     return Shape(
         layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=size(entry.kv_heads, heads),
         head_dim=size(entry.head_dim, hidden // heads),
-        ffn=size(entry.ffn),
+        ffn=size(entry.ffn, None if entry.ffn_multiple is None else entry.ffn_multiple * hidden),
         vocab=size(entry.vocab),
-        tied=fact(entry.tied),
+        tied=tied,
         gated=entry.gate is not None,
         attention_bias=fact(entry.attention_bias),
         output_bias=fact(entry.output_bias),
@@ -206,4 +676,19 @@ def shape(config: Mapping[str, Any]) -> Shape:
         ffns=None if ffns is None else tuple(ffns),
         shortcuts=entry.irregular and fact("shortcuts"),
         final=None if final == hidden else final,
+        stored=size(entry.stored) if entry.stored else None,
+        cross=bool(entry.cross),
+        norm_bias=not entry.rms_norm,
+        final_norm=bool(entry.final_norm),
+        relative=size(entry.buckets) * heads if entry.relative else 0,
+        embedding=None if embedding == hidden else embedding,
+        tables=positions * (hidden if entry.positions_behind_map else embedding) + types * embedding,
+        embedding_norm=bool(entry.embedding_norm),
+        map_in=bool(entry.map_in) and mapped,
+        map_out=bool(entry.map_out) and mapped,
+        map_bias=entry.map_bias,
+        transform=bool(entry.transform),
+        # Like the head itself, copies of the embeddings and a second name of the bias are shared only when it is tied.
+        copies=0 if tied else len(entry.copies),
+        head_biases=min(len(entry.head_biases), 1) if tied else len(entry.head_biases),
     )

@@ -1,11 +1,14 @@
-"""Every method of the catalogue on every family that it does not refuse, and its variants on one family each."""
+"""Every method of the catalogue on two families, its variants on one, and some methods on families of other kinds."""
 
 import pytest
 
 from mariotte.compress import METHODS
 from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.magnitude import Magnitude
+from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
+from mariotte.compress.methods.sparsegpt import SparseGPT
+from mariotte.compress.methods.wanda import Wanda
 from mariotte.testing.methods import MethodConformance, all_steps, cases
 
 CASES = [
@@ -13,6 +16,10 @@ CASES = [
     *cases([step for step in all_steps() if step.scope != step.scopes[0]], ["llama"]),
     *cases([FFN(criterion="activation"), Slice(compensate=False), Magnitude(per="layer")], ["qwen2"]),
     *cases([FFN(criterion="norm", compensate=False)], ["llama"]),
+    # Families of other kinds: what works on all of them on each, what works on some on the one most unlike Llama.
+    *cases([Magnitude()], ["gpt2", "opt", "bert", "albert", "t5", "bart"]),
+    *cases([FFN(), ShortGPT(), Wanda()], ["gpt_neox"]),
+    *cases([SparseGPT()], ["opt"]),
 ]
 
 

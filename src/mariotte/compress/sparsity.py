@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mariotte.architectures import Need
 from mariotte.compress import allocate
 from mariotte.compress.calibration import Means, observe, tokens_for
 from mariotte.compress.sequential import Walk
@@ -29,7 +30,6 @@ Cut = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 _SLACK = 9
 """Decimals to which a number of weights is rounded before its fraction is dropped: 100 x 0.29 is 29."""
-
 
 _DIGITS = 16
 """Bits settled in one pass over the weights; 2^16 counters are kept."""
@@ -253,6 +253,7 @@ class OneShot(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
+    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
     per: ClassVar[str]
 
     nm: str | None = None
@@ -302,6 +303,8 @@ class OneShot(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
         return None if self.pattern is None else self.pattern.refuse(model.matrices(self.scope))
 
     def _matrices(self, model: Model) -> list[list[nn.Linear]]:

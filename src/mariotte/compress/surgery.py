@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -100,7 +100,7 @@ def derive(
     Costs one copy of the parameters that stay, and never holds two of those that are replaced.
     """
     shared: dict[str, nn.Parameter] = dict(model.hf.named_parameters())
-    names = parameter_names(model)
+    names, others = parameter_names(model), _other_names(model)
     head = f"{model.entry.head}.weight"
     tied = model.head.weight is model.embeddings.weight
     if irregular:
@@ -130,7 +130,7 @@ def derive(
         old, new = shared.get(name, embedded), weights.get(name)
         assert new is not None or name in shared, f"{name} is new and has no value"
         value = old.detach().clone() if new is None else new.detach().to(old.device, old.dtype, copy=True)
-        _set_parameter(hf, name, value.contiguous(), old)
+        _set_parameter(hf, name, value.contiguous(), old, also=() if irregular else others.get(name, ()))
     if untie and tied:
         _set_parameter(hf, head, weights[head].to(embedded.device, embedded.dtype, copy=True), embedded)
         setattr(hf.config, model.entry.tied, False)
@@ -140,14 +140,32 @@ def derive(
         _restate_sizes(module)
     freeze_shortcuts_(hf)
     if untie:
+        # What is no longer shared either when the head is not.
+        own = (*model.entry.head_biases[1:], *model.entry.copies)
+        for name in own:
+            shared_until_now = hf.get_parameter(name)
+            _set_parameter(hf, name, shared_until_now.detach().clone(), shared_until_now)
         # transformers keeps the list of tied keys from when the model was made, and would tie them again when saving.
-        hf.all_tied_weights_keys = {}
+        tied_keys = cast("dict[str, str]", hf.all_tied_weights_keys)
+        hf.all_tied_weights_keys = {name: source for name, source in tied_keys.items() if name not in (head, *own)}
     return derived
 
 
-def _set_parameter(hf: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(hf.get_submodule(path), leaf, nn.Parameter(value.contiguous(), requires_grad=like.requires_grad))
+def _other_names(model: Model) -> dict[str, list[str]]:
+    """By a parameter's first name all that it has besides; an encoder-decoder's embeddings have many."""
+    names = parameter_names(model)
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.hf.named_parameters(remove_duplicate=False):
+        if name != names[parameter]:
+            found.setdefault(names[parameter], []).append(name)
+    return found
+
+
+def _set_parameter(hf: nn.Module, name: str, value: Tensor, like: nn.Parameter, also: Iterable[str] = ()) -> None:
+    parameter = nn.Parameter(value.contiguous(), requires_grad=like.requires_grad)
+    for each in (name, *also):
+        path, _, leaf = each.rpartition(".")
+        setattr(hf.get_submodule(path), leaf, parameter)
 
 
 def _restate_sizes(module: nn.Module) -> None:

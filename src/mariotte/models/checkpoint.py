@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
-from mariotte.models.load import SIDECAR, quiet_transformers, read_weights
-from mariotte.models.model import Model
+from mariotte.models.load import LOADED_BY, SIDECAR, quiet_transformers, read_weights
+from mariotte.models.model import Model, forward
 
 _PROBE = (4, 32)  # rows and tokens on which the saved and the reloaded model are compared
 
@@ -55,7 +55,7 @@ def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = 
         f"| `{done.step}` | {done.unit} | {number(done.amount)} | {number(done.obtained)} | {done.zeros:,} |"
         for done in model.done
     )
-    irregular = model.entry.irregular
+    loader, irregular = LOADED_BY[model.kind].__name__, model.entry.irregular
     trust = ", trust_remote_code=True" if irregular else ""
     how = (
         "A `transformers` checkpoint with sizes that its family's config cannot state. Its class is in "
@@ -89,8 +89,8 @@ Compressed with Mariotte {__version__}. The licence and the terms of use of the 
 {how}
 
 ```python
-from transformers import AutoModelForCausalLM, {tokenizer}
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust})
+from transformers import {loader}, {tokenizer}
+model = {loader}.from_pretrained("path/to/this/folder"{trust})
 tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")
 ```
 
@@ -222,7 +222,7 @@ def compare(model: Model, folder: Path) -> None:
     reference = _cast(model.copy(), torch.float32)
     reference.hf.cpu()  # pyright: ignore[reportArgumentType]
     expected = reference.logits(tokens_BT)
-    found = loaded(input_ids=tokens_BT, use_cache=False).logits
+    found = forward(loaded, model.kind, tokens_BT)
     # Same weights and same code: what remains is the order of float32 sums.
     worst, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not worst <= 1e-4 * max(scale, 1.0):

@@ -8,7 +8,8 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportUnkn
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,11 +35,19 @@ from transformers import (
 )
 
 from mariotte import architectures
+from mariotte.architectures import Architecture, Kind
 from mariotte.errors import ModelError, UnknownNameError, unknown
 from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+LOADED_BY: Mapping[Kind, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+"""The class of transformers that loads models of a kind."""
+
 SIDECAR = "mariotte.json"
 """Beside the weights of a checkpoint of ours: what was done to it."""
 
@@ -252,7 +263,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> Model:
-    """Load a causal language model and see it through its family's entry.
+    """Load a language model of any kind and see it through its family's entry.
 
     Parameters
     ----------
@@ -305,9 +316,10 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
     ModelError
         When the weights are damaged, or are not exactly those that the config asks for.
     """
+    entry = architectures.of(read_config(folder))
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = LOADED_BY[entry.kind].from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -327,7 +339,18 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
         ("missing_keys", "lacks weights that its config asks for"),
         ("unexpected_keys", "holds weights that its config does not know"),
     ):
-        if names := sorted(loading[kind]):
+        names = sorted(
+            name for name in loading[kind] if not any(fnmatchcase(name, pattern) for pattern in entry.ignored)
+        )
+        if names:
             raise ModelError(f"{what} {said}, such as {names[0]}: config and weights do not belong together")
     freeze_shortcuts_(hf)
+    _restate_tie(hf, entry)
     return hf.eval()
+
+
+def _restate_tie(hf: PreTrainedModel, entry: Architecture) -> None:
+    """Make the config say whether the head is the embeddings: that of T5 says that it is whatever the file says."""
+    tied = hf.get_submodule(entry.head).weight is hf.get_submodule(entry.embeddings).weight
+    if bool(getattr(hf.config, entry.tied, False)) != tied:
+        setattr(hf.config, entry.tied, tied)

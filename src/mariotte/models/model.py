@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mariotte import accounting, architectures
 from mariotte.accounting import Counts
 from mariotte.architectures import Architecture, Kind, Shape
+from mariotte.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +47,41 @@ class Done:
     facts: Mapping[str, Any]
 
 
-class Block:
-    """One decoder block: its norms and projections, whatever the family calls them."""
+SCOPES = ("all", "attention", "ffn", "embeddings", "head")
+"""Named groups of weight matrices; see `Model.paths`."""
 
-    def __init__(self, module: nn.Module, entry: Architecture) -> None:
-        self.module, self.entry = module, entry
+
+def forward(hf: nn.Module, kind: Kind, tokens_BT: Tensor, written_BU: Tensor | None = None) -> Tensor:
+    """Logits of a transformers model of one kind; see `Model.logits`."""
+    if kind == "causal":
+        return hf(input_ids=tokens_BT, use_cache=False).logits
+    # Said, so that a token that happens to be the padding's is read like any other.
+    everything_BT = torch.ones_like(tokens_BT)
+    if kind == "masked":
+        return hf(input_ids=tokens_BT, attention_mask=everything_BT).logits
+    written_BU = tokens_BT if written_BU is None else written_BU
+    return hf(input_ids=tokens_BT, attention_mask=everything_BT, decoder_input_ids=written_BU, use_cache=False).logits
+
+
+class Block:
+    """One block: its norms and projections, whatever the family calls them.
+
+    Parameters
+    ----------
+    module : the block itself
+    entry : of its stack: an encoder may keep its parts elsewhere than the decoder
+    path : of the block, from the model
+    """
+
+    def __init__(self, module: nn.Module, entry: Architecture, path: str) -> None:
+        self.module, self.entry, self.path = module, entry, path
 
     def _linear(self, path: str) -> nn.Linear:
+        if not path:
+            raise ModelError(
+                f"{self.entry.model_type} holds query, key and value in one matrix, {self.entry.fused}: ask for the "
+                "block's attention instead"
+            )
         return cast(nn.Linear, self.module.get_submodule(path))
 
     @property
@@ -116,13 +145,13 @@ class Block:
 
     @property
     def attention(self) -> tuple[nn.Linear, ...]:
-        """The matrices of attention: query, key, value, output."""
-        return (self.query, self.key, self.value, self.output)
+        """The matrices of attention: query, key, value or the one that holds them, output; those of cross attention."""
+        return tuple(self._linear(path) for path in self.entry.attention_paths)
 
     @property
     def ffn(self) -> tuple[nn.Linear, ...]:
         """The matrices of the MLP: gate if there is one, up, down."""
-        return (*(() if self.gate is None else (self.gate,)), self.up, self.down)
+        return tuple(self._linear(path) for path in self.entry.ffn_paths)
 
 
 class Model:
@@ -153,7 +182,7 @@ class Model:
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.fingerprint, self.stored_dtype = fingerprint, stored_dtype
         self.done, self.derived = tuple(done), derived
-        self.entry = architectures.find(hf.config.model_type)
+        self.entry = architectures.of(hf.config.to_dict())
 
     @property
     def kind(self) -> Kind:
@@ -191,12 +220,16 @@ class Model:
 
     @property
     def blocks(self) -> list[Block]:
-        """The decoder blocks, from input to output."""
-        return [Block(module, self.entry) for module in cast(nn.ModuleList, self.hf.get_submodule(self.entry.blocks))]
+        """The blocks, from input to output: an encoder's before the decoder's; one that layers share is there once."""
+        return [
+            Block(module, entry, f"{entry.blocks}.{index}")
+            for entry in self.entry.stacks
+            for index, module in enumerate(cast(nn.ModuleList, self.hf.get_submodule(entry.blocks)))
+        ]
 
     @property
     def embeddings(self) -> nn.Embedding:
-        """(V, D)."""
+        """(V, D), or of a width of its own; of an encoder-decoder both stacks read it."""
         return cast(nn.Embedding, self.hf.get_submodule(self.entry.embeddings))
 
     @property
@@ -206,12 +239,33 @@ class Model:
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm before the head."""
+        """The norm behind the last block.
+
+        Raises
+        ------
+        ModelError
+            When the family has none.
+        """
+        if not self.entry.final_norm:
+            raise ModelError(
+                f"{self.entry.model_type} has no norm behind its last block: ask a block for its own norms"
+            )
         return self.hf.get_submodule(self.entry.final_norm)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits of every position, (B, T, V), in the model's dtype; no cache."""
-        return self.hf(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+    def logits(self, tokens_BT: Tensor, written_BU: Tensor | None = None) -> Tensor:
+        """Logits of every position in the model's dtype, without a cache.
+
+        Parameters
+        ----------
+        tokens_BT : what is read
+        written_BU : of an encoder-decoder, what the decoder is given; None gives it what the encoder reads
+
+        Returns
+        -------
+        (B, T, V), of an encoder-decoder (B, U, V): of the token that comes next, or of a masked model that stands there
+        """
+        written_BU = None if written_BU is None else written_BU.to(self.device)
+        return forward(self.hf, self.kind, tokens_BT.to(self.device), written_BU)
 
     def copy(self) -> Model:
         """An independent copy: cutting it leaves this model as it is."""
@@ -246,18 +300,53 @@ class Model:
         """Parameters actually held, shared ones once: what the accounting must equal."""
         return sum(parameter.numel() for parameter in self.hf.parameters())
 
-    def matrices(self, *scopes: str) -> list[nn.Linear]:
-        """The blocks' matrices of these scopes (all, attention, ffn), each once; for the scope head also the head."""
-        parts = {*scopes, "attention", "ffn"} if "all" in scopes else set(scopes)
-        found = [
-            matrix
-            for block in self.blocks
-            for matrix in (
-                *(block.attention if "attention" in parts else ()),
-                *(block.ffn if "ffn" in parts else ()),
-            )
+    def paths(self, *scopes: str) -> dict[str, nn.Linear]:
+        """The matrices of these scopes by their path from the model, from input to output, each weight once.
+
+        Parameters
+        ----------
+        scopes : attention: projections of attention, cross attention among them; ffn: of the MLPs; all: both, as in the
+            study that compared these scopes; embeddings: tables of tokens, positions and token types; head: the matrix
+            that gives the logits, which is the embeddings' where they are tied
+
+        Raises
+        ------
+        ModelError
+            When the model has no such scope.
+        """
+        if unknown := set(scopes) - set(SCOPES):
+            raise ModelError(f"a model's scopes are {', '.join(SCOPES)}, got {', '.join(sorted(unknown))}: take these")
+        entry, parts = self.entry, {*scopes, *(("attention", "ffn") if "all" in scopes else ())}
+        copies = (name.removesuffix(".weight") for name in entry.copies)
+        tables = [
+            entry.embeddings,
+            *copies,
+            *(p for stack in entry.stacks for p in (stack.positions, stack.types) if p),
         ]
-        return [*found, *([self.head] if "head" in parts else [])]
+        paths = [
+            *(tables if "embeddings" in parts else ()),
+            *(
+                f"{block.path}.{path}"
+                for block in self.blocks
+                for path in (
+                    *(block.entry.attention_paths if "attention" in parts else ()),
+                    *(block.entry.ffn_paths if "ffn" in parts else ()),
+                )
+            ),
+            *([entry.head] if "head" in parts else ()),
+        ]
+        found: dict[str, nn.Linear] = {}
+        seen: set[int] = set()
+        for path in paths:
+            matrix = cast(nn.Linear, self.hf.get_submodule(path))
+            if id(matrix.weight) not in seen:
+                seen.add(id(matrix.weight))
+                found[path] = matrix
+        return found
+
+    def matrices(self, *scopes: str) -> list[nn.Linear]:
+        """The matrices of these scopes, from input to output, each weight once; see `paths`."""
+        return list(self.paths(*scopes).values())
 
     def zeros(self, *scopes: str) -> int:
         """Weights of the matrices of these scopes (without any: of all the blocks' matrices) that are exactly zero."""

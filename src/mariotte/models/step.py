@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from mariotte.architectures import Need
 from mariotte.chain import Link, print_number
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
@@ -165,6 +166,7 @@ class Step(ABC):
     * ``family``: for the laws: unstructured, width, slice, depth, low-rank, quantization or recovery
     * ``reference``: a key of ``references.bib``
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
+    * ``needs``: what a model's family must have; see `Architecture.lacking`
     * ``version``: goes up when a correction changes numbers
     * ``plain``: whether the result is an ordinary transformers checkpoint of the same family
     * ``fixed``: the one amount of a step that is written without any, such as ``int8``
@@ -185,6 +187,7 @@ class Step(ABC):
     family: ClassVar[str]
     reference: ClassVar[str]
     scopes: ClassVar[tuple[str, ...]] = ("all",)
+    needs: ClassVar[tuple[Need, ...]] = ()
     version: ClassVar[int] = 1
     plain: ClassVar[bool] = True
     fixed: ClassVar[int | None] = None
@@ -290,8 +293,9 @@ class Step(ABC):
         return self.check_amount(self.name(), amount)
 
     def refuse(self, model: Model) -> str | None:
-        """Why this step cannot work on `model`, in a clause after its name, or None when it can."""
-        return None
+        """Why this step cannot work on `model`, in a clause after its name, or None when it can; extend it."""
+        reason = model.entry.lacking(self.needs)
+        return reason and f"{reason}: take a model of another family, or magnitude, which works on all of them"
 
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:
         """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""

@@ -37,18 +37,23 @@ class Learner(Protocol):
 
 def matrices(model: Model) -> dict[str, nn.Linear]:
     """The matrices of the blocks by their path from the model."""
-    entry = model.entry
-    paths = [entry.query, entry.key, entry.value, entry.output, entry.gate, entry.up, entry.down]
     return {
-        f"{entry.blocks}.{i}.{path}": cast(nn.Linear, block.module.get_submodule(path))
-        for i, block in enumerate(model.blocks)
-        for path in paths
-        if path is not None
+        f"{block.path}.{path}": cast(nn.Linear, block.module.get_submodule(path))
+        for block in model.blocks
+        for path in (*block.entry.attention_paths, *block.entry.ffn_paths)
     }
+
+
+def _cannot_read(model: Model) -> str | None:
+    """Why a model cannot train on the next tokens of text, or None."""
+    reason = model.entry.lacking(("causal",))
+    return reason and f"{reason}: compress such a model without recovery"
 
 
 def cannot_adapt(who: str, model: Model) -> str | None:
     """Why the matrices of the blocks cannot have adapters, in a clause after the name of `who`; None when they can."""
+    if reason := _cannot_read(model):
+        return reason
     for path, matrix in matrices(model).items():
         if not isinstance(matrix, nn.Linear):  # pyright: ignore[reportUnnecessaryIsInstance] cast above
             return f"needs linear layers, and {path} of this {model.entry.model_type} is a {type(matrix).__name__}"
@@ -59,6 +64,8 @@ def cannot_adapt(who: str, model: Model) -> str | None:
 
 def cannot_train(who: str, model: Model) -> str | None:
     """Why the weights cannot be trained, in a clause after the name of `who`; None when they can."""
+    if reason := _cannot_read(model):
+        return reason
     for path, p in model.hf.named_parameters():
         if type(p.data) is not Tensor or not p.is_floating_point():
             return f"trains plain weights, and {path} is quantized: put {who} before the quantization"

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from mariotte import architectures
+from mariotte.models.load import LOADED_BY
 from mariotte.models.model import Model
 
 VOCAB = 64
@@ -36,7 +38,8 @@ def tiny(
     Parameters
     ----------
     model_type : a family of ``architectures.py``
-    hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : sizes; `head_dim` None takes ``hidden // heads``
+    hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : sizes; `head_dim` None takes ``hidden // heads``. A
+        family whose config has no key for one of them goes without; an encoder is made like the decoder
     dtype : of its weights
     seed : of its weights
     settings : anything else that its config should say
@@ -47,28 +50,37 @@ def tiny(
     from zero, and a norm of ones or a bias of zeros would hide that a method forgets it.
     """
     entry = architectures.find(model_type)
-    sizes = {
-        entry.hidden: hidden,
-        entry.layers: layers,
-        entry.heads: heads,
-        entry.kv_heads: kv_heads,
-        entry.head_dim: head_dim or hidden // heads,
-        entry.ffn: ffn,
-        entry.vocab: vocab,
-        entry.tied: tied,
-    }
-    config = AutoConfig.for_model(
-        model_type, **sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None, **settings
-    )
-    made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)  # pyright: ignore[reportUnknownVariableType]
+    sizes: dict[str, Any] = {"max_position_embeddings": 128}
+    for stack in entry.stacks:
+        sizes |= {
+            stack.hidden: hidden,
+            stack.layers: layers,
+            stack.heads: heads,
+            stack.kv_heads: kv_heads,
+            stack.head_dim: head_dim or hidden // heads,
+            stack.ffn: ffn,
+            stack.vocab: vocab,
+            stack.tied: tied,
+            stack.embedding: hidden,
+        }
+    sizes.pop("", None)
+    if entry.kind != "causal":
+        # RoBERTa counts positions from its padding token, and T5 begins to write with it.
+        sizes |= {"pad_token_id": 0, "decoder_start_token_id": 0}
+    stated = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **sizes, **settings}
+    config = AutoConfig.for_model(model_type, **stated)
+    make = LOADED_BY[entry.kind].from_config
+    made = make(config, attn_implementation="sdpa", dtype=torch.float32)
     hf = cast(PreTrainedModel, made).eval()
     generator = torch.Generator().manual_seed(seed)
+    flipped = {id(module.weight) for module in hf.modules() if isinstance(module, Conv1D)}
     for name, parameter in hf.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
             parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise)
         else:
-            parameter.copy_(noise * (1.0 if parameter.shape[0] == vocab else 1.5 / parameter.shape[1] ** 0.5))
+            inputs = parameter.shape[0 if id(parameter) in flipped else 1]
+            parameter.copy_(noise * (1.0 if parameter.shape[0] == vocab else 1.5 / inputs**0.5))
     hf.to(dtype)  # pyright: ignore[reportArgumentType]
     hf.config.dtype = dtype
     model = Model(hf, None, name=f"tiny-{model_type}", fingerprint="", stored_dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.architectures import Need
 from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
@@ -163,6 +164,7 @@ class FFN(Step):
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "hassibi1993optimal"
     version: ClassVar[int] = 2  # criterion=activation no longer damps what it ranks by
+    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
     criterion: str = "obs"
     compensate: bool = True
@@ -190,7 +192,7 @@ class FFN(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        return refuse_unequal_widths(model)
+        return super().refuse(model) or refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

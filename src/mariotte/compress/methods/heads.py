@@ -17,7 +17,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Shape
+from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.surgery import derive, parameter_names
@@ -286,6 +286,7 @@ class Heads(Step):
     unit: ClassVar[str] = "heads"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "michel2019sixteen"
+    needs: ClassVar[tuple[Need, ...]] = ("causal", "separate", "linear")
 
     criterion: str = "obs"
     compensate: bool = True
@@ -304,6 +305,8 @@ class Heads(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
         if not model.entry.head_dim:
             return (
                 f"needs a config that states head_dim, and {model.entry.model_type} ties the head size to the hidden "

@@ -82,6 +82,11 @@ class Magnitude(Step):
                 "leave allocation out"
             )
 
+    @override
+    def refuse(self, model: Model) -> str | None:
+        reason = None if self.allocation == "uniform" else model.entry.lacking(("causal",))
+        return reason and f"{reason}, which allocation={self.allocation} measures by its loss: leave allocation out"
+
     def matrices(self, model: Model) -> list[nn.Linear]:
         """The matrices in scope, from input to output."""
         return [matrix for some in self._by_block(model) for matrix in some]

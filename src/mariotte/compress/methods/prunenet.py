@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from mariotte.architectures import Need
 from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.surgery import cut_width
 from mariotte.errors import ChainError, DataError
@@ -240,6 +241,7 @@ class PruneNet(Step):
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "sengupta2025prunenet"
+    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
     policy_ratio: float | None = None
     policy: str | None = None
@@ -283,7 +285,7 @@ class PruneNet(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        return refuse_unequal_widths(model)
+        return super().refuse(model) or refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

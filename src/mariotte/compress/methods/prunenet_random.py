@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from mariotte.architectures import Need
 from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -57,6 +58,7 @@ class PruneNetRandom(Step):
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "compressionlaws2025"
+    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
     round_to: int | None = None
 
@@ -68,7 +70,7 @@ class PruneNetRandom(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        return refuse_unequal_widths(model)
+        return super().refuse(model) or refuse_unequal_widths(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

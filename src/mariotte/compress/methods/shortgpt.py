@@ -15,6 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from mariotte import accounting
+from mariotte.architectures import Need
 from mariotte.compress.influence import block_influence
 from mariotte.compress.surgery import cut_width
 from mariotte.models.model import Model
@@ -90,9 +91,12 @@ class ShortGPT(Step):
     unit: ClassVar[str] = "blocks"
     family: ClassVar[str] = "depth"
     reference: ClassVar[str] = "men2024shortgpt"
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     @override
     def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
         shape = model.shape
         if shape.shortcuts:
             return (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte import accounting
+from mariotte.architectures import Need
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.rotation import principal_directions
@@ -79,6 +80,7 @@ class Slice(Step):
     unit: ClassVar[str] = "hidden"
     family: ClassVar[str] = "slice"
     reference: ClassVar[str] = "ashkboos2024slicegpt"
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     compensate: bool = True
     ridge: float = 1e-2
@@ -94,6 +96,8 @@ class Slice(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
         entry = model.entry
         if not entry.rms_norm:
             return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"

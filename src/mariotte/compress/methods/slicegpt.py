@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import (
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Shape
+from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, tokens_for
 from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
@@ -190,6 +190,7 @@ class SliceGPT(Step):
     family: ClassVar[str] = "slice"
     reference: ClassVar[str] = "ashkboos2024slicegpt"
     plain: ClassVar[bool] = False
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     sequential: bool = True
     orientation: str = "pca"
@@ -205,6 +206,8 @@ class SliceGPT(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
         entry = model.entry
         if not entry.rms_norm:
             return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
