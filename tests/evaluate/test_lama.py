@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from mariotte.data.lama import Probe
 from mariotte.errors import ChainError, DataError, UnknownNameError
 from mariotte.evaluate.cloze import Asker, Placings, Prompt, log_likelihoods, vocabulary_placings
 from mariotte.evaluate.facts import Facts
@@ -384,14 +385,32 @@ def test_an_encoder_decoder_with_a_mask_writes_the_sentence_up_to_it() -> None:
         tokenizer_object=backend, mask_token="[MASK]", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     asker = Asker(model)
-    from mariotte.data.lama import Probe
-
     probe = Probe("", "Ada was born in ", " .", "New York")
     prompt = asker.prompts([probe])[0]
     left = tuple(VOCAB[word] for word in ["Ada", "was", "born", "in"])
     assert prompt.tokens == (0, 1, *left)
     assert prompt.source == (1, *left, VOCAB["[MASK]"], VOCAB["."], 2)
     assert asker.answers(probe, ["New York", "Atlantis"]) == [(VOCAB["New"], VOCAB["York"]), None]
+
+
+def test_an_answer_behind_a_sentinel_is_tokens_of_the_sentence() -> None:
+    # Pieces that carry the space before a word: alone behind a sentinel, words would lose it.
+    model = other_model("seq2seq")
+    pieces = [
+        "<unk>",
+        "<extra_id_0>",
+        *(f"\u2581{word}" for word in ["Ada", "was", "born", "in", "London"]),
+        ".",
+        "London",
+    ]
+    backend = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens([AddedToken("<extra_id_0>", lstrip=True, rstrip=True)])
+    model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    probe = Probe("", "Ada was born in ", " .", "London")
+    asker = Asker(model)
+    assert asker.prompts([probe]) == [Prompt((0, 1), source=(2, 3, 4, 5, 1, 7))]
+    assert asker.answers(probe, ["London"]) == [(6,)]
 
 
 @pytest.mark.parametrize(

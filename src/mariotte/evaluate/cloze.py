@@ -130,16 +130,12 @@ class Asker:
                 return found
         raise DataError(f"the config of {self.name} must state decoder_start_token_id, and does not: add it")
 
-    def _left(self, probe: Probe) -> str:
-        """What a causal model or a decoder has before the answer, as text."""
-        return SENTINEL if self.kind == "seq2seq" and self.filler == SENTINEL else probe.before.rstrip()
-
     def prompts(self, probes: Sequence[Probe]) -> list[Prompt]:
         """The questions; a mask that the tokenizer does not keep whole is refused."""
         if self.kind == "causal":
             separator = separator_of(self.tokenizer)
             first = () if separator is None else (separator,)
-            return [Prompt((*first, *ids)) for ids in _ids(self.tokenizer, [self._left(probe) for probe in probes])]
+            return [Prompt((*first, *ids)) for ids in _ids(self.tokenizer, [probe.before.rstrip() for probe in probes])]
         filler = self.filler
         wanted = cast(int, self.tokenizer.convert_tokens_to_ids(filler))
         read = _ids(self.tokenizer, [probe.sentence(filler) for probe in probes], special=True)
@@ -151,13 +147,14 @@ class Asker:
                 )
         if self.kind == "masked":
             return [Prompt(ids, ids.index(wanted)) for ids in read]
-        # A model with a sentinel writes the missing span alone; one with a mask writes the sentence anew.
-        texts = [self._left(probe) for probe in probes]
-        written = _ids(self.tokenizer, texts, special=filler != SENTINEL)
-        end = cast("int | None", self.tokenizer.eos_token_id)
         start = self._start()
+        if filler == SENTINEL:  # such a model writes the missing span alone
+            return [Prompt((start, wanted), source=source) for source in read]
+        # One taught with masks writes the sentence anew, its end left out here.
+        end = cast("int | None", self.tokenizer.eos_token_id)
+        written = _ids(self.tokenizer, [probe.before.rstrip() for probe in probes], special=True)
         return [
-            Prompt((start, *(ids[:-1] if filler != SENTINEL and ids[-1:] == (end,) else ids)), source=source)
+            Prompt((start, *(ids[:-1] if ids[-1:] == (end,) else ids)), source=source)
             for ids, source in zip(written, read, strict=True)
         ]
 
@@ -184,9 +181,10 @@ class Asker:
                 one if len(one) == 1 and (ids[:here], ids[here + 1 :]) == around and strange not in one else None
                 for one, ids in zip(found, whole, strict=True)
             ]
-        left = self._left(probe)
-        space = " " if left == SENTINEL or left != probe.before else ""
-        before = _ids(self.tokenizer, [left])[0]
+        # As the words stand in the sentence, behind a sentinel too: the span that it stands for was cut out of one.
+        left = probe.before.rstrip()
+        space = " " if left != probe.before else ""
+        before = _ids(self.tokenizer, [left])[0] if left else ()
         whole = _ids(self.tokenizer, [f"{left}{space}{answer}" for answer in answers])
         return [
             ids[len(before) :]
