@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
+from mariotte.models.dynamic import modules
 from mariotte.models.load import LOADED_BY, SIDECAR, quiet_transformers, read_weights
 from mariotte.models.model import Model, forward
 
@@ -64,6 +65,8 @@ def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = 
         if irregular
         else "An ordinary `transformers` checkpoint:"
     )
+    if any(done.family == "quantization" for done in model.done):
+        how = f"{_of_quantization(model)}\n\n{how}"
     return f"""---
 library_name: transformers
 base_model: {json.dumps(model.name)}
@@ -97,6 +100,17 @@ tokenizer = {tokenizer}.from_pretrained("path/to/this/folder")
 When it was saved it was loaded back and its logits compared with those of the model in memory. How much quality was
 lost has to be measured for your data: `mariotte run`, or any evaluation of your own.
 """
+
+
+def _of_quantization(model: Model) -> str:
+    """What the card says of weights, and perhaps inputs, that were rounded."""
+    said = (
+        "Quantization is simulated: weights are stored as what their integers stand for. Packed, the model would take "
+        f"{model.counts.n_bytes:,} bytes."
+    )
+    if modules(model.hf.config):
+        said += "\nSome matrices round what they read: `transformers` does that after `import mariotte.models.dynamic`."
+    return said
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:

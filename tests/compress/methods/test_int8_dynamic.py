@@ -148,6 +148,15 @@ def test_what_comes_later_keeps_the_rounding_and_what_came_before_is_saved_with_
     assert loaded.counts == sliced.counts
 
 
+def test_the_card_says_what_is_simulated(tmp_path):
+    result = run(Int8Dynamic(), tiny("llama"), 8, tmp_path / "a")
+    card = (checkpoint.save(result, tmp_path / "saved") / "README.md").read_text(encoding="utf-8")
+    assert f"Packed, the model would take {result.counts.n_bytes:,} bytes." in card
+    assert "`transformers` does that after `import mariotte.models.dynamic`." in card
+    pruned = run(Magnitude(), tiny("llama"), 0.5, tmp_path / "b")
+    assert "simulated" not in (checkpoint.save(pruned, tmp_path / "pruned") / "README.md").read_text(encoding="utf-8")
+
+
 def test_two_scopes_may_have_two_schemes(tmp_path):
     first = run(Int8Dynamic(scope="attention"), tiny("llama"), 8, tmp_path / "a")
     both = run(Int8Dynamic(scope="ffn", scheme="torch"), first, 8, tmp_path / "b")
