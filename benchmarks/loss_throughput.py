@@ -12,8 +12,11 @@ difference between the losses of a document. Needs lm-eval.
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -40,7 +43,10 @@ def main() -> None:
 
     model = load(given.model, device=given.device)
     texts = list(islice(corpora.find(given.on).documents("test"), given.documents))
-    measure = Loss(on=given.on, windows="documents", block=given.length + 1, rows=len(texts))
+    # Both start from the same strings: drawing the testbed's rows, or the splits of a file, is no part of a loss.
+    folder = Path(tempfile.mkdtemp())
+    (folder / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    measure = Loss(on=f"file:{folder}", windows="documents", block=given.length + 1, rows=len(texts))
     asked = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
     harnesses = {
         batch: HFLM(
