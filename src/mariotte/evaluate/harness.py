@@ -6,6 +6,7 @@ scoring are lm-eval's either way.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -15,13 +16,13 @@ import importlib.util
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from mariotte.errors import DataError, ModelError, UnknownNameError
-from mariotte.evaluate import offline
+from mariotte.evaluate import choices, offline
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 
@@ -177,6 +178,30 @@ def _sources(name: str, include: str | None) -> tuple[Any, dict[str, offline.Sou
     return manager, {subject: source for subject, source in found.items() if source is not None}
 
 
+@contextlib.contextmanager
+def _without_bars() -> Generator[None]:
+    """Datasets draws a bar for every look at items that a task rewrites; they are there in a moment."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _prepare_(task: Any) -> None:
+    """Let a task rewrite its items once: lm-eval does it again at every look at them, for HellaSwag ten thousand."""
+    if task.config.process_docs is not None:
+        split = task.config.test_split or task.config.validation_split
+        with _without_bars():
+            items = task.eval_docs
+        task.dataset[split] = items
+        task.config.process_docs = None
+
+
 def _items(source: offline.Source) -> Callable[..., Any]:
     """What lm-eval calls for a task's data, with the task's metadata, which the items do not depend on."""
 
@@ -202,7 +227,8 @@ def _from_files(manager: Any, sources: Mapping[str, offline.Source]) -> dict[str
         }
         for leaf, source in sources.items()
     ]
-    return manager.load([{"group": "from_files", "task": overrides}])["tasks"]
+    with _without_bars():
+        return manager.load([{"group": "from_files", "task": overrides}])["tasks"]
 
 
 def _from_hub(name: str, include: str | None) -> Any:
@@ -265,6 +291,7 @@ def _load(name: str, include: str | None, state: tuple[tuple[str, int, int], ...
             raise DataError(
                 f"{leaf!r} is no multiple-choice task (lm-eval: {task.OUTPUT_TYPE}): name tasks that are, such as piqa"
             )
+        _prepare_(task)
         if not len(task.eval_docs):
             raise DataError(f"the lm-eval task {leaf!r} must have items to ask, and has none: mend its data")
     return Loaded(version=stated, leaves=leaves, group=group)
@@ -314,13 +341,23 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
     """
     loaded = {name: load(name, include) for name in names}
     leaves = {leaf: task for one in loaded.values() for leaf, task in one.leaves.items()}
-    # A copy of the tokenizer: lm-eval gives it a padding token where it has none.
-    lm = _module("lm_eval.models.huggingface").HFLM(
-        pretrained=model.hf,
-        tokenizer=copy.deepcopy(model.tokenizer),
-        batch_size=BATCH,
-    )
-    lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
+    if model.kind == "masked":
+        for leaf, task in leaves.items():
+            if task.OUTPUT_TYPE != "multiple_choice":
+                raise DataError(
+                    f"{leaf!r} asks for the next word, which the encoder {model.name} does not predict: name tasks of "
+                    "multiple choice"
+                )
+        lm = _pseudo(model)
+    else:
+        # A copy of the tokenizer: lm-eval gives it a padding token where it has none.
+        lm = _module("lm_eval.models.huggingface").HFLM(
+            pretrained=model.hf,
+            backend=model.kind,
+            tokenizer=copy.deepcopy(model.tokenizer),
+            batch_size=BATCH,
+        )
+        lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
     found = cast(
         "dict[str, Any]",
         _module("lm_eval").simple_evaluate(
@@ -347,7 +384,7 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
         sums = [[float(value) for value, *_ in sample["filtered_resps"]] for _, sample in samples]
         if not all(math.isfinite(value) for row in sums for value in row):
             raise ModelError(f"accuracy cannot be measured: {model.name} computes non-finite logits")
-        choices = [
+        offered = [
             [*map(str, task.doc_to_choice(sample["doc"]))] if task.OUTPUT_TYPE == "multiple_choice" else []
             for task, sample in samples
         ]
@@ -355,17 +392,54 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
         answers[name] = Answers(
             correct=tuple(bool(sample["acc"]) for _, sample in samples),
             normalized=tuple(bool(sample["acc_norm"]) for _, sample in samples) if per_character else None,
-            chosen=tuple(_largest(row[: len(some)]) for row, some in zip(sums, choices, strict=True))
-            if all(choices)
+            chosen=tuple(_largest(row[: len(some)]) for row, some in zip(sums, offered, strict=True))
+            if all(offered)
             else None,
             chosen_normalized=tuple(
                 _largest([value / len(choice) for value, choice in zip(row, some, strict=False)])
-                for row, some in zip(sums, choices, strict=True)
+                for row, some in zip(sums, offered, strict=True)
             )
-            if per_character and all(choices)
+            if per_character and all(offered)
             else None,
         )
     return answers
+
+
+def _pseudo(model: Model) -> Any:
+    """What lm-eval asks an encoder through: pseudo-likelihoods in place of likelihoods.
+
+    A context that does not fit into the model's positions loses its beginning, as it does for other models.
+    """
+    base = _module("lm_eval.api.model").LM
+    tokenizer, longest = model.tokenizer, choices.positions(model)
+    assert tokenizer is not None
+    before, after = choices.frame(tokenizer)
+
+    def text(context: str, continuation: str) -> tuple[choices.Tokens, choices.Tokens, choices.Tokens]:
+        # Spaces between the two belong to the second, as lm-eval has it.
+        kept = context.rstrip()
+        read, whole = (
+            cast("list[int]", tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+            for part in (kept, context + continuation)
+        )
+        answer = whole[len(read) :]
+        if not answer:
+            raise DataError(
+                f"every choice must be at least one token, and {continuation!r} is none to the tokenizer of "
+                f"{model.name}: leave this task out"
+            )
+        room = max(0, longest - len(before) - len(answer) - len(after))
+        return (*before, *read[len(read) - room if len(read) > room else 0 :]), tuple(answer), after
+
+    def loglikelihood(_: object, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        found = choices.pseudo_log_likelihoods(model, [text(*request.args) for request in requests])
+        return [(value, False) for value in found]  # greedy text is a matter of causal models
+
+    def refused(_: object, requests: Sequence[Any]) -> Any:
+        raise DataError(f"the encoder {model.name} generates no text: name tasks of multiple choice")
+
+    methods = {"loglikelihood": loglikelihood, "loglikelihood_rolling": refused, "generate_until": refused}
+    return type("Pseudo", (base,), methods)()
 
 
 def _largest(values: Sequence[float]) -> int:

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from mariotte.architectures import Kind
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError, ModelError, unknown
 from mariotte.evaluate import harness
 from mariotte.evaluate.base import Measure, Measurement
-from mariotte.evaluate.choices import Question, encode, log_likelihoods
+from mariotte.evaluate.choices import Question, decoder_start, encode, log_likelihoods
 from mariotte.evaluate.harness import Answers
 from mariotte.models.model import Model
 from mariotte.store.record import digest
@@ -23,16 +24,20 @@ from mariotte.testbed import tasks as testbed
 
 __all__ = ["Tasks"]
 
-RULE = "largest summed log-likelihood of a choice given its context; the first of equals"
+RULES: Mapping[Kind, str] = {
+    "causal": "largest summed log-likelihood of a choice given its context; the first of equals",
+    "masked": "largest summed pseudo-log-likelihood of a choice, its tokens masked one by one; the first of equals",
+    "seq2seq": "largest summed log-likelihood of a choice written after its context is read; the first of equals",
+}
 
 
 @functools.lru_cache(maxsize=32)
 def _questions(
-    name: str, items: int | None, tokenizer: PreTrainedTokenizerBase, hashed: str
+    name: str, items: int | None, tokenizer: PreTrainedTokenizerBase, hashed: str, kind: Kind, start: int | None
 ) -> tuple[tuple[Question, ...], str]:
     """The first items of a task of the testbed as tokens, and their hash: read once for all models of one tokenizer."""
     chosen = testbed.task(name).items[:items]
-    questions = encode(chosen, tokenizer)
+    questions = encode(chosen, tokenizer, kind, start)
     strange = tokenizer.unk_token_id
     for item, question in zip(chosen, questions, strict=True):
         words = [len(choice.split()) for choice in item.choices]
@@ -41,7 +46,9 @@ def _questions(
                 f"the choices {', '.join(item.choices)} are no single tokens, word by word: these tasks are in the "
                 "testbed's own language, so ask a testbed model"
             )
-    return tuple(questions), digest([[q.context, q.choices, q.gold] for q in questions])
+    asked = [[q.context, q.choices, q.gold] for q in questions]
+    read = [[q.after, q.source] for q in questions]
+    return tuple(questions), digest(asked if kind == "causal" else [asked, read])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,7 @@ class Tasks(Measure):
     items : how many of each task, the first ones; None asks all (512 in the testbed). Of a group of lm-eval such as
         mmlu, so many of each of its tasks
     include : folder with descriptions of further lm-eval tasks, which go before lm-eval's own
+    pseudo : score encoders, which have no likelihood, by pseudo-likelihood; others are scored by likelihood anyway
 
     Notes
     -----
@@ -67,12 +75,17 @@ class Tasks(Measure):
     number is part of the protocol. ``lambada_openai`` has no choices: right is the word that is likeliest token by
     token, and chance is 0.
 
+    An encoder-decoder reads the question and writes the answer; of the testbed's tasks it reads its sentinel, where its
+    tokenizer has one, in the place of what is missing. An encoder is refused unless its pseudo-likelihood is asked for,
+    which is no likelihood: its numbers are compared with those of encoders alone.
+
     In the testbed a model without any knowledge of what is asked scores exactly chance; all choices of an item are
     equally long there, so that no normalisation is needed.
     """
 
     items: int | None = None
     include: str | None = None
+    pseudo: bool = False
 
     metrics: ClassVar = {"accuracy": "score"}
 
@@ -120,15 +133,21 @@ class Tasks(Measure):
     def _questions(self, model: Model) -> dict[str, tuple[tuple[Question, ...], str]]:
         assert model.tokenizer is not None
         hashed = tokenizer_hash(model.tokenizer)
-        return {name: _questions(name, self.items, model.tokenizer, hashed) for name in self.names()}
+        start = decoder_start(model) if model.kind == "seq2seq" else None
+        return {name: _questions(name, self.items, model.tokenizer, hashed, model.kind, start) for name in self.names()}
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
         if model.tokenizer is None:
             raise DataError(f"{model.name} has no tokenizer: put tokenizer.json into its folder to ask it questions")
+        if model.kind == "masked" and not self.pseudo:
+            raise ModelError(
+                f"tasks are scored by likelihood, which the encoder {model.name} does not have: ask for its "
+                f"pseudo-likelihood, tasks:{self.on}(pseudo=true), or measure its knowledge"
+            )
         found: dict[str, Any] = {
             "tokenizer_sha256": tokenizer_hash(model.tokenizer),
-            "rule": RULE,
+            "rule": RULES[model.kind],
             "shots": 0,
             "dtype": str(model.hf.dtype).removeprefix("torch."),
         }
