@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -155,6 +156,25 @@ def test_facts_of_lama_are_averaged_as_lama_does() -> None:
     # Where ties count in part the items do not make up the metric: flips are told, an interval is not.
     (row,) = comparison._measured("knowledge:lama", Knowledge(on="testbed"), of(0.9, **before.details), after)
     assert (row.lo, row.lost, row.verdict) == (None, 2, "inside the noise")
+
+
+def test_a_mean_over_tasks_is_judged_by_its_interval_and_not_by_all_answers_together() -> None:
+    # Of 1,000 answers 60 were lost and 30 gained, of another task's 10 one was gained: a mean over tasks that rose.
+    before = np.repeat([1.0, 0.0, 1.0, 0.0], [500, 500, 5, 5])
+    after = before.copy()
+    after[:60], after[500:530], after[-1] = 0.0, 1.0, 1.0
+    strata = np.repeat([0, 1], [1000, 10])
+    items = comparison._Items(before, after, "item", strata=strata, answers=True)
+    more = comparison._paired(items, 0.5, (0.47 + 0.6) / 2)
+    row = comparison._row("tasks", "accuracy", "score", 0.5, (0.47 + 0.6) / 2, **more)
+    assert row.p is not None
+    assert row.p < 0.05 < row.difference + 0.05
+    assert row.lo is not None
+    assert row.lo < 0
+    assert row.verdict == "inside the noise"
+    alone = comparison._Items(before[:1000], after[:1000], "item", answers=True)
+    row = comparison._row("tasks", "a", "score", 0.5, 0.47, **comparison._paired(alone, 0.5, 0.47))
+    assert (row.pooled, row.verdict) == (False, "worse")
 
 
 def test_another_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -> None:

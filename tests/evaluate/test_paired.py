@@ -75,6 +75,11 @@ def test_drawing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert bootstrap(values, 2 * values, seed=3) == whole
 
 
+def test_an_item_that_weighs_as_much_as_all_leaves_no_interval() -> None:
+    found = bootstrap([1e17, 1.0], [1e17, 2.0], [1e17, 1.0])
+    assert (found.lo, found.hi) == (None, None)
+
+
 def test_one_item_has_no_interval() -> None:
     found = bootstrap([1.0], [2.0])
     assert (found.difference, found.lo, found.hi) == (1, None, None)

@@ -19,6 +19,9 @@ RESAMPLES = 9999
 DRAWS_AT_ONCE = 1 << 22
 """Items drawn at once: bounds memory at some tens of megabytes; the result does not depend on it."""
 
+LEAST_FREEDOM = 1e-6
+"""Items, beyond the first, that an interval needs in effect; below, its tail is no number."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -107,12 +110,14 @@ def bootstrap(
 
     found = mean(b_N - a_N)
     lo = hi = None
-    if all(len(i) > 1 for i in members):
+    # Of items where one weighs as much as all, nothing can be told of what another draw would give.
+    freedom = sum(_as_many_equal(w_N[i]) - 1 for i in members)
+    if all(len(i) > 1 for i in members) and freedom > LEAST_FREEDOM:
         generator = np.random.default_rng(seed)
         drawn_R = np.zeros(resamples)
         for i, share in zip(members, share_S, strict=True):
             drawn_R += _resampled((b_N - a_N)[i], w_N[i], resamples, generator) * share
-        tail = _expanded((1 - level) / 2, sum(_as_many_equal(w_N[i]) - 1 for i in members))
+        tail = _expanded((1 - level) / 2, freedom)
         lo, hi = (float(q) for q in np.quantile(drawn_R, (tail, 1 - tail)))
     return Difference(mean(a_N), mean(b_N), found, lo, hi, len(a_N))
 

@@ -53,6 +53,7 @@ class Row:
     items, per : how many items there were, and what one is
     kept, lost, gained, p : answers that stayed right, that flipped, and McNemar's exact p; None where nothing is
         answered right or wrong
+    pooled : p is of all items together, though the metric is a mean over tasks or relations; the interval decides then
     verdict : better, worse, same, ``inside the noise``; empty where that cannot be told
     """
 
@@ -71,6 +72,7 @@ class Row:
     lost: int | None = None
     gained: int | None = None
     p: float | None = None
+    pooled: bool = False
     verdict: str = ""
 
 
@@ -329,7 +331,10 @@ def _verdict(row: Row) -> str:
         return ""
     if row.difference == 0 and (row.lo or 0) == (row.hi or 0) == 0:
         return "same"
-    chance = (row.lo or 0) <= 0 <= (row.hi or 0) if row.p is None else row.p >= NOISE
+    if row.pooled and not known:
+        return ""
+    by_interval = row.p is None or row.pooled
+    chance = (row.lo or 0) <= 0 <= (row.hi or 0) if by_interval else (row.p or 0) >= NOISE
     if chance:
         return "inside the noise"
     return "worse" if (row.difference > 0) == (row.kind == "loss") else "better"
@@ -378,7 +383,9 @@ def _paired(items: _Items, base: float, other: float) -> dict[str, Any]:
         more = {"lo": found.lo, "hi": found.hi, "items": found.items, "per": items.per}
     if items.answers:
         flips = paired.flips(items.base > 0, items.other > 0)
+        pooled = items.strata is not None and len(np.unique(items.strata)) > 1
         more |= {"kept": len(flips.kept), "lost": len(flips.lost), "gained": len(flips.gained), "p": flips.p}
+        more |= {"pooled": pooled}
     return more
 
 
