@@ -39,7 +39,7 @@ def test_what_equals_a_default_is_left_out(written: str, meant: str) -> None:
         ("ffn@0.3(criterion=best)", "criterion", ChainError),
         ("ffn@0.3(compensate=3)", "field 'compensate' must be bool, got 3", ChainError),
         ("ffn@0.3(ridge=big)", "field 'ridge' must be float, got 'big'", ChainError),
-        ("magnitude@0.3:head", "magnitude has no scope 'head'; it has all, attention, ffn", ChainError),
+        ("magnitude@0.3:norms", "magnitude has no scope 'norms'; it has all, attention, ffn, head", ChainError),
         ("lora@0.5", "tokens must be a whole number", ChainError),
     ],
 )
