@@ -331,8 +331,8 @@ def _verdict(row: Row) -> str:
         return ""
     if row.difference == 0 and (row.lo or 0) == (row.hi or 0) == 0:
         return "same"
-    if row.pooled and not known:
-        return ""
+    if row.pooled and not known:  # all answers together may be a sign of nothing, but not of the mean's direction
+        return "inside the noise" if (row.p or 0) >= NOISE else ""
     by_interval = row.p is None or row.pooled
     chance = (row.lo or 0) <= 0 <= (row.hi or 0) if by_interval else (row.p or 0) >= NOISE
     if chance:
