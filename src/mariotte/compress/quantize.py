@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.compress.scope import PARTS, SCOPES, change, in_scope, oriented
+from mariotte.compress.scope import PARTS, SCOPES, change, in_scope, oriented, turned
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -125,8 +125,7 @@ class Quantizer(Step):
         matrices = in_scope(model, self.scope)
         weights: dict[str, Tensor] = {}
         for name, matrix in matrices.items():
-            rounded_OI = self.rounded(oriented(matrix), bits, scales)
-            weights[name] = rounded_OI if oriented(matrix) is matrix.weight else rounded_OI.T
+            weights[name] = turned(matrix, self.rounded(oriented(matrix), bits, scales))
         shapes = [(int(outputs), int(inputs)) for outputs, inputs in (oriented(m).shape for m in matrices.values())]
         quantized = change(model, self.scope, weights)
         return quantized.after(

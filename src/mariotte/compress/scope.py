@@ -29,7 +29,11 @@ def in_scope(model: Model, scope: str) -> dict[str, nn.Linear]:
 
 def oriented(matrix: nn.Module) -> Tensor:
     """A matrix's weight as (O, I): a view, also where it is held the other way round (Conv1D)."""
-    weight = cast(Tensor, matrix.weight)
+    return turned(matrix, cast(Tensor, matrix.weight))
+
+
+def turned(matrix: nn.Module, weight: Tensor) -> Tensor:
+    """A view of a weight: as (O, I) of one as a matrix holds it, and the other way round."""
     return weight.T if isinstance(matrix, Conv1D) else weight
 
 

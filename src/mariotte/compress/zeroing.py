@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.compress.scope import SCOPES, change, in_scope, oriented, untied_weights
+from mariotte.compress.scope import SCOPES, change, in_scope, oriented, turned, untied_weights
 from mariotte.compress.sparsity import smallest
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -75,8 +75,7 @@ class Zeroing(Step):
             weight_OI = oriented(matrix)
             total += weight_OI.numel()
             (mask,) = smallest([self.scores(weight_OI, index, context).to(weight_OI.device)], count)
-            cut_OI = weight_OI.masked_fill(mask[:, None] if self.by_row else mask, 0.0)
-            weights[name] = cut_OI if weight_OI is matrix.weight else cut_OI.T
+            weights[name] = turned(matrix, weight_OI.masked_fill(mask[:, None] if self.by_row else mask, 0.0))
         cut = change(model, self.scope, weights) if zeros else model.copy()
         facts: dict[str, Any] = {"per": "layer"}
         if self.by_row:
