@@ -197,11 +197,84 @@ def test_another_tokenizer_is_one_sentence(model_folder: Path, tmp_path: Path) -
         ("tasks.accuracy < -1pp", "asks for a metric of 'tasks', which is not measured"),
         ("perplexity > +1%", "no metric named 'perplexity' was measured"),
         ("loss > +3pp", "loss is no share: write % or nothing"),
+        ("bytes < +3pp", "bytes is no share: write % or nothing"),
+        ("loss >> +3%", "a condition is METRIC OP ±NUMBER"),
+        ("loss => +3%", "a condition is METRIC OP ±NUMBER"),
+        ("loss_se > +3%", "no metric named 'loss_se' was measured"),
+        (
+            "kl > +3%",
+            "in percent of the base's kl, which is 0, and of 0 there are none: write nothing after",
+        ),
     ],
 )
-def test_conditions_that_cannot_be_judged_are_one_sentence(model_folder: Path, condition: str, said: str) -> None:
+def test_conditions_that_cannot_be_judged_are_one_sentence(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, condition: str, said: str
+) -> None:
+    monkeypatch.setattr(comparison, "load", lambda *_: pytest.fail("no model is loaded for these"))
     done = command(model_folder, model_folder, *options("loss:testbed/all(rows=2)"), "--fail-if", condition)
     refused(done, said)
+
+
+def test_percents_of_a_base_of_nothing_are_one_sentence(model_folder: Path) -> None:
+    # A random model knows no fact; the base is measured by then, the other is not.
+    done = command(model_folder, model_folder, *options("knowledge:testbed(facts=20)"), "--fail-if", "top1 < -2%")
+    refused(done, "in percent of the base's top1, which is 0, and of 0 there are none: write pp for percentage points")
+
+
+def test_metrics_of_other_kinds_of_model_are_told_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mariotte.evaluate.measures.loss import Loss
+
+    monkeypatch.setattr(Loss, "measure", lambda *_: pytest.fail("nothing is measured for these"))
+    named = ("testbed/t5-784k", "testbed/t5-784k", *options("loss:testbed/all(rows=2)"))
+    refused(command(*named, "--fail-if", "kl > +0.1"), "no metric named 'kl' was measured")
+
+
+def test_what_a_measure_does_not_say_beforehand_is_looked_for_later(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mariotte.evaluate.measures.loss import Loss
+
+    monkeypatch.setattr(Loss, "finds", None)
+    named = (model_folder, model_folder, *options("loss:testbed/all(rows=2)"), "--fail-if")
+    refused(command(*named, "perplexity > +1"), "no metric named 'perplexity' was measured")
+    refused(command(*named, "loss > +1pp"), "loss is no share")
+    assert command(*named, "loss > +1%").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "measure", ["knowledge:testbed(facts=20)", "tasks:testbed(items=4)", "loss:testbed/all(rows=2)"]
+)
+def test_measures_say_beforehand_what_they_find(model_folder: Path, measure: str) -> None:
+    found = mariotte.measure(mariotte.load(str(model_folder)), measure)
+    finds = mariotte.experiments.identity.resolve_measure(measure).finds
+    assert finds is not None
+    assert [*finds] == [name for name in found.metrics if not name.endswith("_se")]
+
+
+def test_places_that_cannot_be_written_are_told_before_the_work(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: pytest.fail("nothing is compared for these"))
+    refused(command(model_folder, model_folder, "--out", tmp_path), "--out must be a file, and")
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(command(model_folder, model_folder, "--out", file / "compare.html"), "cannot be written (Not a directory)")
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_dtypes_that_differ_are_told(model_folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    half = mariotte.load(str(model_folder))
+    half.stored_dtype = torch.bfloat16
+    found = mariotte.compare(str(model_folder), half, [MEASURES[0]])
+    assert any(" in bfloat16: bytes are counted of each in its own" in note for note in found.notes)
+    assert (found.base.stored, found.other.stored) == ("float32", "bfloat16")
+    assert "stored in bfloat16, computed in float32 on cpu" in build(found.plain())
+    half.hf.to(torch.float64)
+    assert any("computed in float32 and" in one for one in comparison._dtypes(found.base, comparison._side(half)))
 
 
 def test_measures_and_models_that_are_not_there(model_folder: Path, tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def compare(
 
     Exit codes: 0; 1 when a condition of --fail-if holds; 2 when the comparison cannot be made.
     """
+    from mariotte.cli._places import check_place
+
+    if out is not None:
+        check_place("--out", out)
     from mariotte.experiments.comparison import compare as found_by
 
     with progress(f"compare {base} with {other}") as update:

@@ -6,10 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from mariotte.errors import ModelError
 from mariotte.models.model import Model
+
+MetricKind: TypeAlias = Literal["loss", "score", "speed", "size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,22 @@ class Measure(ABC):
 
     on: str
 
-    metrics: ClassVar[Mapping[str, Literal["loss", "score", "speed", "size"]]]
+    metrics: ClassVar[Mapping[str, MetricKind]]
     version: ClassVar[int] = 1
 
     @property
     def tokens(self) -> int:
         """About how many tokens a measurement runs through a model, for estimates; 0 where it is not known before."""
         return 0
+
+    @property
+    def finds(self) -> Mapping[str, MetricKind] | None:
+        """Every metric that this instance may find, ``metrics`` among them, without standard errors.
+
+        None where that is not known before a model is measured; then nobody is told early of a metric that is not
+        there.
+        """
+        return None
 
     def check(self) -> None:
         """Raise what can be told to be wrong before any model is loaded, such as a corpus that is missing."""

@@ -18,7 +18,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 
 _WRITTEN = re.compile(
-    r"\s*(?P<metric>[^\s<>=].*?)\s*(?P<sign><=|>=|<|>)\s*"
+    # Signs may stand within the brackets of a measure alone: `loss:x(rows=4).loss > +3%`.
+    r"\s*(?P<metric>[^\s<>=()](?:[^<>=()]|\([^<>()]*\))*?)\s*(?P<sign><=|>=|<|>)\s*"
     r"(?P<number>[+\-\N{MINUS SIGN}]\s*(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>%|pp)?\s*"
 )
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mariotte.data import corpora, tokens
@@ -28,8 +29,11 @@ Array = NDArray[np.float64]
 SIZE = "size"
 """What the metrics of a model's size are said to be measured by."""
 
-FOLLOWED = ("kl", "token_agreement")
-"""What is found beside the loss of two causal models."""
+SIZES = ("params", "params_non_embedding", "bytes", "flops_per_token")
+"""What they are."""
+
+FOLLOWED: Mapping[str, tuple[str, float]] = {"kl": ("loss", 0.0), "token_agreement": ("score", 1.0)}
+"""What is found beside the loss of two causal models: the kind of each, and what it is of a model with itself."""
 
 NOISE = 0.05
 """Probability below which flipped answers are not put down to chance."""
@@ -87,12 +91,21 @@ class Changed:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two models."""
+    """One of the two models.
+
+    Parameters
+    ----------
+    name, fingerprint : of the model
+    steps : what was done to it
+    dtype, stored : in which it was computed here, and in which its checkpoint holds it, whose bytes are counted
+    device : where it was computed
+    """
 
     name: str
     fingerprint: str
     steps: tuple[str, ...]
     dtype: str
+    stored: str
     device: str
 
 
@@ -196,25 +209,24 @@ def compare(
     asked = {identity.measure_text(one): one for one in map(identity.resolve_measure, texts)}
     for condition in wanted:
         _check_prefix(condition, asked)
+    _check_conditions(wanted, asked)
     for one in asked.values():
         one.check()
     progress("loading")
     dense = load(base, device, dtype) if isinstance(base, str) else base
     cut = load(other, device, dtype) if isinstance(other, str) else other
     _check_tokenizers(dense, cut)
-    befores: dict[str, Measurement] = {}
+    causal = dense.kind == cut.kind == "causal"
+    _check_conditions(wanted, asked, causal=causal)
     for text, one in asked.items():
         _check_items(text, one.protocol(dense), one.protocol(cut), dense, cut)
+    rows = _sizes(dense, cut)
+    befores: dict[str, Measurement] = {}
+    for text, one in asked.items():
         progress(f"{text} of {dense.name}")
         befores[text] = one.measure(dense)
-    causal = dense.kind == cut.kind == "causal"
-    rows = _sizes(dense, cut)
-    names = [(row.measure, row.metric) for row in rows]
-    for text, before in befores.items():
-        followed = FOLLOWED if causal and identity.measure_name(asked[text]) == "loss" else ()
-        names += [(text, metric) for metric in (*before.metrics, *followed)]
-    for condition in wanted:
-        conditions.find(condition, names)  # now, so that a slip of the pen costs no second measurement
+    # Again, of the metrics that there are: a slip of the pen costs no second measurement.
+    _check_found(wanted, asked, befores, rows, causal=causal)
     facts: dict[str, Changed] = {}
     answers: dict[str, dict[str, Changed]] = {}
     protocols: dict[str, Mapping[str, Any]] = {}
@@ -237,11 +249,13 @@ def compare(
         elif identity.measure_name(one) == "loss":
             notes.append(f"{text}: divergence and agreement are computed for causal models only.")
     judged = [_judge(condition, rows) for condition in wanted]
+    sides = _side(dense), _side(cut)
+    notes += _dtypes(*sides)
     if dense.fingerprint == cut.fingerprint and not (dense.derived or cut.derived):
         notes.append("Both are the same model: config and weights have one fingerprint.")
     return Comparison(
-        base=_side(dense),
-        other=_side(cut),
+        base=sides[0],
+        other=sides[1],
         rows=tuple(rows),
         facts=facts,
         answers=answers,
@@ -256,9 +270,30 @@ def _side(model: Model) -> Side:
         name=model.name,
         fingerprint=model.fingerprint,
         steps=tuple(done.step for done in model.done),
-        dtype=str(model.hf.dtype).removeprefix("torch."),
+        dtype=_plainly(model.hf.dtype),
+        stored=_plainly(model.stored_dtype),
         device=str(model.device),
     )
+
+
+def _plainly(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(base: Side, other: Side) -> list[str]:
+    """What a reader should know of dtypes that differ."""
+    found: list[str] = []
+    if base.stored != other.stored:
+        found.append(
+            f"{base.name} is stored in {base.stored} and {other.name} in {other.stored}: bytes are counted of each in "
+            "its own."
+        )
+    if base.dtype != other.dtype:
+        found.append(
+            f"{base.name} was computed in {base.dtype} and {other.name} in {other.dtype}: differences are of both, of "
+            "what was done and of rounding; --dtype computes both in one."
+        )
+    return found
 
 
 def _check_prefix(condition: Condition, asked: Mapping[str, Measure]) -> None:
@@ -269,6 +304,72 @@ def _check_prefix(condition: Condition, asked: Mapping[str, Measure]) -> None:
         raise ChainError(
             f"{condition.text!r} asks for a metric of {prefix!r}, which is not measured: measured are "
             f"{', '.join(sorted(known))}"
+        )
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """A metric that conditions may be on, as far as it is known: its kind, and its value of the base."""
+
+    kind: str
+    base: float | None = None
+
+
+def _check_conditions(wanted: Sequence[Condition], asked: Mapping[str, Measure], *, causal: bool = True) -> None:
+    """Refuse, before anything is measured, conditions that cannot be judged.
+
+    A condition on what a measure does not say beforehand is left for later.
+    """
+    known: dict[tuple[str, str], _Metric] = {(SIZE, name): _Metric("size") for name in SIZES}
+    open_ = False
+    for text, one in asked.items():
+        finds = one.finds
+        open_ = open_ or finds is None
+        kinds = one.metrics if finds is None else finds
+        known |= {(text, name): _Metric(kind) for name, kind in kinds.items()}
+        known |= _followed_metrics(text, one, causal=causal)
+    for condition in wanted:
+        if not open_ or any(condition.metric in conditions.names_of(*names) for names in known):
+            _check_unit(condition, known)
+
+
+def _check_found(
+    wanted: Sequence[Condition],
+    asked: Mapping[str, Measure],
+    befores: Mapping[str, Measurement],
+    sizes: Sequence[Row],
+    *,
+    causal: bool,
+) -> None:
+    """Refuse conditions that cannot be judged now that the base is measured."""
+    known = {(row.measure, row.metric): _Metric(row.kind, row.base) for row in sizes}
+    for text, before in befores.items():
+        for name, value in before.metrics.items():
+            if not name.endswith("_se"):
+                known[text, name] = _Metric(_kind(name, asked[text]), float(value))
+        known |= _followed_metrics(text, asked[text], causal=causal)
+    for condition in wanted:
+        _check_unit(condition, known)
+
+
+def _followed_metrics(text: str, measure: Measure, *, causal: bool) -> dict[tuple[str, str], _Metric]:
+    if not (causal and identity.measure_name(measure) == "loss"):
+        return {}
+    return {(text, name): _Metric(kind, itself) for name, (kind, itself) in FOLLOWED.items()}
+
+
+def _check_unit(condition: Condition, known: Mapping[tuple[str, str], _Metric]) -> None:
+    place = [*known][conditions.find(condition, known)]
+    metric, found = place[1], known[place]
+    if condition.unit == "pp" and found.kind != "score":
+        raise ChainError(
+            f"{condition.text!r} counts in percentage points, and {metric} is no share: write % or nothing"
+        )
+    if condition.unit == "%" and found.base == 0:
+        unit = "pp for percentage points" if found.kind == "score" else "nothing"
+        raise ChainError(
+            f"{condition.text!r} counts in percent of the base's {metric}, which is 0, and of 0 there are none: write "
+            f"{unit} after the number"
         )
 
 
@@ -300,13 +401,13 @@ def _check_items(text: str, before: Mapping[str, Any], after: Mapping[str, Any],
 
 def _sizes(base: Model, other: Model) -> list[Row]:
     before, after = base.counts, other.counts
-    found = {
-        "params": (before.n_params, after.n_params),
-        "params_non_embedding": (before.n_params_non_embedding, after.n_params_non_embedding),
-        "bytes": (before.n_bytes, after.n_bytes),
-        "flops_per_token": (before.flops_per_token, after.flops_per_token),
-    }
-    return [_row(SIZE, name, "size", float(a), float(b)) for name, (a, b) in found.items()]
+    found = (
+        (before.n_params, after.n_params),
+        (before.n_params_non_embedding, after.n_params_non_embedding),
+        (before.n_bytes, after.n_bytes),
+        (before.flops_per_token, after.flops_per_token),
+    )
+    return [_row(SIZE, name, "size", float(a), float(b)) for name, (a, b) in zip(SIZES, found, strict=True)]
 
 
 def _row(measure: str, metric: str, kind: str, base: float, other: float, **more: Any) -> Row:
@@ -356,20 +457,21 @@ class _Items:
 def _measured(text: str, measure: Measure, before: Measurement, after: Measurement) -> list[Row]:
     """Every metric that both have; standard errors give way to the intervals of the differences."""
     known = _items(before, after)
-    kinds = measure.metrics
     found: list[Row] = []
     for metric in (name for name in before.metrics if name in after.metrics and not name.endswith("_se")):
         a, b = float(before.metrics[metric]), float(after.metrics[metric])
-        kind = str(kinds.get(metric) or _family(metric, kinds))
+        kind = _kind(metric, measure)
         items = known.get(metric)
         more = _interval_of_rounds(metric, after) if items is None else _paired(items, a, b)
         found.append(_row(text, metric, kind, a, b, **more))
     return found
 
 
-def _family(metric: str, kinds: Mapping[str, str]) -> str:
-    """The kind of a metric that a measure does not declare: that of all which it declares, where they are of one."""
-    one = set(kinds.values())
+def _kind(metric: str, measure: Measure) -> str:
+    """The kind of a metric; of one that a measure does not declare that of all which it does, where they are of one."""
+    if metric in measure.metrics:
+        return measure.metrics[metric]
+    one: set[str] = {*measure.metrics.values()}
     return one.pop() if len(one) == 1 else "speed" if metric.startswith("speedup") else ""
 
 
@@ -516,8 +618,7 @@ def _followed(text: str, measure: Measure, base: Model, other: Model) -> list[Ro
     )
     found = agreement(base, other, windows, tokens.separator_of(base.tokenizer))
     rows: list[Row] = []
-    of_each = zip(FOLLOWED, ("loss", "score"), (found.kl, found.same), (0.0, 1.0), strict=True)
-    for metric, kind, values, itself in of_each:
+    for (metric, (kind, itself)), values in zip(FOLLOWED.items(), (found.kl, found.same), strict=True):
         one = paired.bootstrap(itself * found.tokens, values, found.tokens)
         interval = {"lo": one.lo, "hi": one.hi, "items": one.items, "per": "document"}
         rows.append(_row(text, metric, kind, itself, one.other, **interval))
@@ -526,10 +627,8 @@ def _followed(text: str, measure: Measure, base: Model, other: Model) -> list[Ro
 
 def _judge(condition: Condition, rows: Sequence[Row]) -> Judged:
     row = rows[conditions.find(condition, [(one.measure, one.metric) for one in rows])]
-    if condition.unit == "pp" and row.kind != "score":
-        raise ChainError(
-            f"{condition.text!r} counts in percentage points, and {row.metric} is no share: write % or nothing"
-        )
+    # Of speed, both numbers are found anew side by side; the others are those that were checked.
+    _check_unit(condition, {(row.measure, row.metric): _Metric(row.kind, row.base)})
     return Judged(
         text=condition.text,
         measure=row.measure,

@@ -249,7 +249,7 @@ def _models(comparison: Json, base: Json, other: Json) -> Section:
         done = " | ".join(steps) or "nothing was done to it"
         return [
             Cell(text=str(side["name"]), below=str(side["fingerprint"])),
-            Cell(text=done, below=f"{side['dtype']} on {side['device']}"),
+            Cell(text=done, below=f"stored in {side['stored']}, computed in {side['dtype']} on {side['device']}"),
         ]
 
     return Section(

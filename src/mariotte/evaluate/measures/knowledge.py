@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, get_args
 
@@ -17,7 +17,7 @@ from mariotte.data.lama import Probe
 from mariotte.data.tokens import separator_of, tokenizer_hash
 from mariotte.errors import ChainError, DataError, unknown
 from mariotte.evaluate import lama
-from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.base import Measure, Measurement, MetricKind
 from mariotte.evaluate.cloze import Asker, Prompt, vocabulary_placings
 from mariotte.evaluate.facts import facts_told
 from mariotte.models.model import Model
@@ -238,6 +238,16 @@ class Knowledge(Measure):
             f"knowledge:{self.on} asks for one-token answers, and {answer!r} is no single token of "
             f"{model.name}: these facts are told in the testbed's own language, so ask a testbed model"
         )
+
+    @property
+    @override
+    def finds(self) -> Mapping[str, MetricKind]:
+        if self.in_lama:
+            asked = ("consistency", "consistent_accuracy", "paraphrase_accuracy") if self.paraphrases else ()
+            names = ("top1", "top5", "top10", "mrr", "free_top1", *asked)
+        else:
+            names = (*self.metrics, *(f"heldout_{name}" for name in self.metrics))
+        return dict.fromkeys(names, "score")
 
     @property
     @override

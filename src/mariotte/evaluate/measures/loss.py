@@ -19,7 +19,7 @@ from mariotte.data import corpora, tokens
 from mariotte.data.corpora import Split
 from mariotte.data.tokens import Blocks, Context
 from mariotte.errors import ChainError, DataError
-from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.base import Measure, Measurement, MetricKind
 from mariotte.models.model import Model
 from mariotte.models.nll import TOKENS_AT_ONCE, conditional_nll, hidden_nll, scored_nll, token_nll
 
@@ -165,6 +165,11 @@ class Loss(Measure):
                 raise ChainError(f"loss: {name} must be at least {least}, got {value}")
         if not 0 < self.mask_rate <= 1:
             raise ChainError(f"loss: mask_rate must be above 0 and at most 1, got {self.mask_rate}")
+
+    @property
+    @override
+    def finds(self) -> Mapping[str, MetricKind]:
+        return self.metrics
 
     @property
     @override

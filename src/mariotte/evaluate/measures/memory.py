@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from typing_extensions import override
 from mariotte.architectures import Shape
 from mariotte.data.tokens import check_block
 from mariotte.errors import ChainError, ModelError
-from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.base import Measure, Measurement, MetricKind
 from mariotte.evaluate.footprint import RETURNED_FROM, Peaks, allocated, stored_bytes, watchable, watched
 from mariotte.models.hardware import hardware
 from mariotte.models.model import Model
@@ -82,6 +83,11 @@ class Memory(Measure):
         for name, value in (("batch", self.batch), ("prompt", self.prompt), ("new", self.new)):
             if value < 1:
                 raise ChainError(f"memory: {name} must be at least 1, got {value}")
+
+    @property
+    @override
+    def finds(self) -> Mapping[str, MetricKind]:
+        return self.metrics
 
     @property
     @override

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from mariotte.data.tokens import check_block
 from mariotte.errors import ChainError
-from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.base import Measure, Measurement, MetricKind
 from mariotte.models.hardware import hardware
 from mariotte.models.model import Model
 
@@ -255,6 +255,11 @@ class Speed(Measure):
             raise ChainError(f"speed: seconds must be 0 or more, got {self.seconds}")
         if self.clock not in ("wall", "cpu"):
             raise ChainError(f"speed: clock must be wall or cpu, got {self.clock!r}")
+
+    @property
+    @override
+    def finds(self) -> Mapping[str, MetricKind]:
+        return self.metrics
 
     @property
     @override

@@ -15,7 +15,7 @@ from mariotte.architectures import Kind
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError, ModelError, unknown
 from mariotte.evaluate import harness
-from mariotte.evaluate.base import Measure, Measurement
+from mariotte.evaluate.base import Measure, Measurement, MetricKind
 from mariotte.evaluate.choices import Question, decoder_start, encode, log_likelihoods
 from mariotte.evaluate.harness import Answers
 from mariotte.models.model import Model
@@ -115,6 +115,11 @@ class Tasks(Measure):
     def names(self) -> tuple[str, ...]:
         """The tasks, as written."""
         return tuple(testbed.TASKS) if self.on == "testbed" else tuple(self.on.removeprefix("testbed/").split("+"))
+
+    @property
+    @override
+    def finds(self) -> Mapping[str, MetricKind]:
+        return {**self.metrics, **dict.fromkeys(self.names(), "score")}
 
     @property
     @override
