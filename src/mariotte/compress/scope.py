@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mariotte import accounting
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.models.model import Model
 
@@ -38,9 +39,14 @@ def turned(matrix: nn.Module, weight: Tensor) -> Tensor:
 
 
 def untied_weights(model: Model, scope: str) -> int:
-    """Weights of the matrix that a model has more once this scope alone is changed: the head's, where it is tied."""
-    tied = scope == "head" and model.head.weight is model.embeddings.weight
-    return model.head.weight.numel() if tied else 0
+    """Parameters that a model has more once this scope alone is changed.
+
+    A tied head gets a matrix of its own, and with it what the family shares only while the head is tied: a second bias
+    of BERT's kind, the tables of BART's two stacks.
+    """
+    if scope != "head" or model.head.weight is not model.embeddings.weight:
+        return 0
+    return accounting.count({**model.config, model.entry.tied: False}).n_params - model.counts.n_params
 
 
 def change(model: Model, scope: str, weights: Mapping[str, Tensor]) -> Model:
