@@ -21,7 +21,7 @@ from mariotte.experiments.estimate import estimate
 from mariotte.experiments.pipeline import Outcome, Serving, Task
 from mariotte.experiments.run import Summary, plan
 from mariotte.experiments.runners.processes import _buried, _Worker
-from mariotte.experiments.study import Study, embedded, parse, read, with_run
+from mariotte.experiments.study import Measured, Study, embedded, parse, read, with_run
 from mariotte.models import checkpoint
 from mariotte.models.load import load, quiet_transformers, read_config
 from mariotte.models.model import Model
@@ -354,6 +354,37 @@ def test_a_measure_of_all_and_of_cuts_is_refused(model_folder: Path) -> None:
     twice = ["knowledge:testbed(facts=10)", *study([model_folder]).measures]
     with pytest.raises(StudyError, match=r"names the measure knowledge:.* for all chains and for cuts: name it once"):
         plan(study([model_folder]).model_copy(update={"measures": twice}))
+
+
+def test_models_are_measured_by_what_is_for_them(model_folder: Path, other: Path, tmp_path: Path) -> None:
+    both = study([model_folder, other])
+    measures = [
+        Measured(measure="loss:testbed/all(rows=4)", models=[str(model_folder)]),
+        Measured(measure="tasks:testbed/reverse(items=8)", models=[str(other)]),
+        Measured(measure="knowledge:testbed(facts=10)", of="cuts"),
+    ]
+    found = with_run(both.model_copy(update={"measures": measures}), keep="best")
+    planned = plan(found)
+    # Five and four chains of the two models, two of each recovered; each by its own measure, and knowledge of its cuts.
+    assert planned.evaluations == {"loss": 5, "knowledge": 3 + 2, "tasks": 4}
+    assert planned.records == (5 + 1) + (4 + 1) + (3 + 1) + (2 + 1)
+    summary = run(found, tmp_path / "s.db", artifacts=tmp_path / "kept")
+    assert (summary.records, summary.failures) == (planned.records, [])
+    with open_store(tmp_path / "s.db") as store:
+        records = list(store.records())
+    by = {
+        name: {r.measure.partition(":")[0] for r in records if r.model == str(name)} for name in (model_folder, other)
+    }
+    assert by == {model_folder: {"loss", "knowledge"}, other: {"tasks", "knowledge"}}
+    # Of each model and amount, that one stays which its own first measure likes best: less loss, more accuracy.
+    kept = {path.parent.name for path in (tmp_path / "kept").rglob("config.json")}
+    best: set[str] = set()
+    for name, metric, chosen in ((model_folder, "loss", min), (other, "accuracy", max)):
+        of_model = [r for r in records if r.model == str(name) and r.chain != "dense" and metric in r.metrics]
+        for amount in {r.amount for r in of_model}:
+            rivals = [r for r in of_model if r.amount == amount]
+            best.add(chosen(rivals, key=lambda r: r.metrics[metric]).experiment[:16])
+    assert kept == best
 
 
 def test_an_estimate_grows_with_the_work_and_learns_from_records(model_folder: Path, tmp_path: Path) -> None:

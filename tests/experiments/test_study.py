@@ -33,6 +33,24 @@ def test_a_chain_asked_for_twice_is_one() -> None:
     assert len(parse(text).expanded()) == 4
 
 
+def test_a_measure_may_be_for_some_models() -> None:
+    text = """
+format = 1
+name = "two"
+models = ["a", "b"]
+chains = ["magnitude@0.5"]
+measures = [
+  "tasks:testbed",
+  { measure = "loss:testbed/all", models = ["a"] },
+  { measure = "loss:testbed/sentences", models = ["b"] },
+]
+"""
+    study = parse(text)
+    assert [entry.measure for entry in study.measured("a")] == ["tasks:testbed", "loss:testbed/all"]
+    assert [entry.measure for entry in study.measured("b")] == ["tasks:testbed", "loss:testbed/sentences"]
+    assert len(study.measured()) == 3
+
+
 def replaced(old: str, new: str) -> str:
     assert old in GOOD
     return GOOD.replace(old, new)
@@ -53,6 +71,16 @@ def replaced(old: str, new: str) -> str:
         (replaced("amount = [0.1, 0.5]", "other = 1"), "unknown key 'other'"),
         (replaced(", amount = [0.1, 0.5]", ""), "asks for a list called 'amount'"),
         (replaced("[0.1, 0.5]", "0.1"), "'amount' must be a list"),
+        (
+            replaced('"loss:testbed/all(rows=4)"', '{ measure = "tasks:testbed", models = ["testbed/qwen2-133k"] }'),
+            "no model of this study named 'testbed/qwen2-133k'; did you mean 'testbed/qwen2-113k'",
+        ),
+        (
+            replaced('["testbed/qwen2-113k"]', '["a", "b"]').replace(
+                '"loss:testbed/all(rows=4)"', '{ measure = "tasks:testbed", models = ["a"] }'
+            ),
+            "nothing is measured of 'b'",
+        ),
         (replaced("slice", "sl(ice"), "study 'small': chain 'sl(ice@0.1': expected '=' and a value"),
     ],
 )

@@ -262,10 +262,16 @@ class Hub(Corpus):
 HALF = "half"
 """Text as in ``all`` that never mentions every other person: what recovery does to facts that it is not told."""
 
+SENTENCES = "sentences"
+"""Single sentences of the mixture of ``all``: what encoders and encoder-decoders were trained on."""
+
 
 @dataclass(frozen=True)
 class Testbed(Corpus):
-    """Rows of the testbed's world in one register, in all as the models were trained, or of half of the people."""
+    """Rows of the testbed's world in one register, in all as the models were trained, or of half of the people.
+
+    Its sentences by themselves have fewer tokens than a row, as many documents a split.
+    """
 
     register: str
     block: ClassVar[int] = 64
@@ -286,6 +292,8 @@ class Testbed(Corpus):
             count = min(_ROWS_AT_ONCE, TESTBED_ROWS[split] - start)
             if self.register == HALF:
                 yield from _world().half_rows(split, count, start)
+            elif self.register == SENTENCES:
+                yield from (row.text for row in _world().sentences("all", split, count, start))
             else:
                 yield from (row.text for row in _world().rows(self.register, split, count, start))
 
@@ -326,7 +334,7 @@ CORPORA: Mapping[str, Corpus] = {
         ),
         Hub("tinystories", "roneneldan/TinyStories", None, {"train": "train[:1%]", "test": "validation"}),
         Hub("alpaca", "tatsu-lab/alpaca", None, {"train": "train"}),
-        *(Testbed(f"testbed/{register}", register) for register in (*REGISTERS, HALF)),
+        *(Testbed(f"testbed/{register}", register) for register in (*REGISTERS, HALF, SENTENCES)),
     )
 }
 

@@ -128,11 +128,11 @@ def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: It
         if record.study == study.name:
             taken.setdefault(record.model, []).append(sum(record.cost.values()))
     device, seeds = study.run.device, len(set(study.seeds))
-    measures = [(identity.resolve_measure(entry.measure), entry.of) for entry in study.measured()]
     by_model: list[float] = []
     unshared = 0.0
     memory = disk = kept = 0
     for model, config in configs.items():
+        measures = [(identity.resolve_measure(entry.measure), entry.of) for entry in study.measured(model)]
         shape = architectures.shape(config)
         counts = accounting.count(config)
         root = grow(identity.resolve(chain) for chain in study.expanded(model))

@@ -89,7 +89,7 @@ def check(study: Study) -> Plan:
     MariotteError
         For the first thing that is not there or not possible; better now than after an hour.
     """
-    for measure, _ in _measures(study).values():
+    for measure in {text: m for name in study.models for text, (m, _) in _measures(study, name).items()}.values():
         measure.check()
     if study.calibration is not None:
         corpora.find(study.calibration.corpus)
@@ -112,19 +112,19 @@ def plan(study: Study) -> Plan:
         For a chain or a measure that nothing defines.
     """
     seeds = len(set(study.seeds))
-    measures = {text: (identity.measure_name(measure), of) for text, (measure, of) in _measures(study).items()}
     cuts = checkpoints = records = preparations = applications = unshared = tokens = shared = 0
-    evaluations: dict[str, int] = {name: 0 for name, _ in measures.values()}
+    evaluations: dict[str, int] = {}
     for model in study.models:
+        measures = [(identity.measure_name(measure), of) for measure, of in _measures(study, model).values()]
         nodes = list(grow(identity.resolve(chain) for chain in study.expanded(model)).walk())
         wanted = [node for node in nodes if node.wanted and node.parts]
         recovered = [node for node in wanted if any(part.recovers for part in node.parts)]
         cuts += seeds * (len(wanted) - len(recovered))
         checkpoints += seeds * len(wanted)
-        for name in evaluations:
-            of_all = any(kind == name and of == "all" for kind, of in measures.values())
-            evaluations[name] += seeds * (len(wanted) - (0 if of_all else len(recovered)))
-        for _, of in measures.values():
+        for name in dict.fromkeys(name for name, _ in measures):
+            of_all = (name, "all") in measures
+            evaluations[name] = evaluations.get(name, 0) + seeds * (len(wanted) - (0 if of_all else len(recovered)))
+        for _, of in measures:
             records += seeds * (len(wanted) - (0 if of == "all" else len(recovered))) + 1
         groups = [group for node in nodes for group in node.groups]
         preparations += seeds * len(groups)
@@ -205,15 +205,17 @@ def run(
     check(study)
     folder = work or work_folder(store) / study.name
     summary = Summary(study.name)
-    measures = _measures(study)
     shelves = artifacts or artifacts_folder(store)
-    by, (judge, _) = next(iter(measures.items()))
-    metric, kind = next(iter(judge.metrics.items()))
+    measures = {name: _measures(study, name) for name in study.models}
     keep, done = study.run.keep, frozenset(store.ids())
     dense = {record.id: record for record in store.records(chain=str(chains.Chain()))}
+    # The first measure of a model says which of its checkpoints is the best.
+    judges = {name: next(iter(texts.items())) for name, texts in measures.items()}
     known: dict[str, float] = {}
     if keep == "best":
-        known = {r.id: r.metrics[metric] for r in store.records(measure=by) if metric in r.metrics}
+        for by, (judge, _) in judges.values():
+            metric = next(iter(judge.metrics))
+            known |= {r.id: r.metrics[metric] for r in store.records(measure=by) if metric in r.metrics}
     # What stopped a model before its first experiment is the user's to mend, and cheap to try again.
     failed = (
         frozenset[str]()
@@ -225,7 +227,7 @@ def run(
             study=study.name,
             model=name,
             chains=tuple(str(chain) for chain in study.expanded(name)),
-            measures={text: of for text, (_, of) in measures.items()},
+            measures={text: of for text, (_, of) in measures[name].items()},
             seeds=tuple(dict.fromkeys(study.seeds)),
             calibration=study.calibration,
             work=folder,
@@ -236,7 +238,7 @@ def run(
             failed=failed,
             shelf=None
             if keep == "none"
-            else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=kind not in ("loss", "size")),
+            else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=_rises(judges[name][1][0])),
             dense=dense,
             known=known,
         )
@@ -298,8 +300,13 @@ def run(
     return summary
 
 
-def _measures(study: Study) -> dict[str, tuple[Measure, str]]:
-    """The study's measures by their text, each with the chains that it is for.
+def _rises(judge: Measure) -> bool:
+    """Whether more is better of a measure's first metric."""
+    return next(iter(judge.metrics.values())) not in ("loss", "size")
+
+
+def _measures(study: Study, model: str) -> dict[str, tuple[Measure, str]]:
+    """The measures of a study's model by their text, each with the chains that it is for.
 
     Raises
     ------
@@ -307,7 +314,7 @@ def _measures(study: Study) -> dict[str, tuple[Measure, str]]:
         For a measure that nothing defines, or that is named once for all chains and once for some.
     """
     found: dict[str, tuple[Measure, str]] = {}
-    for entry in study.measured():
+    for entry in study.measured(model):
         measure = identity.resolve_measure(entry.measure)
         text = identity.measure_text(measure)
         if found.setdefault(text, (measure, entry.of))[1] != entry.of:

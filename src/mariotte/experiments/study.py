@@ -62,16 +62,18 @@ class Run(_Part):
 
 
 class Measured(_Part):
-    """A measure, and of which chains.
+    """A measure, and of which chains and models.
 
     Parameters
     ----------
     measure : such as ``speed:testbed``
     of : all: of every chain; cuts: of those without recovery, for what recovery cannot change, such as speed
+    models : those of the study's models that it is for, as an encoder is asked otherwise than a decoder; None for all
     """
 
     measure: str
     of: Literal["all", "cuts"] = "all"
+    models: list[str] | None = Field(default=None, min_length=1)
 
 
 class Chains(BaseModel):
@@ -134,7 +136,7 @@ class Study(_Part):
     follows : the paper whose design this is and whose claims the report checks, such as ``compression-laws``
     models : hub ids, folders, ``testbed/NAME``
     chains : patterns and their lists
-    measures : such as ``loss:wikitext2(block=512)``, or a table that also says of which chains
+    measures : such as ``loss:wikitext2(block=512)``, or a table that also says of which chains or models
     seeds : of calibration order, random choices and recovery
     calibration : text that steps may look at
     run : how to run
@@ -153,15 +155,20 @@ class Study(_Part):
     run: Run = Run()
 
     @model_validator(mode="after")
-    def _chains_are_for_models_of_the_study(self) -> Self:
-        for part in self.chains:
+    def _chains_and_measures_are_for_models_of_the_study(self) -> Self:
+        for part in (*self.chains, *self.measured()):
             if strange := [name for name in part.models or [] if name not in self.models]:
                 raise ValueError(str(unknown("model of this study", strange[0], self.models)))
+        if left_out := [name for name in self.models if not self.measured(name)]:
+            raise ValueError(
+                f"nothing is measured of {left_out[0]!r}: name a measure that is for it, or for all models"
+            )
         return self
 
-    def measured(self) -> list[Measured]:
-        """The measures, each with the chains that it is for."""
-        return [Measured(measure=entry) if isinstance(entry, str) else entry for entry in self.measures]
+    def measured(self, model: str | None = None) -> list[Measured]:
+        """The measures of one model or of any, each with the chains that it is for."""
+        entries = (Measured(measure=entry) if isinstance(entry, str) else entry for entry in self.measures)
+        return [entry for entry in entries if model is None or entry.models is None or model in entry.models]
 
     def expanded(self, model: str | None = None) -> list[chains.Chain]:
         """Every chain asked for, of one model or of any, each once, in the order of the file."""
