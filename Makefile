@@ -54,8 +54,9 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[bench]'
 	touch $@
 
+# lm-eval too: without it the tests that compare with it are skipped, each with its reason.
 $(VENV)/.dev: $(VENV)/.bench
-	$(PIP) -e '.[bench,dev]'
+	$(PIP) -e '.[bench,dev,tasks]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
