@@ -48,7 +48,8 @@ class Architecture:
     hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : keys of the config
     stored : the config's key that says how many blocks there are where layers share them
     embedding, position_count, type_count, buckets : keys of the config: width of the embeddings, rows of their tables
-    position_offset : rows before the first position
+    position_offset : rows before the first position, beside those that the config counts
+    positions_behind_padding : the first position is the row behind that of the padding token, among those counted
     positions_behind_map : positions are as wide as the stream and not as the embeddings
     always_mapped : there is a map also between equal widths
     map_bias : maps carry biases
@@ -112,6 +113,7 @@ class Architecture:
     embedding: str = ""
     position_count: str = "max_position_embeddings"
     position_offset: int = 0
+    positions_behind_padding: bool = False
     positions_behind_map: bool = False
     always_mapped: bool = False
     map_bias: bool = False
@@ -158,6 +160,20 @@ class Architecture:
             if key not in stated and (found := stated.get(value) if isinstance(value, str) else value) is not None:
                 stated[key] = found
         return stated
+
+    def longest(self, config: Mapping[str, Any]) -> int | None:
+        """Tokens that a model reads at most, or None where its config sets no bound.
+
+        Examples
+        --------
+        >>> FAMILIES["roberta"].longest({"max_position_embeddings": 514, "pad_token_id": 1})
+        512
+        """
+        config = self.stated(config)
+        counted = config.get(self.position_count)
+        if not isinstance(counted, int):
+            return None
+        return counted - (int(config["pad_token_id"]) + 1 if self.positions_behind_padding else 0)
 
     def lacking(self, needs: Iterable[Need]) -> str | None:
         """The first of these needs that the family does not meet, with the reason, in a clause; None when it meets all.
@@ -332,6 +348,8 @@ FAMILIES: Mapping[str, Architecture] = {
             head_norm="lm_head.layer_norm",
             head="lm_head.decoder",
             head_biases=("lm_head.bias", "lm_head.decoder.bias"),
+            positions_behind_padding=True,
+            defaults={**_BERT.defaults, "pad_token_id": 1},
         ),
         replace(
             _BERT,

@@ -141,6 +141,7 @@ def gap_model(kind: str) -> Model:
         name=kind,
         tokenizer=tokenizer,
         config={"decoder_start_token_id": 0, "model_type": "other"},
+        longest=None,
         device=torch.device("cpu"),
         shape=SimpleNamespace(vocab=len(words)),
         hf=Gaps({}, len(words)),

@@ -145,6 +145,7 @@ def fake(kind: str, knows: Mapping[tuple[str, str], str] | None) -> Model:
             hf=Fake(kind, say),
             tokenizer=tokenizer_for(kind),
             config={"decoder_start_token_id": 0, "model_type": "fake"},
+            longest=None,
             device=torch.device("cpu"),
             shape=SimpleNamespace(vocab=len(VOCAB)),
         ),
@@ -302,6 +303,7 @@ def other_model(kind: str) -> Model:
         hf=hf.eval(),
         tokenizer=tokenizer_for(kind),
         config=hf.config.to_dict(),
+        longest=None,
         device=torch.device("cpu"),
         shape=SimpleNamespace(vocab=len(VOCAB)),
     )

@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from mariotte import architectures
 from mariotte.architectures import Kind
 from mariotte.data import corpora, tokens
 from mariotte.errors import ChainError, DataError, ModelError
@@ -286,10 +287,11 @@ def words(tmp_path: Path) -> tuple[str, PreTrainedTokenizerFast]:
 
 
 class Read(Model):
-    """A random model with what the measure needs of one: no entry of its family."""
+    """A random model with what the measure needs of one."""
 
     def __init__(self, hf: PreTrainedModel, kind: Kind, tokenizer: PreTrainedTokenizerFast) -> None:
         self.hf, self.tokenizer, self.name, self._kind = hf.eval(), tokenizer, f"tiny-{hf.config.model_type}", kind
+        self.entry = architectures.of(hf.config.to_dict())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in hf.parameters():

@@ -94,8 +94,7 @@ def _document_bytes(document: str, ends: NDArray[np.int64]) -> NDArray[np.int64]
 
 def usual_block(corpus: Corpus, model: Model) -> int:
     """Tokens a window unless asked otherwise: the corpus' own number, or the model's positions if they are fewer."""
-    longest = model.config.get("max_position_embeddings")
-    return min(corpus.block, longest) if isinstance(longest, int) else corpus.block
+    return corpus.block if model.longest is None else min(corpus.block, model.longest)
 
 
 def check_block(block: int, model: Model, who: str) -> None:
@@ -106,10 +105,9 @@ def check_block(block: int, model: Model, who: str) -> None:
     DataError
         When `block` tokens are more than the model's positions; says that `who` asked.
     """
-    longest = model.config.get("max_position_embeddings")
-    if isinstance(longest, int) and block > longest:
+    if model.longest is not None and block > model.longest:
         raise DataError(
-            f"{who}: a window of {block} tokens is longer than the {longest} positions of {model.name}: "
+            f"{who}: a window of {block} tokens is longer than the {model.longest} positions of {model.name}: "
             "ask for a shorter block"
         )
 

@@ -89,14 +89,6 @@ def encode(
     ]
 
 
-def positions(model: Model) -> int:
-    """Tokens that an encoder reads at most."""
-    longest = int(model.config["max_position_embeddings"])
-    # RoBERTa's kind counts its positions from behind that of padding.
-    roberta = "roberta" in str(model.config.get("model_type"))
-    return longest - int(model.config.get("pad_token_id") or 0) - 1 if roberta else longest
-
-
 def decoder_start(model: Model) -> int:
     """The token that an encoder-decoder begins to write with.
 

@@ -58,11 +58,18 @@ class Placings:
     above : (n,) int64, candidates scored higher than the right one
     level : (n,) int64, candidates scored as the right one, itself among them
     best : (n,) int64, the candidate scored highest, the first of equals
+    logs : (n,) float64, the right one's log-probability in nats, summed over its tokens; None where it was not asked
     """
 
     above: Tensor
     level: Tensor
     best: Tensor
+    logs: Tensor | None = None
+
+    @property
+    def ranks(self) -> Tensor:
+        """(n,) int64, 1 being first: a tie counts against the model, as in `known`."""
+        return self.above + self.level
 
     def hits(self, k: int) -> Tensor:
         """(n,) float64: whether the answer is among the first `k`; of equals, the chance of it in random order."""
@@ -80,12 +87,24 @@ class Placings:
         return (self.above == 0) & (self.level == 1)
 
 
-def place(scores_BC: Tensor, right_B: Tensor) -> Placings:
-    """Where the right candidates stand by their scores."""
+def place(scores_BC: Tensor, right_B: Tensor, logs_B: Tensor | None = None) -> Placings:
+    """Where the right candidates stand by their scores.
+
+    Parameters
+    ----------
+    scores_BC : of every candidate
+    right_B : the right one's index
+    logs_B : its log-probability, see `Placings`
+    """
     right_B1 = scores_BC.gather(1, right_B[:, None])
     return Placings(
-        (scores_BC > right_B1).sum(1).cpu(), (scores_BC == right_B1).sum(1).cpu(), scores_BC.argmax(1).cpu()
+        (scores_BC > right_B1).sum(1).cpu(), (scores_BC == right_B1).sum(1).cpu(), scores_BC.argmax(1).cpu(), logs_B
     )
+
+
+def plain(ranks: Tensor, logs: Tensor) -> list[tuple[int, float]]:
+    """Ranks and probabilities of answers from their log-probabilities, as plain numbers."""
+    return [*zip(cast("list[int]", ranks.tolist()), cast("list[float]", logs.exp().tolist()), strict=True)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = False) -> list[Tokens]:
@@ -103,11 +122,7 @@ class Asker:
             raise DataError(f"{model.name} has no tokenizer: put tokenizer.json into its folder to ask it for facts")
         self.kind: str = model.kind
         self.name, self.tokenizer, self.config = model.name, model.tokenizer, model.config
-        longest = model.config.get("max_position_embeddings")
-        self.longest = longest if isinstance(longest, int) else None
-        # RoBERTa's kind counts its positions from behind that of padding, so that fewer tokens fit.
-        if self.kind == "masked" and self.longest is not None and "roberta" in str(model.config.get("model_type")):
-            self.longest -= int(model.config.get("pad_token_id") or 0) + 1
+        self.longest = model.longest
 
     @property
     def filler(self) -> str:
@@ -365,7 +380,8 @@ def vocabulary_placings(
     right : the answers' token ids
     among : token ids of the candidates, the answers among them; None takes the whole vocabulary
     """
-    found = Placings(*(torch.zeros(len(prompts), dtype=torch.int64) for _ in range(3)))
+    logs = torch.zeros(len(prompts), dtype=torch.float64)
+    found = Placings(*(torch.zeros(len(prompts), dtype=torch.int64) for _ in range(3)), logs)
     index = None if among is None else {token: i for i, token in enumerate(among)}
     kept = None if among is None else torch.tensor([*among], device=model.device)
     for chosen, inputs in batches(model, prompts, max(1, min(ROWS, LOGITS // model.shape.vocab))):
@@ -374,4 +390,6 @@ def vocabulary_placings(
         wanted = [right[i] if index is None else index[right[i]] for i in chosen]
         one = place(logits_BC, torch.tensor(wanted, device=model.device))
         found.above[chosen], found.level[chosen], found.best[chosen] = one.above, one.level, one.best
+        tokens_B1 = torch.tensor([[right[i]] for i in chosen], device=model.device)
+        logs[chosen] = (run.logits_BV.gather(1, tokens_B1)[:, 0] - run.logits_BV.logsumexp(1)).double().cpu()
     return found

@@ -411,7 +411,7 @@ def _pseudo(model: Model) -> Any:
     A context that does not fit into the model's positions loses its beginning, as it does for other models.
     """
     base = _module("lm_eval.api.model").LM
-    tokenizer, longest = model.tokenizer, choices.positions(model)
+    tokenizer, longest = model.tokenizer, model.longest
     assert tokenizer is not None
     before, after = choices.frame(tokenizer)
 
@@ -428,7 +428,7 @@ def _pseudo(model: Model) -> Any:
                 f"every choice must be at least one token, and {continuation!r} is none to the tokenizer of "
                 f"{model.name}: leave this task out"
             )
-        room = max(0, longest - len(before) - len(answer) - len(after))
+        room = len(read) if longest is None else max(0, longest - len(before) - len(answer) - len(after))
         return (*before, *read[len(read) - room if len(read) > room else 0 :]), tuple(answer), after
 
     def loglikelihood(_: object, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -200,6 +200,11 @@ class Model:
         return architectures.shape(self.config)
 
     @property
+    def longest(self) -> int | None:
+        """Tokens that it reads at most, None where its config sets no bound."""
+        return self.entry.longest(self.config)
+
+    @property
     def counts(self) -> Counts:
         """Parameters, bytes in the stored dtype, and FLOPs, from the shapes alone.
 
