@@ -92,15 +92,21 @@ def theirs(
     policy = functions._get_action_model("llama", model.hf.config)
     spectra = {index: torch.svd(block.ffn[0].weight.data)[1] for index, block in enumerate(model.blocks)}
     cut = model.copy()
-    autocast, result = torch.autocast, float("nan")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    autocast, save, result = torch.autocast, torch.save, float("nan")
+    best: dict[str, torch.Tensor] = {}
+
+    def keep(state: dict[str, torch.Tensor], _path: Path) -> None:
+        best.update({name: value.detach().clone() for name, value in state.items()})
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a gradient scaler without a GPU
+        # It would write the best policy so far as a pickle, to be read again at once.
+        torch.save = keep  # pyright: ignore[reportAttributeAccessIssue]
         if not published:
             torch.autocast = lambda **_: contextlib.nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            saved = Path(folder) / "policy.ckpt"
-            script._training(arguments, model.hf.base_model, policy, spectra, saved)
-            policy.load_state_dict(torch.load(saved, weights_only=True))
+            script._training(arguments, model.hf.base_model, policy, spectra, Path("policy"))
+            policy.load_state_dict(best)
             script._prune_model(arguments, cut.hf.base_model, policy)
             result = reward_of(model, cut)
         except RuntimeError as error:
@@ -109,7 +115,7 @@ def theirs(
                 raise
             print(f"ratio {ratio} seed {seed}: ended in episode {len(rewards) // len(model.blocks)}: {error}")
         finally:
-            torch.autocast = autocast
+            torch.autocast, torch.save = autocast, save
     late = rewards[-5 * len(model.blocks) :]
     finished = result == result
     return Run(statistics.mean(rewards), statistics.mean(late), result, test(cut) if finished else float("nan"))

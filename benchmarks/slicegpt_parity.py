@@ -3,9 +3,9 @@
     python benchmarks/slicegpt_parity.py stories260K SHARED_DATA [--reference CHECKOUT --python PYTHON]
     python benchmarks/slicegpt_parity.py testbed/llama-483k [--reference CHECKOUT --python PYTHON]
 
-CHECKOUT holds microsoft/TransformerCompression and PYTHON runs it: torch, transformers 4.41 and ml-collections are what
-this needs of its environment. stories260K is calibrated and tested on the windows of ``stories260k.py``, a model of the
-testbed on 512 rows of its calibration text and 200 of its test text.
+CHECKOUT holds microsoft/TransformerCompression and PYTHON runs it: torch, safetensors, transformers 4.41 and
+ml-collections are what this needs of its environment. stories260K is calibrated and tested on the windows of
+``stories260k.py``, a model of the testbed on 512 rows of its calibration text and 200 of its test text.
 
 The published code subtracts from each embedding its mean, which is right before LayerNorm and changes a model with
 RMSNorm. So it is run twice: as published, beside our method on the model changed in the same way; and with the
@@ -25,11 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
 KEPT = (0.875, 0.75, 0.625, 0.5)
 """Shares of the width, before it is rounded down to a multiple of 8."""
+
+WEIGHTS, ROWS, ASKED = "weights.safetensors", "rows.safetensors", "asked.json"
+"""What is handed over to the published code, in a folder."""
 
 
 def main() -> None:
@@ -131,19 +135,12 @@ def ask(
 ) -> dict[str, Any]:
     """What the published code makes of the same model, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        handed = Path(folder) / "handed.pt"
+        handed = Path(folder)
         state = {"lm_head.weight": dense.head.weight, **dense.hf.state_dict()}
-        torch.save(
-            {
-                "config": dense.config,
-                "state": {key: value.detach().clone() for key, value in state.items()},
-                "calibration": calibration,
-                "test": test,
-                "amount": amount,
-                "centre": centre,
-            },
-            handed,
-        )
+        save_file({key: value.detach().clone() for key, value in state.items()}, handed / WEIGHTS)
+        save_file({"calibration": calibration.contiguous(), "test": test.contiguous()}, handed / ROWS)
+        asked = {"config": dense.config, "amount": amount, "centre": centre}
+        (handed / ASKED).write_text(json.dumps(asked), encoding="utf-8")
         command = [arguments.python, __file__, "-", "--reference", arguments.reference, "--as-reference", handed]
         command += ["--threads", str(arguments.threads)]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
@@ -164,8 +161,8 @@ def published(checkout: Path, handed: Path) -> dict[str, Any]:
     from slicegpt.slicing_scheduler import ConstSlicingScheduler
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    given = torch.load(handed, weights_only=True)
-    config, state = given["config"], given["state"]
+    asked = json.loads((handed / ASKED).read_text(encoding="utf-8"))
+    config, state, rows = asked["config"], load_file(handed / WEIGHTS), load_file(handed / ROWS)
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keys += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", "pad_token_id")
     model = LlamaForCausalLM(
@@ -180,21 +177,22 @@ def published(checkout: Path, handed: Path) -> dict[str, Any]:
     model.load_state_dict(state)
     adapter = LlamaModelAdapter(model)
     # Batches of 16 rows, its default.
-    loader = [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in given["calibration"].split(16)]
-    width = int((1 - given["amount"]) * adapter.hidden_size)
+    batches = rows["calibration"].split(16)
+    loader = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
+    width = int((1 - asked["amount"]) * adapter.hidden_size)
     width -= width % 8
     start = time.perf_counter(), time.process_time()
     layernorm_fusion.replace_layers(adapter)
     layernorm_fusion.fuse_modules(adapter)
-    if not given["centre"]:
+    if not asked["centre"]:
         model.model.embed_tokens.weight.data = state["model.embed_tokens.weight"].clone()
     rotate.rotate_and_slice(adapter, loader, ConstSlicingScheduler(width), final_orientation="pca")
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     total, count = 0.0, 0
-    for rows in given["test"].split(8):
-        logits = model(input_ids=rows).logits[:, :-1].flatten(0, 1)
-        total += float(functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum"))
-        count += rows[:, 1:].numel()
+    for batch in rows["test"].split(8):
+        logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1)
+        total += float(functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+        count += batch[:, 1:].numel()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"loss": total / count, "parameters": parameters, "wall": wall, "cpu": cpu, "width": width}
 
