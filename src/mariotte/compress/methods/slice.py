@@ -17,7 +17,7 @@ from mariotte import accounting
 from mariotte.architectures import Need
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
-from mariotte.compress.rotation import principal_directions
+from mariotte.compress.rotation import cannot_turn, principal_directions
 from mariotte.compress.surgery import cut_width, derive, norm_weight, parameter_names, rounding, set_norm_eps_
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -96,15 +96,9 @@ class Slice(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
         entry = model.entry
-        if not entry.rms_norm:
-            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
-        if not entry.norm_first:
-            return (
-                f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
-            )
+        if reason := super().refuse(model) or cannot_turn(entry):
+            return reason
         if not entry.head_dim:
             return (
                 f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size: "

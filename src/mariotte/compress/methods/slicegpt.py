@@ -23,7 +23,7 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, tokens_for
-from mariotte.compress.rotation import principal_directions, random_rotation
+from mariotte.compress.rotation import cannot_turn, principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.errors import ChainError
@@ -206,15 +206,9 @@ class SliceGPT(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
         entry = model.entry
-        if not entry.rms_norm:
-            return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
-        if not entry.norm_first:
-            return (
-                f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
-            )
+        if reason := super().refuse(model) or cannot_turn(entry):
+            return reason
         if entry.model_type not in CLASSES:
             return (
                 f"needs a class for sliced models, and {entry.model_type} has none; {' and '.join(CLASSES)} have one: "
