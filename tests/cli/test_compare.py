@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -104,6 +105,64 @@ def test_the_numbers_of_a_cut_model(cut: Path) -> None:
     json.dumps(found.plain(), allow_nan=False)
     assert "Of " in " ".join(sentences(found.plain()))
     assert build(found.plain()).startswith("<!DOCTYPE html>")
+
+
+def test_facts_as_a_file(cut: Path, tmp_path: Path) -> None:
+    knowledge = "knowledge:testbed(facts=60)"
+    done = command("testbed/qwen2-46k", cut, *options(knowledge), "--facts", tmp_path / "facts.csv")
+    assert done.exit_code == 0, done.stderr
+    with (tmp_path / "facts.csv").open(encoding="utf-8") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 2 * 60
+    assert {row["measure"] for row in rows} == {knowledge}
+    of_main = [row for row in rows if row["wording"] == "main"]
+    found = mariotte.compare("testbed/qwen2-46k", str(cut), [knowledge])
+    for outcome in ("kept", "lost", "gained"):
+        listed = sorted(row["fact"] for row in of_main if row["outcome"] == outcome)
+        assert listed == [*getattr(found.facts[knowledge], outcome)]
+    assert all((row["base_rank"] == "1") is (row["outcome"] in ("kept", "lost")) for row in rows)
+    assert all(0 <= float(row["other_probability"]) <= 1 for row in rows)
+    # All metrics of facts have facts for items.
+    shown = [row for row in found.rows if row.measure == knowledge]
+    assert [row.metric for row in shown] == ["top1", "top5", "mrr", "heldout_top1", "heldout_top5", "heldout_mrr"]
+    assert {row.items for row in shown} == {60}
+    for row in shown:
+        assert row.lo is not None
+        assert row.hi is not None
+        assert row.lo <= row.difference <= row.hi
+
+
+def test_facts_of_one_model_as_a_file(tmp_path: Path) -> None:
+    measured = ["evaluate", "testbed/qwen2-46k", *options("knowledge:testbed(facts=20)", "loss:testbed/all(rows=2)")]
+    done = CliRunner().invoke(app, [*measured, "--facts", str(tmp_path / "new/facts.jsonl")], prog_name="mariotte")
+    assert done.exit_code == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "new/facts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 2 * 20
+    assert [*rows[0]] == [
+        *("measure", "fact", "relation", "subject", "template", "wording", "answer", "outcome", "rank", "probability")
+    ]
+    assert all((row["rank"] == 1) is (row["outcome"] == "known") for row in rows)
+    known = mariotte.measure(mariotte.load("testbed/qwen2-46k"), "knowledge:testbed(facts=20)").metrics["top1"]
+    assert sum(row["outcome"] == "known" for row in rows[:20]) == round(20 * known)
+
+
+@pytest.mark.parametrize("before", [["evaluate", "testbed/qwen2-46k"], ["compare", *["testbed/qwen2-46k"] * 2]])
+def test_files_of_facts_that_cannot_be_are_told_before_the_work(
+    before: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mariotte.models.load
+
+    for module in (mariotte.models.load, comparison):
+        monkeypatch.setattr(module, "load", lambda *_: pytest.fail("no model is loaded for these"))
+
+    def asked(measure: str, place: Path) -> Result:
+        return CliRunner().invoke(app, [*before, *options(measure), "--facts", str(place)], prog_name="mariotte")
+
+    loss, facts = "loss:testbed/all(rows=2)", "knowledge:testbed(facts=20)"
+    refused(asked(loss, tmp_path / "facts.csv"), "facts are written of measures that ask for them, and none of these")
+    refused(asked(facts, tmp_path / "facts.txt"), "--facts must be a file that ends in .csv or .jsonl")
+    (tmp_path / "folder.csv").mkdir()
+    refused(asked(facts, tmp_path / "folder.csv"), "is a folder: name a file in it")
 
 
 def test_speed_has_the_interval_of_its_rounds() -> None:

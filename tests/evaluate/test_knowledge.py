@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,24 @@ def test_what_was_lost_and_gained_is_listed(model: Model) -> None:
     assert worse.details["lost"] == dense.details["known"]
     assert worse.details["gained"] == []
     assert measure.measure(model).details["known"] == []
+
+
+def test_every_fact_is_told_in_both_wordings(model: Model) -> None:
+    measure = Knowledge(on="testbed", facts=40)
+    oracle(model, measure, 1, 2)
+    found, told = measure.tell(model)
+    assert [one.wording for one in told] == ["main"] * 40 + ["heldout"] * 40
+    assert [one.rank for one in told] == [1] * 40 + [2] * 40
+    assert sorted(one.fact for one in told[:40]) == found.details["known"]
+    vocab = model.shape.vocab
+    alone = math.e / (math.e + vocab - 1)
+    assert told[0].probability == pytest.approx(alone)
+    assert told[40].probability == pytest.approx(math.e / (math.e**2 + math.e + vocab - 2))
+    one = told[0]
+    world = {fact.id: fact for fact in World().facts()}[one.fact]
+    assert one.template.startswith("[X] ")
+    assert one.template.replace("[X]", one.subject).removesuffix(" [Y]") == world.seen[0]
+    assert (one.answer, one.relation) == (world.answer, world.relation)
 
 
 def test_parts_add_up(model: Model) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T
 from mariotte.data.lama import Probe
 from mariotte.errors import ChainError, DataError, UnknownNameError
 from mariotte.evaluate.cloze import Asker, Placings, Prompt, log_likelihoods, vocabulary_placings
-from mariotte.evaluate.facts import Facts
+from mariotte.evaluate.facts import Facts, Told, rows_between, rows_of
 from mariotte.evaluate.measures.knowledge import Knowledge
 from mariotte.models.load import load
 from mariotte.models.model import Model
@@ -206,6 +207,50 @@ def test_what_is_half_known_is_counted_by_relation_and_fact(kind: str) -> None:
     assert found.details["lost"] == ["trex/P1303/Ben/guitar", "trex/P19/Ada/London"]
     assert found.details["gained"] == []
     assert "trex/P19/Ben/Paris" in Facts.between(dense.details, found.details).kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("candidates", ["relation", "vocabulary"])
+@pytest.mark.usefixtures("folder")
+def test_every_fact_is_told_with_rank_and_probability(kind: str, candidates: str) -> None:
+    knows = {**TRUTH, ("Ada", "born"): "Paris"}
+    measure = Knowledge(on="lama/trex", relations="P19", candidates=candidates)
+    found, told = measure.tell(fake(kind, knows))
+    assert found == measure.measure(fake(kind, knows))
+    assert len(told) == found.protocol["n_facts"]
+    assert [one.fact for one in told if one.known] == [*found.details["known"]]
+    ada, ben = told[:2]
+    assert (ada.subject, ada.relation, ada.answer) == ("Ada", "trex/P19", "London")
+    assert (ada.template, ada.wording) == ("[X] was born in [Y] .", "main")
+    # All but the answer said are equal: the right one is behind one and level with all others, of one token as it is.
+    places = found.details["relations"]["trex/P19"]["candidates"]
+    assert ada.rank == places - (candidates == "relation" and kind != "masked")
+    assert (ben.rank, ben.probability) == (1, pytest.approx(1))
+    assert ada.probability == pytest.approx(float(torch.tensor([50.0, *[0.0] * (len(VOCAB) - 1)]).softmax(0)[1]))
+
+
+@pytest.mark.usefixtures("folder")
+def test_probability_is_of_the_whole_answer_however_it_is_ranked() -> None:
+    for per_token in (False, True):
+        measure = Knowledge(on="lama/trex", relations="P19", per_token=per_token)
+        told = {one.subject: one for one in measure.tell(fake("causal", None))[1]}
+        assert told["Ada"].probability == pytest.approx(1 / len(VOCAB))
+        assert told["Cleo"].probability == pytest.approx(1 / len(VOCAB) ** 2)
+        assert told["Cleo"].answer == "New York"
+
+
+def test_sentences_are_their_own_templates(folder: Path) -> None:
+    rows = [{"obj_label": "London", "masked_sentences": ["Ada was born in [MASK] ."]}]
+    write(folder / "lama/Squad/test.jsonl", rows)
+    (one,) = Knowledge(on="lama/squad").tell(fake("masked", TRUTH))[1]
+    assert (one.template, one.subject, one.relation) == ("Ada was born in [Y] .", "", "squad")
+
+
+@pytest.mark.usefixtures("folder")
+def test_paraphrases_are_told_too() -> None:
+    told = Knowledge(on="lama/trex", relations="P19", paraphrases=1).tell(fake("causal", TRUTH))[1]
+    assert [one.wording for one in told] == ["main"] * 5 + ["paraphrase"] * 5
+    assert {one.template for one in told[5:]} == {"[X] is from [Y]."}
 
 
 @pytest.mark.usefixtures("folder")
@@ -507,6 +552,18 @@ def test_facts_for_people_and_as_a_file(tmp_path: Path) -> None:
         facts.write(tmp_path / "facts.txt")
     with pytest.raises(DataError, match="cannot be written"):
         facts.write(tmp_path / "no/facts.csv")
+    told = [
+        Told(fact=name, relation="r", subject="s", template="t", wording="main", answer="a", rank=rank, probability=0.5)
+        for name, rank in (("a", 1), ("b", 2))
+    ]
+    assert [row["outcome"] for row in rows_of(told)] == ["known", "unknown"]
+    turned = [replace(told[0], rank=3), replace(told[1], rank=1)]
+    assert [row["outcome"] for row in rows_between(told, turned)] == ["lost", "gained"]
+    assert [row["outcome"] for row in rows_between(told, told)] == ["kept", "unknown"]
+    with pytest.raises(
+        DataError, match="must be the same, asked in the same words, got 2 of the one and 1 of the other"
+    ):
+        [*rows_between(told, told[:1])]
     with pytest.raises(DataError, match="told apart by details with known, got none"):
         Facts.between({}, {"known": []})
 

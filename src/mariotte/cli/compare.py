@@ -40,6 +40,14 @@ def compare(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a page of it, such as compare.html.")] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write every fact that was asked, kept, lost, gained or unknown to both, with its ranks and "
+            "probabilities: a table FILE.csv or JSON lines FILE.jsonl.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Compute in this dtype.  [default: float32 on a CPU]")] = None,
     as_json: Annotated[
@@ -54,7 +62,15 @@ def compare(
 
     if out is not None:
         check_place("--out", out)
+    if facts is not None:
+        check_place("--facts", facts, ".csv", ".jsonl")
+    from mariotte.evaluate.facts import check_tells, write_rows
+    from mariotte.experiments import identity
     from mariotte.experiments.comparison import compare as found_by
+    from mariotte.experiments.comparison import usual_measures
+
+    if facts is not None:
+        check_tells(map(identity.resolve_measure, measure or usual_measures(base)))
 
     with progress(f"compare {base} with {other}") as update:
         found = found_by(
@@ -72,6 +88,11 @@ def compare(
         page = write(found.plain(), out)
         if not as_json:
             say(str(page))
+    if facts is not None:
+        facts.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(facts, found.fact_rows())
+        if not as_json:
+            say(str(facts))
     if as_json:
         print_json(found.plain())
     else:
@@ -111,6 +132,6 @@ def _print(found: Comparison) -> None:
             for name in names[:MOST_LISTED]:
                 say(f"  {what} {name}")
             if len(names) > MOST_LISTED:
-                say(f"  and {len(names) - MOST_LISTED} more {what}: --json or --out lists them all")
+                say(f"  and {len(names) - MOST_LISTED} more {what}: --facts, --json or --out lists them all")
     for note in found.notes:
         say(note)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mariotte.cli.console import print_json, print_table, progress
+from mariotte.cli.console import print_json, print_table, progress, say
 
 __all__ = ["evaluate"]
 
@@ -16,6 +17,14 @@ def evaluate(
     measure: Annotated[
         list[str], typer.Option(help="Such as loss:wikitext2 or knowledge:testbed; may be given several times.")
     ],
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write every fact that was asked, known or unknown, with its rank and probability: a table FILE.csv "
+            "or JSON lines FILE.jsonl.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Compute in this dtype.  [default: float32 on a CPU]")] = None,
     as_json: Annotated[
@@ -23,20 +32,38 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure a model: loss in nats per token and bits per byte, facts known."""
+    from mariotte.cli._places import check_place
+
+    if facts is not None:
+        check_place("--facts", facts, ".csv", ".jsonl")
     from mariotte.evaluate.base import Measurement
+    from mariotte.evaluate.facts import Row, Tells, check_tells, rows_of, write_rows
     from mariotte.experiments import identity
     from mariotte.models.load import load
 
     measures = [identity.resolve_measure(text) for text in measure]
+    if facts is not None:
+        check_tells(measures)
     loaded = load(model, device, dtype)
     found: dict[str, Measurement] = {}
+    told: list[Row] = []
     with progress(f"evaluate {model}", len(measures)) as update:
         for one in measures:
-            update(0, text=identity.measure_text(one))
-            found[identity.measure_text(one)] = one.measure(loaded)
+            text = identity.measure_text(one)
+            update(0, text=text)
+            if facts is not None and isinstance(one, Tells):
+                found[text], every = one.tell(loaded)
+                told += ({"measure": text, **row} for row in rows_of(every))
+            else:
+                found[text] = one.measure(loaded)
             update(1)
+    if facts is not None:
+        facts.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(facts, told)
     if as_json:
         print_json({"model": model, "fingerprint": loaded.fingerprint, "measures": found})
         return
     rows = [[text, name, value] for text, one in found.items() for name, value in one.metrics.items()]
     print_table(f"{model} ({loaded.counts.n_params:,} parameters)", ["measure", "metric", "value"], rows)
+    if facts is not None:
+        say(str(facts))

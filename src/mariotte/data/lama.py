@@ -52,12 +52,14 @@ class Probe:
     id : readable and unique: subset, relation, subject, answer
     before, after : the text around the answer
     answer : what is true
+    subject : what it is true of; empty where it is not told
     """
 
     id: str
     before: str
     after: str
     answer: str
+    subject: str = ""
 
     def sentence(self, filler: str) -> str:
         """The text with something in the place of the answer."""
@@ -99,7 +101,7 @@ class Relation:
             if template is not None:
                 before, after = before.replace(SUBJECT, subject), after.replace(SUBJECT, subject)
             name = subject if own is None else before.strip()
-            found.append(Probe(f"{self.label}/{name}/{answer}", before, after, answer))
+            found.append(Probe(f"{self.label}/{name}/{answer}", before, after, answer, subject))
         return found
 
 

@@ -380,8 +380,8 @@ def vocabulary_placings(
     right : the answers' token ids
     among : token ids of the candidates, the answers among them; None takes the whole vocabulary
     """
+    above, level, best = (torch.zeros(len(prompts), dtype=torch.int64) for _ in range(3))
     logs = torch.zeros(len(prompts), dtype=torch.float64)
-    found = Placings(*(torch.zeros(len(prompts), dtype=torch.int64) for _ in range(3)), logs)
     index = None if among is None else {token: i for i, token in enumerate(among)}
     kept = None if among is None else torch.tensor([*among], device=model.device)
     for chosen, inputs in batches(model, prompts, max(1, min(ROWS, LOGITS // model.shape.vocab))):
@@ -389,7 +389,7 @@ def vocabulary_placings(
         logits_BC = run.logits_BV if kept is None else run.logits_BV[:, kept]
         wanted = [right[i] if index is None else index[right[i]] for i in chosen]
         one = place(logits_BC, torch.tensor(wanted, device=model.device))
-        found.above[chosen], found.level[chosen], found.best[chosen] = one.above, one.level, one.best
+        above[chosen], level[chosen], best[chosen] = one.above, one.level, one.best
         tokens_B1 = torch.tensor([[right[i]] for i in chosen], device=model.device)
         logs[chosen] = (run.logits_BV.gather(1, tokens_B1)[:, 0] - run.logits_BV.logsumexp(1)).double().cpu()
-    return found
+    return Placings(above, level, best, logs)

@@ -4,16 +4,143 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from mariotte.errors import DataError
-from mariotte.evaluate.base import Measurement
+from mariotte.evaluate.base import Measure, Measurement
+from mariotte.models.model import Model
 
 Outcome = Literal["lost", "gained", "kept"]
+
+SUFFIXES = (".csv", ".jsonl")
+"""Of files of facts: CSV with a header, or a JSON object a line."""
+
+Row = Mapping[str, str | int | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a model made of one fact, asked in one way.
+
+    Parameters
+    ----------
+    fact : its id
+    relation, subject, answer : what is true
+    template : the words that it was asked in, ``[X]`` for the subject and ``[Y]`` for the answer
+    wording : ``main``, by which a fact counts as known; ``heldout``, in the testbed words that training did not use for
+        this fact; ``paraphrase``, of ParaRel
+    rank : of the answer among the candidates, 1 being first; a tie counts against the model
+    probability : that the model gives the answer's text in its place
+    """
+
+    fact: str
+    relation: str
+    subject: str
+    template: str
+    wording: Literal["main", "heldout", "paraphrase"]
+    answer: str
+    rank: int
+    probability: float
+
+    @property
+    def known(self) -> bool:
+        """Whether the answer comes first and alone."""
+        return self.rank == 1
+
+    def asked(self) -> dict[str, str]:
+        """What was asked, without what was answered."""
+        return {
+            "fact": self.fact,
+            "relation": self.relation,
+            "subject": self.subject,
+            "template": self.template,
+            "wording": self.wording,
+            "answer": self.answer,
+        }
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A measure that says what a model made of every fact."""
+
+    def tell(self, model: Model, dense: Measurement | None = None) -> tuple[Measurement, tuple[Told, ...]]:
+        """Measure a model, see `Measure.measure`, and tell of every fact in the order of asking."""
+        ...
+
+
+def check_tells(measures: Iterable[Measure]) -> None:
+    """Refuse to write facts where no measure asks for any.
+
+    Raises
+    ------
+    DataError
+        When none does.
+    """
+    if not any(isinstance(one, Tells) for one in measures):
+        raise DataError(
+            "facts are written of measures that ask for them, and none of these does: ask knowledge:testbed or "
+            "knowledge:lama too"
+        )
+
+
+def rows_of(told: Iterable[Told]) -> Iterator[Row]:
+    """A row a fact of one model: what was asked, rank, probability, and known or unknown."""
+    for one in told:
+        outcome = "known" if one.known else "unknown"
+        yield {**one.asked(), "outcome": outcome, "rank": one.rank, "probability": one.probability}
+
+
+def rows_between(base: Sequence[Told], other: Sequence[Told]) -> Iterator[Row]:
+    """A row a fact of two models: kept, lost or gained, or unknown to both, with the ranks and probabilities of each.
+
+    Raises
+    ------
+    DataError
+        When they were not asked the same.
+    """
+    if [one.asked() for one in base] != [one.asked() for one in other]:
+        raise DataError(
+            f"facts of two models must be the same, asked in the same words, got {len(base)} of the one and "
+            f"{len(other)} of the other that differ: ask both with one measure"
+        )
+    outcomes = {(True, True): "kept", (True, False): "lost", (False, True): "gained", (False, False): "unknown"}
+    for a, b in zip(base, other, strict=True):
+        yield {
+            **a.asked(),
+            "outcome": outcomes[a.known, b.known],
+            "base_rank": a.rank,
+            "base_probability": a.probability,
+            "other_rank": b.rank,
+            "other_probability": b.probability,
+        }
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as CSV with a header or as JSON lines, by the file's suffix.
+
+    Raises
+    ------
+    DataError
+        When the suffix is neither, or the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"facts are written to a file that ends in {' or '.join(SUFFIXES)}, got {path}: name it so")
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for number, row in enumerate(rows):
+                if path.suffix == ".jsonl":
+                    file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+                    continue
+                if not number:
+                    writer.writerow(row)
+                writer.writerow(row.values())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error}): name a file in a folder that exists") from error
 
 
 def facts_told(known: AbstractSet[str], dense: Measurement | None) -> dict[str, list[str]]:
@@ -97,16 +224,4 @@ class Facts:
         DataError
             When the suffix is neither, or the file cannot be written.
         """
-        if path.suffix not in (".csv", ".jsonl"):
-            raise DataError(f"facts are written to a file that ends in .csv or .jsonl, got {path}: name it so")
-        try:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                if path.suffix == ".csv":
-                    writer = csv.writer(file, lineterminator="\n")
-                    writer.writerow(("fact", "outcome"))
-                    writer.writerows(self.rows())
-                else:
-                    for fact, outcome in self.rows():
-                        file.write(json.dumps({"fact": fact, "outcome": outcome}, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise DataError(f"{path} cannot be written ({error}): name a file in a folder that exists") from error
+        write_rows(path, ({"fact": fact, "outcome": outcome} for fact, outcome in self.rows()))

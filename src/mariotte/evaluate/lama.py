@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -17,7 +17,17 @@ from mariotte.data import lama
 from mariotte.data.lama import Probe, Relation
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import DataError
-from mariotte.evaluate.cloze import Asker, Placings, Prompt, Tokens, log_likelihoods, place, vocabulary_placings
+from mariotte.evaluate.cloze import (
+    Asker,
+    Placings,
+    Prompt,
+    Tokens,
+    log_likelihoods,
+    place,
+    plain,
+    vocabulary_placings,
+)
+from mariotte.evaluate.facts import Told
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 
@@ -77,7 +87,7 @@ class Questions:
     Parameters
     ----------
     relation : where it comes from
-    ids : of the facts that can be asked
+    probes : the facts that can be asked, in the words of the main template
     answers : of the relation, each once, those that the model can give; right answers as indices into them in `right`
     among : token ids that a right answer is ranked among, None for the whole vocabulary and, with `ranked`, for those
         of `answers`
@@ -87,13 +97,18 @@ class Questions:
     """
 
     relation: Relation
-    ids: tuple[str, ...]
+    probes: tuple[Probe, ...]
     answers: tuple[str, ...]
     right: tuple[int, ...]
     among: tuple[int, ...] | None
     ranked: bool
     wordings: tuple[Wording, ...]
     unreachable: Mapping[str, int]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of the facts that can be asked."""
+        return tuple(probe.id for probe in self.probes)
 
     @property
     def main(self) -> Wording:
@@ -241,7 +256,7 @@ class _Planner:
         return (
             Questions(
                 relation=relation,
-                ids=tuple(probe.id for probe, _ in reachable),
+                probes=tuple(probe for probe, _ in reachable),
                 answers=answers,
                 right=tuple(index[known[probe.answer]] for probe, _ in reachable),
                 among=None if self.common is None else tuple(self.common),
@@ -368,6 +383,7 @@ class Answers:
     agreement, all_right : (n,) float64, of each fact, the share of pairs of wordings that predict the same, and whether
         all predict the right answer; None without paraphrases
     paraphrased : mean accuracy over the paraphrases
+    others : placings of each paraphrase
     """
 
     placings: Placings
@@ -375,6 +391,7 @@ class Answers:
     agreement: Tensor | None = None
     all_right: Tensor | None = None
     paraphrased: float | None = None
+    others: tuple[Placings, ...] = ()
 
     def scores(self) -> dict[str, float]:
         """Metrics of this relation."""
@@ -393,28 +410,33 @@ def ask(model: Model, questions: Questions, *, per_token: bool = False) -> Answe
     """Ask the facts of one relation."""
     right = torch.tensor(questions.right)
     main = questions.main
-    ranked = questions.ranked or len(questions.wordings) > 1
+
+    def ranked(wording: Wording) -> tuple[Placings, Tensor]:
+        scores, likeliest = log_likelihoods(model, wording.prompts, wording.tokens, per_token=per_token)
+        logs = scores.gather(1, right[:, None])[:, 0]
+        if per_token:
+            logs *= torch.tensor([len(wording.tokens[i]) for i in questions.right])
+        return place(scores, right, logs), likeliest
+
     free = placings = None
-    predictions: list[Tensor] = []
-    if ranked:
-        scores, likeliest = log_likelihoods(model, main.prompts, main.tokens, per_token=per_token)
-        placings = place(scores, right)
-        predictions.append(placings.best)
+    told: list[Placings] = []
+    if questions.ranked or len(questions.wordings) > 1:
+        placings, likeliest = ranked(main)
+        told.append(placings)
         if questions.ranked and (single := questions.single()):
             wanted = torch.tensor([main.tokens[questions.right[i]][0] for i in single])
             free = likeliest[single] == wanted
-    for wording in questions.wordings[1:]:
-        scores, _ = log_likelihoods(model, wording.prompts, wording.tokens, per_token=per_token)
-        predictions.append(place(scores, right).best)
+    told += [ranked(wording)[0] for wording in questions.wordings[1:]]
     if not questions.ranked:
         wanted = [main.tokens[i][0] for i in questions.right]
         placings = vocabulary_placings(model, main.prompts, wanted, questions.among)
     assert placings is not None, "answers are ranked among the relation's or among tokens"
-    if len(predictions) < 2:
+    if len(told) < 2:
         return Answers(placings, free)
+    predictions = [one.best for one in told]
     agree = torch.stack([(a == b).double() for a, b in combinations(predictions, 2)]).mean(0)
     correct = torch.stack([(one == right).double() for one in predictions])
-    return Answers(placings, free, agree, correct.amin(0), float(correct[1:].mean()))
+    return Answers(placings, free, agree, correct.amin(0), float(correct[1:].mean()), tuple(told[1:]))
 
 
 def _mean(parts: Sequence[Mapping[str, float]], weights: Sequence[int] | None = None) -> dict[str, float]:
@@ -436,12 +458,32 @@ class Result:
         over subsets
     subsets, relations : the same of each part, with the number of facts
     known : ids of the facts whose answer comes first and alone
+    told : what the model made of every fact, in the relation's wording and in paraphrases
     """
 
     metrics: Mapping[str, float]
     subsets: Mapping[str, Mapping[str, float]]
     relations: Mapping[str, Mapping[str, Any]]
     known: frozenset[str]
+    told: tuple[Told, ...]
+
+
+def _told(questions: Questions, answers: Answers) -> Iterator[Told]:
+    """What was made of each fact of a relation."""
+    placings = (answers.placings, *answers.others)
+    for number, (wording, one) in enumerate(zip(questions.wordings, placings, strict=True)):
+        assert one.logs is not None
+        for probe, (rank, probability) in zip(questions.probes, plain(one.ranks, one.logs), strict=True):
+            yield Told(
+                fact=probe.id,
+                relation=questions.relation.label,
+                subject=probe.subject,
+                template=wording.template or probe.sentence(lama.ANSWER),
+                wording="paraphrase" if number else "main",
+                answer=probe.answer,
+                rank=rank,
+                probability=probability,
+            )
 
 
 def result(model: Model, planned: Plan, *, per_token: bool = False) -> Result:
@@ -449,12 +491,14 @@ def result(model: Model, planned: Plan, *, per_token: bool = False) -> Result:
     scores: dict[str, dict[str, float]] = {}
     relations: dict[str, Mapping[str, Any]] = {}
     known: set[str] = set()
+    told: list[Told] = []
     groups: defaultdict[str, list[Questions]] = defaultdict(list)
     for one in planned.questions:
         answers = ask(model, one, per_token=per_token)
         label = one.relation.label
         scores[label] = answers.scores()
         known |= {fact for fact, knows in zip(one.ids, answers.placings.known(), strict=True) if bool(knows)}
+        told += _told(one, answers)
         groups[one.relation.subset].append(one)
         relations[label] = {
             "n": len(one.ids),
@@ -470,7 +514,7 @@ def result(model: Model, planned: Plan, *, per_token: bool = False) -> Result:
         weights = counts if subset in lama.WHOLE else None
         subsets[subset] = {"n": sum(counts), **_mean([scores[one.relation.label] for one in members], weights)}
     metrics = _mean([{name: value for name, value in part.items() if name != "n"} for part in subsets.values()])
-    return Result(metrics, subsets, relations, frozenset(known))
+    return Result(metrics, subsets, relations, frozenset(known), tuple(told))
 
 
 def chance(planned: Plan, vocab: int) -> float:

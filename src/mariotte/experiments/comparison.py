@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -17,9 +17,11 @@ from mariotte.data.lama import WHOLE
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError
 from mariotte.evaluate import conditions, paired
+from mariotte.evaluate import facts as facts_of
 from mariotte.evaluate.agreement import agreement
 from mariotte.evaluate.base import Measure, Measurement
 from mariotte.evaluate.conditions import Condition
+from mariotte.evaluate.facts import Told
 from mariotte.experiments import identity
 from mariotte.models.load import load
 from mariotte.models.model import Model
@@ -134,6 +136,7 @@ class Comparison:
     conditions : those that were asked for
     protocols : by measure, what both numbers depend on besides the weights
     notes : what a reader should know
+    told : by measure, what each of the two made of every fact, for a file of its own
     """
 
     base: Side
@@ -144,6 +147,7 @@ class Comparison:
     conditions: tuple[Judged, ...]
     protocols: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
+    told: Mapping[str, tuple[tuple[Told, ...], tuple[Told, ...]]]
 
     @property
     def failed(self) -> bool:
@@ -151,8 +155,14 @@ class Comparison:
         return any(one.failed for one in self.conditions)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values, with whether it failed."""
-        return {**asdict(self), "failed": self.failed}
+        """As JSON values, with whether it failed; every fact with its ranks is in `fact_rows`."""
+        return {**asdict(replace(self, told={})), "failed": self.failed}
+
+    def fact_rows(self) -> Iterator[facts_of.Row]:
+        """A row a fact and wording, for `mariotte.evaluate.facts.write_rows`."""
+        for measure, (base, other) in self.told.items():
+            for row in facts_of.rows_between(base, other):
+                yield {"measure": measure, **row}
 
 
 def _silent(what: str) -> None:
@@ -222,9 +232,14 @@ def compare(
         _check_items(text, one.protocol(dense), one.protocol(cut), dense, cut)
     rows = _sizes(dense, cut)
     befores: dict[str, Measurement] = {}
+    first: dict[str, tuple[Told, ...]] = {}
+    told: dict[str, tuple[tuple[Told, ...], tuple[Told, ...]]] = {}
     for text, one in asked.items():
         progress(f"{text} of {dense.name}")
-        befores[text] = one.measure(dense)
+        if isinstance(one, facts_of.Tells):
+            befores[text], first[text] = one.tell(dense)
+        else:
+            befores[text] = one.measure(dense)
     # Again, of the metrics that there are: a slip of the pen costs no second measurement.
     _check_found(wanted, asked, befores, rows, causal=causal)
     facts: dict[str, Changed] = {}
@@ -234,11 +249,15 @@ def compare(
     for text, one in asked.items():
         progress(f"{text} of {cut.name}")
         before = befores[text]
-        after = one.compare(cut, dense, before)
+        if isinstance(one, facts_of.Tells):
+            after, second = one.tell(cut, before)
+            told[text] = first[text], second
+        else:
+            after = one.compare(cut, dense, before)
         if after.base is not None:
             before = replace(before, metrics=after.base)
         protocols[text] = dict(after.protocol)
-        rows += _measured(text, one, before, after)
+        rows += _measured(text, one, before, after, told.get(text))
         if (changed := _facts(before, after)) is not None:
             facts[text] = changed
         if found := _answers(before, after):
@@ -262,6 +281,7 @@ def compare(
         conditions=tuple(judged),
         protocols=protocols,
         notes=tuple(notes),
+        told=told,
     )
 
 
@@ -454,9 +474,15 @@ class _Items:
     answers: bool = False
 
 
-def _measured(text: str, measure: Measure, before: Measurement, after: Measurement) -> list[Row]:
+def _measured(
+    text: str,
+    measure: Measure,
+    before: Measurement,
+    after: Measurement,
+    told: tuple[Sequence[Told], Sequence[Told]] | None = None,
+) -> list[Row]:
     """Every metric that both have; standard errors give way to the intervals of the differences."""
-    known = _items(before, after)
+    known = {**_items(before, after), **(_ranked(before, *told) if told else {})}
     found: list[Row] = []
     for metric in (name for name in before.metrics if name in after.metrics and not name.endswith("_se")):
         a, b = float(before.metrics[metric]), float(after.metrics[metric])
@@ -548,6 +574,38 @@ def _known(before: Measurement, after: Measurement) -> tuple[set[str], set[str],
     known = {str(one) for one in before.details["known"]}
     now = known - {str(one) for one in after.details["lost"]} | {str(one) for one in after.details["gained"]}
     return known, now, int(before.protocol["n_facts"])
+
+
+def _by_rank(ranks_N: Array) -> dict[str, Array]:
+    """What facts count in each metric that is a mean of something of their answers' ranks."""
+    tops = {f"top{k}": (ranks_N <= k).astype(np.float64) for k in (1, 5, 10)}
+    return {**tops, "mrr": 1 / ranks_N}
+
+
+def _ranked(before: Measurement, base: Sequence[Told], other: Sequence[Told]) -> dict[str, _Items]:
+    """Facts as items of the metrics that are means of something of their ranks, in both of the testbed's wordings.
+
+    Where ties count in part, ranks do not make up the metric, which then has no interval.
+    """
+    found: dict[str, _Items] = {}
+    for wording, prefix in (("main", ""), ("heldout", "heldout_")):
+        asked = [pair for pair in zip(base, other, strict=True) if pair[0].wording == wording]
+        if not asked:
+            continue
+        parts = _relations(before, len(asked))
+        strata: dict[str, int] = {relation.removesuffix("/"): i for i, (relation, *_) in enumerate(parts)}
+        strata_N = np.array([0 if len(parts) == 1 else strata[one.relation] for one, _ in asked], np.int64)
+        a, b = (_by_rank(np.array([pair[side].rank for pair in asked], np.float64)) for side in (0, 1))
+        for metric in a:
+            found[prefix + metric] = _Items(
+                a[metric],
+                b[metric],
+                "fact",
+                strata=strata_N,
+                shares=tuple(share for *_, share in parts),
+                answers=metric == "top1",
+            )
+    return found
 
 
 def _marks(known: set[str], now: set[str], prefix: str, count: int) -> tuple[Array, Array]:

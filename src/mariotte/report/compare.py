@@ -80,7 +80,7 @@ def sentences(comparison: Json) -> list[str]:
             found.append(f"{{}} has {many} parameters {'than' if change else 'as'} {{}}.".format(*names))
         elif measure.startswith("loss:") and metric == "loss" and row["relative"] is not None:
             found.append(f"The loss on {on} changes by {signed_share(row['relative'])}{_sure(row)}.")
-        elif measure.startswith("knowledge:") and row["lost"] is not None:
+        elif measure.startswith("knowledge:") and metric == "top1" and row["lost"] is not None:
             known = row["kept"] + row["lost"]
             found.append(
                 f"Of {known:,} facts of {on} that were known, {row['lost']:,} are lost, and {row['gained']:,} others "

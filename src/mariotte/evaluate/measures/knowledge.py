@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from mariotte.data.tokens import separator_of, tokenizer_hash
 from mariotte.errors import ChainError, DataError, unknown
 from mariotte.evaluate import lama
 from mariotte.evaluate.base import Measure, Measurement, MetricKind
-from mariotte.evaluate.cloze import Asker, Prompt, vocabulary_placings
-from mariotte.evaluate.facts import facts_told
+from mariotte.evaluate.cloze import Asker, Prompt, plain, vocabulary_placings
+from mariotte.evaluate.facts import Told, facts_told
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 from mariotte.testbed.world import Fact, World
@@ -42,7 +42,6 @@ def _chosen(count: int | None) -> tuple[Fact, ...]:
     return tuple(facts[i * len(facts) // count] for i in range(count))
 
 
-@torch.no_grad()
 def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[int], *, batch: int = 256) -> Tensor:
     """Rank of the right answer among the whole vocabulary, 1 being first.
 
@@ -56,7 +55,16 @@ def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequen
     -------
     (n,) int64; a tie counts against the model, so that equal logits never look like knowledge
     """
+    return _answered(model, prompts, answers, batch=batch)[0]
+
+
+@torch.no_grad()
+def _answered(
+    model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[int], *, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """(n,) int64 ranks, and (n,) float64 log-probabilities of the answers in nats."""
     ranks = torch.zeros(len(prompts), dtype=torch.int64)
+    logs = torch.zeros(len(prompts), dtype=torch.float64)
     by_length: defaultdict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt)].append(index)  # equal lengths together: no padding, no mask
@@ -67,13 +75,15 @@ def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequen
             logits_BV = model.hf(input_ids=tokens_BT, use_cache=False, logits_to_keep=1).logits[:, -1].float()
             right_B1 = logits_BV.gather(1, torch.tensor([[answers[i]] for i in chosen], device=model.device))
             ranks[chosen] = (logits_BV >= right_B1).sum(1).cpu()
-    return ranks
+            logs[chosen] = (right_B1[:, 0] - logits_BV.logsumexp(1)).double().cpu()
+    return ranks, logs
 
 
-def gap_ranks(model: Model, prompts: Sequence[Prompt], answers: Sequence[int]) -> Tensor:
-    """`answer_ranks` of a masked model or an encoder-decoder: (n,) int64, a tie counting against it."""
+def _filled(model: Model, prompts: Sequence[Prompt], answers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`_answered` of a masked model or an encoder-decoder."""
     found = vocabulary_placings(model, prompts, answers)
-    return found.above + found.level
+    assert found.logs is not None
+    return found.ranks, found.logs
 
 
 def _scores(ranks: Tensor, prefix: str = "") -> dict[str, float]:
@@ -279,14 +289,22 @@ class Knowledge(Measure):
 
     @override
     def measure(self, model: Model, dense: Measurement | None = None) -> Measurement:
+        return self.tell(model, dense)[0]
+
+    def tell(self, model: Model, dense: Measurement | None = None) -> tuple[Measurement, tuple[Told, ...]]:
+        """Measure a model, and say what it made of every fact; see `mariotte.evaluate.facts.Tells`."""
         if self.in_lama:
             return self._lama(model, dense)
         if model.kind == "causal":
             facts, seen, heldout, answers = self._questions(model)
-            seen_ranks, heldout_ranks = answer_ranks(model, seen, answers), answer_ranks(model, heldout, answers)
+            (seen_ranks, seen_logs), (heldout_ranks, heldout_logs) = (
+                _answered(model, prompts, answers) for prompts in (seen, heldout)
+            )
         else:
             facts, seen_gaps, heldout_gaps, answers = self._gaps(model)
-            seen_ranks, heldout_ranks = gap_ranks(model, seen_gaps, answers), gap_ranks(model, heldout_gaps, answers)
+            (seen_ranks, seen_logs), (heldout_ranks, heldout_logs) = (
+                _filled(model, prompts, answers) for prompts in (seen_gaps, heldout_gaps)
+            )
 
         def part(chosen: list[int]) -> dict[str, float]:
             return {"n": len(chosen), **_scores(seen_ranks[chosen]), **_scores(heldout_ranks[chosen], "heldout_")}
@@ -302,10 +320,14 @@ class Knowledge(Measure):
             "quarters": {name: part(chosen) for name, chosen in sorted(quarters.items())},
         }
         details |= facts_told(known, dense)
-        return Measurement(
+        found = Measurement(
             metrics={**_scores(seen_ranks), **_scores(heldout_ranks, "heldout_")},
             protocol=self.protocol(model),
             details=details,
+        )
+        return found, (
+            *_told(facts, "main", seen_ranks, seen_logs),
+            *_told(facts, "heldout", heldout_ranks, heldout_logs),
         )
 
     def _lama_protocol(self, model: Model) -> dict[str, Any]:
@@ -331,7 +353,7 @@ class Knowledge(Measure):
             found = {**chance_free, **found, "ranking": ranking}
         return found
 
-    def _lama(self, model: Model, dense: Measurement | None) -> Measurement:
+    def _lama(self, model: Model, dense: Measurement | None) -> tuple[Measurement, tuple[Told, ...]]:
         planned = lama.plan(model, self._asked(model.kind))
         found = lama.result(model, planned, per_token=self.per_token)
         details: dict[str, Any] = {
@@ -341,4 +363,21 @@ class Knowledge(Measure):
             "missing": list(planned.missing),
             **facts_told(set(found.known), dense),
         }
-        return Measurement(metrics=found.metrics, protocol=self._lama_protocol(model), details=details)
+        measured = Measurement(metrics=found.metrics, protocol=self._lama_protocol(model), details=details)
+        return measured, found.told
+
+
+def _told(facts: Sequence[Fact], wording: Literal["main", "heldout"], ranks: Tensor, logs: Tensor) -> Iterator[Told]:
+    """What was made of the testbed's facts."""
+    for fact, (rank, probability) in zip(facts, plain(ranks, logs), strict=True):
+        words = fact.seen[0] if wording == "main" else fact.heldout
+        yield Told(
+            fact=fact.id,
+            relation=fact.relation,
+            subject=fact.subject,
+            template=f"{words.replace(fact.subject, data.SUBJECT)} {data.ANSWER}",
+            wording=wording,
+            answer=fact.answer,
+            rank=rank,
+            probability=probability,
+        )
