@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mariotte.experiments import run as running
+from mariotte.experiments.study import parse
 from mariotte.report.claim import Claim
 from mariotte.report.claims.cost_of_compression import CostOfCompression, cuts
+from mariotte.store import open_store
 from mariotte.store.record import Record
 from tests.report.report_records import record
 
@@ -20,8 +25,11 @@ SHARE = {"all": 1.0, "attention": 0.3, "ffn": 0.7}
 Lost = Callable[[str, str, float], float]
 
 
-def step(name: str, scope: str, amount: float, family: str = "unstructured", unit: str = "weights") -> dict[str, Any]:
-    return {"name": name, "scope": scope, "amount": amount, "family": family, "unit": unit}
+def step(
+    name: str, scope: str, amount: float, family: str = "unstructured", unit: str = "weights", *, rows: bool = False
+) -> dict[str, Any]:
+    facts = {"by": "row", "per": "layer"} if rows else {"per": "layer"}
+    return {"name": name, "scope": scope, "amount": amount, "family": family, "unit": unit, "facts": facts}
 
 
 def int8(scope: str = "all") -> dict[str, Any]:
@@ -49,7 +57,12 @@ def study(
             steps = (step("magnitude", "all", r), int8())
             found.append(known(model, steps, prune(model, "all", r) + quantize(model, "all") + both))
         for unit in ("weights", "rows"):
-            found.append(known(model, (step(f"by-{unit}", "head", 0.5, unit=unit),), head(unit)))
+            by_size = "magnitude-structured" if unit == "rows" else "magnitude"
+            for name in ("random", by_size):
+                cut = (step(name, "head", 0.5, rows=unit == "rows"),)
+                chance = 0.1 * (name == "random")
+                made = known(model, cut, head(unit) + chance)
+                found.append(dataclasses.replace(made, chain=f"{made.chain}({unit})", id=f"{made.id}{unit}"))
     return found
 
 
@@ -74,8 +87,8 @@ def test_what_obeys_the_paper_holds() -> None:
     assert "costs +12.0 points (+12.0 to +12.0)" in found["half"].statistic
     assert "+3.0 points" in found["quantized"].statistic
     assert (
-        "rows cost +30.0 points (+30.0 to +30.0) more; single weights of the layer cost 10.0%"
-        in found["head"].statistic
+        "rows cost +30.0 points (+30.0 to +30.0) more; at random, rows cost 50.0% of the facts and weights 20.0%; "
+        "by size, rows cost 40.0% of the facts and weights 10.0%" in found["head"].statistic
     )
     assert "15 comparisons on 3 models" in found["together"].statistic
 
@@ -108,6 +121,38 @@ def test_records_that_say_nothing_are_not_testable() -> None:
         for claim in CostOfCompression().claims(records):
             assert claim.verdict == "not testable here"
             assert "on two models" in claim.statistic
+
+
+def test_rows_are_compared_with_weights_that_were_chosen_alike() -> None:
+    """Rows by size cost little and weights at random much: neither says anything of the other."""
+    records = [
+        known(model, (step(name, "head", 0.5, rows=rows),), lost)
+        for model in MODELS
+        for name, rows, lost in (("random", False, 0.6), ("magnitude-structured", True, 0.1))
+    ]
+    assert claims(records)["head"].verdict == "not testable here"
+
+
+def test_real_records_say_what_took_rows_and_what_quantizes(tmp_path: Path) -> None:
+    head = ("magnitude@0.5:head", "magnitude-structured@0.5:head", "random@0.5:head", "random@0.5:head(rows=true)")
+    chains = (*head, "rtn@4:ffn", "magnitude@0.2 | int8-dynamic(scheme=torch)")
+    study = parse(f"""
+format = 1
+name = "head"
+models = ["testbed/qwen2-46k"]
+measures = ["knowledge:testbed(facts=64)"]
+chains = {json.dumps(chains)}
+""")
+    with open_store(tmp_path / "s.db", create=True) as store:
+        assert running.run(study, store).failures == []
+        records = {record.chain: record for record in store.records() if record.steps}
+    found = {chain: cuts([record]) for chain, record in records.items()}
+    assert {chain for chain, (cut,) in found.items() if cut.rows} == {head[1], head[3]}
+    assert {chain: cut.quantized for chain, (cut,) in found.items() if any(cut.quantized)} == {
+        "rtn@4:ffn": (True,),
+        "magnitude@0.2 | int8-dynamic(scheme=torch)": (False, True),
+    }
+    assert {cut.scope for chain in head for cut in found[chain]} == {"head"}
 
 
 def test_seeds_are_averaged_and_what_the_dense_model_does_not_know_cannot_be_lost() -> None:

@@ -108,7 +108,7 @@ def cuts(records: Sequence[Record]) -> list[Cut]:
                 measure=measure,
                 steps=tuple((step["name"], step["scope"], float(step["amount"])) for step in steps),
                 quantized=tuple(step["family"] == _QUANTIZED for step in steps),
-                rows=steps[0]["unit"] == "rows",
+                rows=steps[0].get("facts", {}).get("by") == "row",
                 zeroed=fmean(record.zeroed for record in seeds),
                 lost=fmean(1 - record.metrics["top1"] / record.base["top1"] for record in seeds),
             )
@@ -254,17 +254,26 @@ def _final_layer(found: Sequence[Cut]) -> Claim:
     sentence = "In the final dense layer, taking whole rows costs more facts than as many single weights."
     head = [cut for cut in found if len(cut.steps) == 1 and not cut.quantized[0] and cut.scope == "head"]
     pairs: list[tuple[str, float]] = []
-    for some in grouped(head, lambda cut: f"{cut.subject} {cut.amount}").values():
-        rows, single = ([cut.lost for cut in some if cut.rows == whole] for whole in (True, False))
+    kinds: dict[str, list[tuple[float, float]]] = {"at random": [], "by size": []}
+    for same in grouped(head, lambda cut: f"{cut.subject} {cut.amount} {_drawn(cut)}").values():
+        rows, single = ([cut.lost for cut in same if cut.rows == whole] for whole in (True, False))
         if rows and single:
-            pairs.append((some[0].model, fmean(rows) - fmean(single)))
-    weights = [cut.lost for cut in head if not cut.rows]
+            kinds["at random" if _drawn(same[0]) else "by size"].append((fmean(rows), fmean(single)))
+            pairs.append((same[0].model, fmean(rows) - fmean(single)))
+    each = "; ".join(
+        f"{kind}, rows cost {fmean(rows for rows, _ in both):.1%} of the facts and weights "
+        f"{fmean(single for _, single in both):.1%}"
+        for kind, both in kinds.items()
+        if both
+    )
     return _difference(
         sentence,
         pairs,
-        lambda mean, low, high: (
-            f"rows cost {mean} points ({low} to {high}) more; single weights of the layer cost {fmean(weights):.1%} of "
-            "the facts on average"
-        ),
-        "cuts of the final layer by rows and by weights on two models",
+        lambda mean, low, high: f"rows cost {mean} points ({low} to {high}) more; {each}",
+        "cuts of the final layer by rows and by weights, chosen alike, on two models",
     )
+
+
+def _drawn(cut: Cut) -> bool:
+    """Whether what is taken is drawn at random."""
+    return cut.steps[0][0] == "random"
