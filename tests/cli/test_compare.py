@@ -323,6 +323,13 @@ def test_places_that_cannot_be_written_are_told_before_the_work(
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_a_loss_worse_than_a_guess_is_told() -> None:
+    found = mariotte.compare("testbed/t5-784k", "testbed/t5-784k", ["loss:testbed/all(rows=8)"])
+    assert any("it was not taught text asked like this" in note for note in found.notes)
+    found = mariotte.compare("testbed/qwen2-46k", "testbed/qwen2-46k", ["loss:testbed/all(rows=8)"])
+    assert not any("not taught" in note for note in found.notes)
+
+
 def test_dtypes_that_differ_are_told(model_folder: Path, tmp_path: Path) -> None:
     import torch
 

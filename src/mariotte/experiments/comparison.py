@@ -262,6 +262,8 @@ def compare(
             facts[text] = changed
         if found := _answers(before, after):
             answers[text] = found
+        if identity.measure_name(one) == "loss":
+            notes += _unfit(text, before, dense)
         if identity.measure_name(one) == "loss" and causal:
             progress(f"agreement on {one.on}")
             rows += _followed(text, one, dense, cut)
@@ -298,6 +300,18 @@ def _side(model: Model) -> Side:
 
 def _plainly(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _unfit(text: str, before: Measurement, base: Model) -> list[str]:
+    """What a reader should know of a loss that says nothing of a model."""
+    guess = math.log(base.shape.vocab)
+    if before.metrics["loss"] <= guess:
+        return []
+    return [
+        f"{text}: {base.name} has {before.metrics['loss']:.3g} nats a token, more than who finds all tokens equally "
+        f"likely, {guess:.3g}: it was not taught text asked like this, and changes of such a loss say little; ask for "
+        "another objective or block."
+    ]
 
 
 def _dtypes(base: Side, other: Side) -> list[str]:

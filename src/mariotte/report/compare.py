@@ -137,21 +137,22 @@ def _measured(rows: Sequence[Json]) -> Section | None:
     cells = tuple(
         (
             Cell(text=str(row["metric"]), below=str(row["measure"])),
-            Cell(text=_number(row["base"])),
-            Cell(text=_number(row["other"])),
             Cell(
                 text=_signed(row["difference"]),
                 below="" if row["relative"] is None else signed_share(row["relative"]),
                 strong=True,
             ),
+            Cell(text=str(row["verdict"]), badge=BADGES.get(str(row["verdict"]), "open") if row["verdict"] else ""),
+            Cell(text=_number(row["base"])),
+            Cell(text=_number(row["other"])),
             Cell(text=_interval(row), below=_of(row)),
             Cell(text="" if row["lost"] is None else f"{MINUS}{row['lost']} +{row['gained']}"),
             Cell(text="" if row["p"] is None else f"{row['p']:.2g}"),
-            Cell(text=str(row["verdict"]), badge=BADGES.get(str(row["verdict"]), "open") if row["verdict"] else ""),
         )
         for row in rows
     )
-    columns = ("metric", "#base", "#other", "#difference", "#95 % interval", "#flips", "#p", "verdict")
+    # What is asked for first comes first: on a phone the others are scrolled to.
+    columns = ("metric", "#difference", "verdict", "#base", "#other", "#95 % interval", "#flips", "#p")
     return Section(
         name="measures",
         title="Measured on the same items",
