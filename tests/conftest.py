@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +42,35 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.hf.save_pretrained(folder)
     zoo.save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture
+def call_in_two_processes() -> Callable[..., None]:
+    """Call a function of a test's file in two processes that find each other, as `accelerate launch` starts them.
+
+    Each may take so many seconds. Arguments travel as their `repr`: paths, text, numbers.
+    """
+
+    def call(seconds: float, function: Callable[..., None], *arguments: Any, **settings: Any) -> None:
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = str(found.getsockname()[1])
+        # What `accelerate launch --cpu --num_processes 2` sets.
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        file = Path(inspect.getfile(function))
+        code = f"import sys; from pathlib import *; sys.path.insert(0, {str(file.parent)!r}); import {file.stem}; "
+        code += f"{file.stem}.{function.__name__}(*{arguments!r}, **{settings!r})"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank in range(2)
+        ]
+        try:
+            assert [process.wait(seconds) for process in processes] == [0, 0]
+        finally:
+            for process in processes:  # one whose partner failed waits for it
+                process.kill()
+                process.wait()
+
+    return call

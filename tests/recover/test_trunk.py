@@ -7,11 +7,9 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,22 +228,11 @@ def recover_and_save(folder: Path, corpus: str, *, sharded: bool = False) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["copies", "shards"])
-def test_two_processes_recover_what_one_does(sharded: bool, model: Model, tmp_path: Path, corpus: str) -> None:
+def test_two_processes_recover_what_one_does(
+    sharded: bool, model: Model, tmp_path: Path, corpus: str, call_in_two_processes: Callable[..., None]
+) -> None:
     recover_and_save(tmp_path, corpus)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    # What `accelerate launch --cpu --num_processes 2` sets.
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_trunk; "
-    code += f"test_trunk.recover_and_save(pathlib.Path({str(tmp_path)!r}), {corpus!r}, sharded={sharded})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    call_in_two_processes(300, recover_and_save, tmp_path, corpus, sharded=sharded)
     before = dict(model.hf.named_parameters())
     for step in SHARED:
         first, second, alone = (load_file(tmp_path / who / f"{step.name()}.safetensors") for who in ("0", "1", "alone"))

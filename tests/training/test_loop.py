@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,22 +167,9 @@ def shared_run(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does(tmp_path: Path, call_in_two_processes: Callable[..., None]) -> None:
     shared_run(tmp_path)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    # What `accelerate launch --cpu --num_processes 2` sets.
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_loop; "
-    code += f"test_loop.shared_run(pathlib.Path({str(tmp_path)!r}))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(180) for process in processes] == [0, 0]
+    call_in_two_processes(180, shared_run, tmp_path)
     data = [next((tmp_path / rank).glob("*.safetensors")).read_bytes() for rank in ("0", "1")]
     assert len({hashlib.sha256(each).hexdigest() for each in data}) == 1
     alone = load_file(next((tmp_path / "alone").glob("*.safetensors")))
