@@ -15,7 +15,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
 
+from mariotte.cli.main import app
 from mariotte.data.lama import Probe
 from mariotte.errors import ChainError, DataError, UnknownNameError
 from mariotte.evaluate.cloze import Asker, Placings, Prompt, log_likelihoods, vocabulary_placings
@@ -311,6 +313,41 @@ def test_facts_that_bring_their_sentences(folder: Path) -> None:
     causal = measure.measure(fake("causal", wrong))
     assert causal.details["relations"]["squad"]["unreachable"] == {"the answer does not come last": 1}
     assert causal.details["unasked"] == {"conceptnet/Is": {"the answer does not come last": 1}}
+
+
+def test_what_asking_takes_is_counted_from_files(folder: Path) -> None:
+    trex = Knowledge(on="lama/trex")
+    # Of P19 five prompts and, behind each, "New"; of P1303 three. An encoder follows nothing.
+    asked = trex.work("causal")
+    assert asked is not None
+    assert (asked.items, asked.passes) == (8, 5 * 2 + 3)
+    assert asked.tokens == trex.tokens == round(1.3 * (5 * (6 + 1) + 3 * 5))
+    encoder = trex.work("masked")
+    assert encoder is not None
+    assert (encoder.items, encoder.passes) == (8, 8)
+    fewer = Knowledge(on="lama/trex", relations="P19", facts=2, paraphrases=1).work("seq2seq")
+    assert fewer is not None
+    assert (fewer.items, fewer.passes) == (2, 2 * 2 * 2)
+    (folder / "lama/TREx/P19.jsonl").write_text("{", encoding="utf-8")
+    assert trex.work("causal") is None
+    assert trex.tokens == 0
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_dry_run_says_what_asking_takes(tmp_path: Path) -> None:
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'format = 1\nname = "s"\nmodels = ["testbed/qwen2-46k", "testbed/t5-784k"]\n'
+        'measures = ["knowledge:lama/trex", "tasks:testbed/facts(items=4)"]\n[[chains]]\nchain = "magnitude@0.5"\n'
+    )
+    done = CliRunner().invoke(app, ["run", str(study), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["knowledge:lama/trex", "causal", "8", "13"] in lines
+    assert ["knowledge:lama/trex", "seq2seq", "8", "13"] in lines
+    assert ["tasks:testbed/facts(items=4)", "causal", "4", "4"] in lines
+    plain = json.loads(CliRunner().invoke(app, ["run", str(study), "--dry-run", "--json"]).stdout)
+    assert {"measure": "knowledge:lama/trex", "kind": "causal", "items": 8, "passes": 13} in plain["asked"]
 
 
 @pytest.mark.usefixtures("folder")

@@ -12,6 +12,8 @@ from mariotte.cli._running import run_shown
 from mariotte.cli.console import duration, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mariotte.experiments.estimate import Estimate
     from mariotte.experiments.run import Plan
     from mariotte.experiments.study import Study
@@ -95,9 +97,10 @@ def _say_plan(study: Study, store: str | None, as_json: bool) -> None:
         except MariotteError as error:
             missing = str(error)
     if as_json:
-        print_json({**asdict(planned), "expected": asdict(expected), "missing": missing or None})
+        asked = [dict(zip(("measure", "kind", "items", "passes"), row, strict=True)) for row in _asked(study, configs)]
+        print_json({**asdict(planned), "asked": asked, "expected": asdict(expected), "missing": missing or None})
         return
-    _print_plan(study, planned, expected)
+    _print_plan(study, planned, expected, configs)
     if expected.unknown:
         say(
             f"not here, so not in time, memory and disk: {', '.join(expected.unknown)}; `mariotte run` fetches them, "
@@ -107,7 +110,28 @@ def _say_plan(study: Study, store: str | None, as_json: bool) -> None:
         say(f"the study cannot run yet: {missing}")
 
 
-def _print_plan(study: Study, planned: Plan, expected: Estimate) -> None:
+def _asked(study: Study, configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int | None, int | None]]:
+    """Of each measure of facts and tasks, by kind of model: questions, and rows of forward passes, as files tell.
+
+    A model whose config is not here is taken for a causal one.
+    """
+    from mariotte import architectures
+    from mariotte.experiments import identity
+
+    found: dict[tuple[str, str], tuple[int | None, int | None]] = {}
+    for model in study.models:
+        config = configs.get(model)
+        kind = "causal" if config is None else architectures.of(config).kind
+        for entry in study.measured(model):
+            measure = identity.resolve_measure(entry.measure)
+            place = identity.measure_text(measure), kind
+            if identity.measure_name(measure) in ("knowledge", "tasks") and place not in found:
+                work = measure.work(kind)
+                found[place] = (None, None) if work is None else (work.items, work.passes)
+    return [(*place, *numbers) for place, numbers in found.items()]
+
+
+def _print_plan(study: Study, planned: Plan, expected: Estimate, configs: Mapping[str, Mapping[str, Any]]) -> None:
     total = sum(planned.evaluations.get(kind, 0) for kind in ("loss", "tasks", "knowledge"))
     kinds = ", ".join(f"{n:,} × {kind}" for kind, n in planned.evaluations.items())
     print_table(
@@ -121,6 +145,15 @@ def _print_plan(study: Study, planned: Plan, expected: Estimate) -> None:
             ["records, the dense models' among them", f"{planned.records:,}"],
         ],
     )
+    if asked := _asked(study, configs):
+        print_table(
+            "Questions that one evaluation asks, from files without a model (- where these do not tell)",
+            ["measure", "of a model that is", "questions", "forward passes, about"],
+            [
+                (measure, kind, *("-" if number is None else f"{number:,}" for number in numbers))
+                for measure, kind, *numbers in asked
+            ],
+        )
     print_table(
         "Work, shared as the study's tree shares it, and if every chain ran alone",
         ["", "shared", "alone"],

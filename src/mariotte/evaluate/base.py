@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
+from mariotte.architectures import Kind
 from mariotte.errors import ModelError
 from mariotte.models.model import Model
 
@@ -35,6 +36,22 @@ class Measurement:
         for name, value in self.metrics.items():
             if not math.isfinite(value):
                 raise ModelError(f"{name} must be a finite number, got {value}: the model computes non-finite logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a measurement asks of a model, counted from files without one.
+
+    Parameters
+    ----------
+    items : questions or facts
+    passes : rows of forward passes, each a whole prompt or a token after one, words taken for tokens
+    tokens : about how many they run through the model together
+    """
+
+    items: int
+    passes: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,14 @@ class Measure(ABC):
         None where that is not known before a model is measured; then nobody is told early of a metric that is not
         there.
         """
+        return None
+
+    def work(self, kind: Kind) -> Work | None:
+        """What is asked of a model of this kind; None where that is not known before, or nothing is asked item by item.
+
+        Files that are missing or broken are no matter of this: `check` tells of them.
+        """
+        del kind
         return None
 
     def check(self) -> None:

@@ -13,10 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mariotte.architectures import Kind
 from mariotte.data import lama
 from mariotte.data.lama import Probe, Relation
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import DataError
+from mariotte.evaluate.base import Work
 from mariotte.evaluate.cloze import (
     Asker,
     Placings,
@@ -32,6 +34,9 @@ from mariotte.models.model import Model
 from mariotte.store.record import digest
 
 Candidates = Literal["relation", "common", "vocabulary"]
+
+TOKENS_OF_A_WORD = 1.3
+"""About, in English, with a vocabulary of some ten thousand tokens; for estimates."""
 
 NOT_LAST = "the answer does not come last"
 NO_TOKEN = "the answer has no tokens of its own, or more than one where one is needed"
@@ -163,6 +168,30 @@ def check(asked: Asked) -> None:
         When nothing that is asked is there, or a relation asked by name is not.
     """
     _here(asked)
+
+
+def work(asked: Asked, kind: Kind) -> Work | None:
+    """What asking all that is here takes; None where something is missing or broken."""
+    try:
+        here, _ = _here(asked)
+        subsets = [
+            lama.read(s, None if asked.relations is None else [n for n in asked.relations if n in lama.names(s)])
+            for s in here
+        ]
+    except DataError:
+        return None
+    items = passes = words = 0
+    for relation in (relation for subset in subsets for relation in subset.relations):
+        template = relation.templates[0] if relation.templates else None
+        prompts = [probe.before + probe.after for probe in relation.probes(_drawn(relation, asked), template)]
+        wordings = 1 + min(asked.paraphrases, max(0, len(relation.templates) - 1))
+        # Answers of several words are followed word by word, beginnings that they share once.
+        longer = [answer.split() for answer in relation.answers] if asked.candidates == "relation" else []
+        beginnings = {tuple(answer[:n]) for answer in longer for n in range(1, len(answer))} if kind != "masked" else ()
+        items += len(prompts)
+        passes += wordings * len(prompts) * (1 + len(beginnings))
+        words += wordings * (sum(len(one.split()) + 1 for one in prompts) + len(prompts) * len(beginnings))
+    return Work(items=items, passes=passes, tokens=round(words * TOKENS_OF_A_WORD))
 
 
 def _here(asked: Asked) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -550,4 +579,5 @@ __all__ = [
     "plan",
     "result",
     "usual_candidates",
+    "work",
 ]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.architectures import Kind
 from mariotte.data import lama as data
 from mariotte.data.lama import Probe
 from mariotte.data.tokens import separator_of, tokenizer_hash
 from mariotte.errors import ChainError, DataError, unknown
 from mariotte.evaluate import lama
-from mariotte.evaluate.base import Measure, Measurement, MetricKind
+from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work
 from mariotte.evaluate.cloze import Asker, Prompt, plain, vocabulary_placings
 from mariotte.evaluate.facts import Told, facts_told
 from mariotte.models.model import Model
@@ -262,9 +263,15 @@ class Knowledge(Measure):
     @property
     @override
     def tokens(self) -> int:
+        found = self.work("causal")
+        return 0 if found is None else found.tokens
+
+    @override
+    def work(self, kind: Kind) -> Work | None:
         if self.in_lama:
-            return 0  # known when a tokenizer has told which facts can be asked
-        return 2 * 8 * (self.facts or len(_all_facts()))  # asked in two patterns of about eight words
+            return lama.work(self._asked(kind), kind)
+        facts = min(self.facts or len(_all_facts()), len(_all_facts()))
+        return Work(items=facts, passes=2 * facts, tokens=2 * 8 * facts)  # in two patterns of about eight words
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:

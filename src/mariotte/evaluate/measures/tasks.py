@@ -15,7 +15,7 @@ from mariotte.architectures import Kind
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError, ModelError, unknown
 from mariotte.evaluate import harness
-from mariotte.evaluate.base import Measure, Measurement, MetricKind
+from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work
 from mariotte.evaluate.choices import Question, decoder_start, encode, log_likelihoods
 from mariotte.evaluate.harness import Answers
 from mariotte.models.model import Model
@@ -124,11 +124,18 @@ class Tasks(Measure):
     @property
     @override
     def tokens(self) -> int:
+        found = self.work("causal")
+        return 0 if found is None else found.tokens
+
+    @override
+    def work(self, kind: Kind) -> Work | None:
         if not self.in_testbed:
-            return 0  # known when lm-eval has loaded them
+            return None  # known when lm-eval has loaded them
         items = [item for name in self.names() for item in testbed.task(name).items[: self.items]]
         # One row for choices of one token, else about one for every choice but its last token.
-        return sum(len(item.context.split()) * (len(item.choices) if " " in item.choices[0] else 1) for item in items)
+        rows = [len(item.choices) if " " in item.choices[0] else 1 for item in items]
+        tokens = sum(len(item.context.split()) * n for item, n in zip(items, rows, strict=True))
+        return Work(items=len(items), passes=sum(rows), tokens=tokens)
 
     @override
     def check(self) -> None:
