@@ -57,7 +57,8 @@ def round_whole(x_TI: Tensor) -> Tensor:
     exact = exact.masked_fill(exact == 0, 0.1)
     zero = (-low / exact).round().clamp(0, 127)
     scale = exact.clamp(min=_LEAST_SCALE)
-    level_TI = ((wide_TI * (1 / scale)).round() + zero).clamp(0, 127)
+    # torch's kernels add the zero with one rounding, so that a value next to a half may become one.
+    level_TI = (wide_TI.double() * (1 / scale).double() + zero).to(wide_TI.dtype).round().clamp(0, 127)
     return _through(((level_TI - zero) * scale).to(wide_TI.dtype), x_TI)
 
 

@@ -34,9 +34,21 @@ def test_each_token_is_rounded_by_itself():
     torch.testing.assert_close(round_tokens(x), expected)
 
 
+def levels_of_torch(x: torch.Tensor) -> torch.Tensor:
+    """Inputs as torch's kernel rounds them: what a matrix of ones on the diagonal makes of them, in steps."""
+    layer = nn.Sequential(nn.Linear(x.shape[-1], x.shape[-1], bias=False))
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.eye(x.shape[-1]))
+    theirs = torch_dynamic(layer, ["0"])
+    scale, _ = torch._choose_qparams_per_tensor(x, reduce_range=True)
+    return (theirs(x) / theirs[0].weight().dequantize().max() / scale).round()
+
+
 def test_all_inputs_share_a_scale_as_in_torch():
-    x = torch.tensor([[-1.0, 0.0, 0.24], [126.0, 0.76, 3.5]])  # 127 steps of 1
-    assert round_whole(x).tolist() == [[-1, 0, 0], [126, 1, 4]]
+    x = torch.tensor([[-1.0, 0.0, 0.24, 2.5], [126.0, 0.76, 3.5, 4.5]])  # 127 steps of 1
+    # Halves go to the even level, and levels count from the least value: 2.5 is level 3.5.
+    assert round_whole(x).tolist() == [[-1, 0, 0, 3], [126, 1, 3, 5]]
+    assert torch.equal(round_whole(x), levels_of_torch(x))
     assert round_whole(torch.zeros(2, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
@@ -44,9 +56,8 @@ def test_levels_are_those_that_torch_chooses():
     generator = torch.Generator().manual_seed(0)
     for exponent in range(-9, 5):
         x = 10.0**exponent * (torch.randn(16, 64, generator=generator) + torch.randn(1, generator=generator))
-        scale, zero = torch._choose_qparams_per_tensor(x, reduce_range=True)
-        expected = ((x / scale).round() + zero).clamp(0, 127) - zero
-        assert ((round_whole(x) / scale - expected).abs() > 0.5).sum() == 0
+        scale, _ = torch._choose_qparams_per_tensor(x, reduce_range=True)
+        assert ((round_whole(x) / scale - levels_of_torch(x)).abs() > 0.5).sum() == 0
 
 
 @pytest.mark.parametrize("rounded", [round_tokens, round_whole])
@@ -70,6 +81,22 @@ def test_one_layer_equals_that_of_torch(scale, shift):
     theirs = torch_dynamic(layer, ["0"])(x)
     ours = nn.functional.linear(round_whole(x), round_whole_matrix(layer[0].weight), layer[0].bias)
     assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_value_next_to_a_half_is_rounded_to_the_level_of_torch(dtype):
+    """Checkpoints in bfloat16 have many weights exactly there, and among 400,000 inputs are some."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        layer = nn.Sequential(nn.Linear(64, 64))
+        layer[0].weight.copy_(0.2 * torch.randn(64, 64, generator=generator).to(dtype).float())
+        x = torch.randn(6400, 64, generator=generator)
+        theirs = torch_dynamic(layer, ["0"])
+        assert torch.equal(round_whole_matrix(layer[0].weight), theirs[0].weight().dequantize())
+        expected = theirs(x)
+        found = nn.functional.linear(round_whole(x), round_whole_matrix(layer[0].weight), layer[0].bias)
+        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def assert_is_rounding(found, expected, dense):
