@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -249,7 +249,7 @@ _SPECIFICATIONS: Final = MappingProxyType(
                 n_key_value_heads=6,
                 ffn=288,
                 tied=True,
-                recipe=_BERT_RECIPE,
+                recipe=replace(_BERT_RECIPE, tokens=10_000_000),
             ),
             Specification(
                 name="t5-265k",
