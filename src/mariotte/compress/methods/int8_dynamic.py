@@ -27,7 +27,7 @@ def round_whole_matrix(weight_OI: Tensor) -> Tensor:
     """A matrix rounded to 256 levels with one scale, (O, I): torch's default for weights, symmetric around zero."""
     wide_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
     scale = (wide_OI.abs().amax() / 127.5).clamp(min=torch.finfo(torch.float32).eps)
-    # Multiplied as torch does: many of a checkpoint's weights lie on a half, and a division puts some on its other side.
+    # Multiplied as torch does: many weights of a checkpoint lie on a half, and a division puts some on its other side.
     return ((wide_OI * (1 / scale)).round().clamp(-128, 127) * scale).to(weight_OI.dtype)
 
 
