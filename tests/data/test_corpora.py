@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,16 @@ def test_a_hub_corpus_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="is not in MARIOTTE_DATA and the hub did not give"):
         list(corpora.find("wikitext2").documents("test"))
+
+
+def test_sentences_of_the_testbed_stand_alone_and_splits_share_none() -> None:
+    from mariotte.testbed.world import World
+
+    found = {split: list(islice(corpora.find("testbed/sentences").documents(split), 300)) for split in SPLITS}
+    held = [set(corpora.find("testbed/sentences").documents(split)) for split in ("calibration", "valid", "test")]
+    drawn = {row.text for row in World().sentences("all", "test", corpora.TESTBED_ROWS["test"])}
+    assert held[2] == drawn
+    for number, one in enumerate(held):
+        assert all(text.endswith(".") and text.count(" .") == 1 for text in one)
+        assert not one & set(found["train"])
+        assert all(not one & other for other in held[number + 1 :])
