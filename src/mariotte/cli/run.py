@@ -113,7 +113,7 @@ def _say_plan(study: Study, store: str | None, as_json: bool) -> None:
 def _asked(study: Study, configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int | None, int | None]]:
     """Of each measure of facts and tasks, by kind of model: questions, and rows of forward passes, as files tell.
 
-    A model whose config is not here is taken for a causal one.
+    A model whose config is not here is of an unknown kind, and counted as what asks most: a causal one.
     """
     from mariotte import architectures
     from mariotte.experiments import identity
@@ -121,12 +121,12 @@ def _asked(study: Study, configs: Mapping[str, Mapping[str, Any]]) -> list[tuple
     found: dict[tuple[str, str], tuple[int | None, int | None]] = {}
     for model in study.models:
         config = configs.get(model)
-        kind = "causal" if config is None else architectures.of(config).kind
+        kind = None if config is None else architectures.of(config).kind
         for entry in study.measured(model):
             measure = identity.resolve_measure(entry.measure)
-            place = identity.measure_text(measure), kind
+            place = identity.measure_text(measure), kind or "unknown"
             if identity.measure_name(measure) in ("knowledge", "tasks") and place not in found:
-                work = measure.work(kind)
+                work = measure.work(kind or "causal")
                 found[place] = (None, None) if work is None else (work.items, work.passes)
     return [(*place, *numbers) for place, numbers in found.items()]
 

@@ -169,7 +169,7 @@ def pseudo_log_likelihoods(
     """Pseudo-log-likelihood of a choice between what stands before and after it, in nats, from an encoder.
 
     Each token of the choice is masked by itself while all other tokens are read, and the log-probabilities of the
-    tokens in their own places are summed (Salazar et al. 2020, https://aclanthology.org/2020.acl-main.240).
+    tokens in their own places are summed [salazar2020masked]_.
 
     Parameters
     ----------
@@ -185,6 +185,10 @@ def pseudo_log_likelihoods(
     -----
     Rows that are equal are computed once: choices of one token share a row. Rows of one length go together without
     padding.
+
+    References
+    ----------
+    [salazar2020masked]_
     """
     mask = None if model.tokenizer is None else cast("int | None", model.tokenizer.mask_token_id)
     if mask is None:
