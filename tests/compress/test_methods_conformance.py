@@ -9,7 +9,7 @@ from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
 from mariotte.compress.methods.sparsegpt import SparseGPT
 from mariotte.compress.methods.wanda import Wanda
-from mariotte.testing.methods import MethodConformance, all_steps, cases
+from mariotte.testing.methods import OTHER_FAMILIES, FamilyConformance, MethodConformance, all_steps, cases
 
 CASES = [
     *cases(METHODS.find(name)() for name in METHODS.names()),
@@ -25,4 +25,13 @@ CASES = [
 
 @pytest.mark.parametrize(("step", "family"), CASES, ids=lambda v: v if isinstance(v, str) else str(v.link()))
 class TestMethods(MethodConformance):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("step", "family"),
+    cases(all_steps(), OTHER_FAMILIES),
+    ids=lambda v: v if isinstance(v, str) else str(v.link()),
+)
+class TestFamilies(FamilyConformance):
     pass

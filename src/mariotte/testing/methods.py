@@ -41,12 +41,16 @@ def all_steps() -> list[Step]:
 
 
 FAMILIES = ("llama", "qwen2")
-"""On which everything is tried; the others are tried on a few methods, and looked up in full by tests of their own."""
+"""On which everything is tried; see `MethodConformance`."""
+
+OTHER_FAMILIES = tuple(family for family in architectures.FAMILIES if family not in FAMILIES)
+"""On which every method that claims them is tried in short; see `FamilyConformance`."""
 
 
 def cases(steps: Iterable[Step], families: Iterable[str] = FAMILIES) -> list[tuple[Step, str]]:
     """Each step with each of these families that it does not refuse."""
-    return [(step, family) for step in steps for family in families if step.refuse(tiny(family)) is None]
+    models = {family: tiny(family) for family in families}
+    return [(step, family) for step in steps for family, model in models.items() if step.refuse(model) is None]
 
 
 def amounts(step: Step) -> tuple[int | float, ...]:
@@ -379,3 +383,38 @@ class MethodConformance:
         assert METHODS.find(step.name()) is type(step)
         assert type(step).reference
         assert (step.scope == step.scopes[0]) == (":" not in str(step.link(0.5)))
+
+
+class FamilyConformance:
+    """What a method promises on a family, in one short case of a model with a tied head; parametrise as above."""
+
+    def test_it_does_what_it_says_and_nothing_else(self, step: Step, family: str, tmp_path: Path) -> None:
+        model, amount = tiny(family, tied=True), middle(step)
+        before = weights_hash(model)
+        context = context_of(model, tmp_path / "prepared")
+        prepared = prepare_once(step, model, context, [amount])
+        cut = step.apply(model, prepared, amount, context)
+        assert weights_hash(step.apply(model, prepared, amount, context)) == weights_hash(cut)
+        assert weights_hash(model) == before
+        (done,) = cut.done
+        assert (done.step, done.scope) == (str(step.link(amount)), step.scope)
+        assert cut.measured_params() == cut.counts.n_params
+        if type(step).removes is not Step.removes:
+            assert step.removes(model, amount) == model.measured_params() - cut.measured_params() + done.zeros
+        said = logits(cut)
+        assert bool(said.isfinite().all())
+        assert not torch.equal(said, logits(model))
+        if step.family in ("unstructured", "quantization"):
+            # What layers share is there once, and counts once.
+            assert len(cut.matrices(step.scope)) == len(model.matrices(step.scope))
+            weights = sum(matrix.weight.numel() for matrix in model.matrices(step.scope))
+            assert (done.in_scope or done.facts["weights"]) == weights
+            assert done.zeros == (cut.zeros(step.scope) if done.in_scope else 0)
+            saved = 4 * weights - done.facts["packed_bytes"] if step.family == "quantization" else 0
+            assert cut.counts.n_bytes == 4 * cut.measured_params() - saved
+            changed = {name for name, new in cut.hf.named_parameters() if not new.equal(model.hf.get_parameter(name))}
+            assert changed == {f"{path}.weight" for path in model.paths(step.scope)}
+        if step.scope in ("head", step.scopes[0]):
+            loaded = load(checkpoint.save(cut, tmp_path / "saved"))
+            assert torch.allclose(logits(loaded), said, atol=1e-4 * float(said.abs().max()))
+            assert (loaded.shape, loaded.counts, loaded.done) == (cut.shape, cut.counts, cut.done)
