@@ -191,23 +191,52 @@ def collapsed(value: float, base: float, kind: Kind, chance: float | None = None
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The covariates of M points, as arrays."""
+    """The covariates of M points, as arrays.
+
+    Parameters
+    ----------
+    base_M, ratio_M, tokens_M : dense value, ratio and recovery data
+    params_M, bits_M, chance_M, se_M : dense parameters, bits a weight, score of a guesser and standard error of the
+        value; nan where unknown
+    families : pruning family of each point, None where unknown
+    """
 
     base_M: Array
     ratio_M: Array
     tokens_M: Array
+    params_M: Array
+    bits_M: Array
+    chance_M: Array
+    se_M: Array
+    families: tuple[str | None, ...]
 
     @classmethod
     def of(cls, points: Iterable[Point]) -> Inputs:
         """The covariates of `points`, in their order."""
-        table = np.array([(p.base, p.ratio, p.tokens) for p in points], dtype=np.float64).reshape(-1, 3)
-        return cls(table[:, 0], table[:, 1], table[:, 2])
+        points = list(points)
+        # As floats, None is nan.
+        table = np.array(
+            [(p.base, p.ratio, p.tokens, p.params, p.bits, p.chance, p.se) for p in points], dtype=np.float64
+        ).reshape(-1, 7)
+        return cls(*table.T, families=tuple(p.family for p in points))
 
     @classmethod
-    def at(cls, base: float, ratio: float | Array, tokens: float) -> Inputs:
-        """One base and token count at one or several ratios."""
+    def at(
+        cls,
+        base: float,
+        ratio: float | Array,
+        tokens: float,
+        *,
+        params: float = math.nan,
+        bits: float = math.nan,
+        chance: float = math.nan,
+        se: float = math.nan,
+        family: str | None = None,
+    ) -> Inputs:
+        """One base and token count at one or several ratios, all else alike."""
         ratio_M = np.atleast_1d(np.asarray(ratio, dtype=np.float64))
-        return cls(np.full_like(ratio_M, base), ratio_M, np.full_like(ratio_M, tokens))
+        same = (np.full_like(ratio_M, value) for value in (tokens, params, bits, chance, se))
+        return cls(np.full_like(ratio_M, base), ratio_M, *same, families=(family,) * len(ratio_M))
 
 
 def values(points: Sequence[Point]) -> Array:
@@ -265,7 +294,7 @@ class Law(ABC):
     reference: ClassVar[str]
     """Key in references.bib, empty for a form of no single source."""
     inputs: ClassVar[tuple[str, ...]]
-    """Which of base, ratio and tokens the formula uses."""
+    """Which of base, ratio, tokens, params, bits and chance the formula uses."""
     metric_kinds: ClassVar[tuple[Kind, ...]] = ("loss", "score")
     params: ClassVar[tuple[Param, ...]]
     anchored: ClassVar[bool]
