@@ -94,8 +94,8 @@ def test_text_and_models_that_need_a_network(data: Path, model_folder: Path) -> 
     [
         ("int8 | rtn@4", "rtn cannot work on"),
         ("int8-dynamic:ffn | int8", "needs weights that were not quantized yet, and int8-dynamic:ffn was done to them"),
-        ("rtn@4:embeddings", "rtn"),
-        ("ffn@0.3:head", "ffn"),
+        ("rtn@4:embeddings", "rtn has no scope 'embeddings'; it has all, attention, ffn, head"),
+        ("ffn@0.3:head", "ffn has no scope 'head'; it has all"),
     ],
 )
 def test_quantizing_twice_and_scopes_that_are_not_there(

@@ -187,3 +187,21 @@ def test_models_that_fill_gaps_are_asked_for_the_same_facts(kind: str) -> None:
     assert found.metrics["heldout_mrr"] == pytest.approx(1 / 6)
     assert found.details["known"] == sorted(fact.id for fact in facts)
     assert found.protocol["n_facts"] == 40
+
+
+@pytest.mark.parametrize("kind", ["masked", "seq2seq"])
+def test_equal_logits_of_models_that_fill_gaps_never_look_like_knowledge(kind: str) -> None:
+    model = gap_model(kind)
+
+    def even(input_ids: Tensor, decoder_input_ids: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        given = input_ids if decoder_input_ids is None else decoder_input_ids
+        return SimpleNamespace(
+            logits=torch.zeros(*given.shape, model.shape.vocab), encoder_last_hidden_state=None, past_key_values=None
+        )
+
+    model.hf.forward = even
+    found, told = Knowledge(on="testbed", facts=40).tell(model)
+    assert found.metrics["top1"] == found.metrics["top5"] == 0
+    assert found.metrics["mrr"] == pytest.approx(1 / model.shape.vocab) == found.protocol["chance_top1"]
+    # The probability is chance exactly.
+    assert {round(one.probability * model.shape.vocab, 4) for one in told} == {1}

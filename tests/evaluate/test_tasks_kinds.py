@@ -155,6 +155,35 @@ def test_a_uniform_model_scores_exactly_chance(
     assert {name: found.metrics[name] for name in TASKS} == dict(TASKS)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_model_that_knows_scores_one_and_one_that_knows_another_answer_zero(
+    model_type: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(model_type, tokenizer)
+    asked = Tasks(on="testbed/facts", items=24, pseudo=True)
+    questions = encode(
+        testbed.task("facts").items[:24], tokenizer, model.kind, model.config.get("decoder_start_token_id")
+    )
+    said: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def knowing(tokens: torch.Tensor, written: torch.Tensor | None = None) -> torch.Tensor:
+        logits = torch.zeros(*(tokens if written is None else written).shape, len(tokenizer))
+        for row, ids in enumerate(tokens.tolist()):
+            if written is not None:
+                logits[row, -1, said[tuple(ids)][0]] = 50.0
+                continue
+            place = ids.index(tokenizer.mask_token_id)
+            logits[row, place, said[tuple(ids[:place])][0]] = 50.0
+        return logits
+
+    monkeypatch.setattr(model, "logits", knowing)
+    for shift, accuracy in ((0, 1), (1, 0)):
+        for question in questions:
+            answer = question.choices[(question.gold + shift) % len(question.choices)]
+            said[question.source if model_type == "t5" else question.context] = answer
+        assert asked.measure(model).metrics["accuracy"] == accuracy
+
+
 def test_without_a_mask_token(encoder: Model) -> None:
     zoo_tokenizer = PreTrainedTokenizerFast(tokenizer_object=encoder.tokenizer.backend_tokenizer)
     zoo_tokenizer.unk_token = encoder.tokenizer.unk_token
