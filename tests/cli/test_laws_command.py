@@ -44,3 +44,14 @@ def test_unknown_law_is_one_sentence():
     result = run("compresion-law")
     assert result.exit_code == 2
     assert "did you mean 'compression-law'" in result.stderr
+
+
+def test_shipped_measurements_are_listed_with_sources_and_licences():
+    tables = {t["name"]: t for t in json.loads(run("--measurements", "--json").output)}
+    assert len(tables) == 13
+    assert tables["slicegpt_paper"]["sources"] == ["arXiv:2401.15024v2"]
+    assert tables["nvidia_minitron_distill"]["licence"] == "Apache-2.0"
+    for words in (["--measurements"], ["--published"]):
+        result = run(*words)
+        assert result.exit_code == 0
+        assert "Published measurements" in result.output

@@ -13,7 +13,12 @@ def laws(
     name: Annotated[
         str | None, typer.Argument(help="One law, in full; without it all are listed.", show_default=False)
     ] = None,
-    published: Annotated[bool, typer.Option("--published", help="Print the coefficients that papers give.")] = False,
+    published: Annotated[
+        bool, typer.Option("--published", help="Print the coefficients that papers give, and list the tables.")
+    ] = False,
+    measurements: Annotated[
+        bool, typer.Option("--measurements", help="List the tables of other people's measurements that are shipped.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the laws with their formulas and sources, or show one with its known defects."""
@@ -21,6 +26,9 @@ def laws(
     from mariotte.laws.catalogue import LAWS, find
     from mariotte.laws.published import coefficients
 
+    if measurements:
+        _measurements(as_json)
+        return
     chosen = [find(n) for n in (LAWS.names() if name is None else [name])]
     if published:
         rows = [row for row in coefficients() if row["law"] in {law.name for law in chosen}]
@@ -30,6 +38,7 @@ def laws(
         columns = ["law", "scope", "metric", "form", "alpha", "beta", "gamma", "adj_r2", "source", "mark", "note"]
         print_table("Published coefficients", columns, [[row[c] for c in columns] for row in rows])
         say("mark: read = in the paper's own text; checked = quotation checked against the paper by a third party.")
+        _measurements(as_json)
         return
     if as_json:
         print_json(
@@ -60,3 +69,28 @@ def laws(
         say("What is wrong with it:")
         for i, defect in enumerate(law.defects, 1):
             say(f"{i}. {defect}")
+
+
+def _measurements(as_json: bool) -> None:
+    from mariotte.cli.console import print_json, print_table
+    from mariotte.laws import published
+
+    tables = [
+        {
+            "name": table.name,
+            "rows": len(published.measurements(table.name)),
+            "what": table.what,
+            "licence": table.licence,
+            "sources": published.sources(table.name),
+            "quirks": table.quirks,
+        }
+        for table in published.TABLES
+    ]
+    if as_json:
+        print_json(tables)
+        return
+    rows = [
+        [t["name"], t["rows"], t["what"], ", ".join(published.sources(str(t["name"]))), t["licence"], t["quirks"]]
+        for t in tables
+    ]
+    print_table("Published measurements", ["table", "rows", "what", "sources", "licence", "as printed"], rows)

@@ -194,7 +194,7 @@ def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | 
         elif bits is not None and bits < 16:
             _count(skipped, "quantised")
         else:
-            points.append(_row_point(row, metric, base, value, ratio, bits))
+            points.append(row_point(row, metric=metric, base=base, value=value, ratio=ratio, bits=bits))
     return _reading(points, metric, skipped)
 
 
@@ -289,9 +289,10 @@ def _chance(protocol: Mapping[str, Any], metric: str) -> float | None:
     return None
 
 
-def _row_point(
-    row: Mapping[str, Any], metric: str, base: float, value: float, ratio: float, bits: float | None
+def row_point(
+    row: Mapping[str, Any], *, metric: str, base: float, value: float, ratio: float, bits: float | None
 ) -> Point:
+    """The point of one row of a table of published numbers; perplexities become losses by their logarithm."""
     recovery = _text(row.get("recovery_tokens"))
     tokens = _number(row.get("recovery_tokens"))
     se = _number(row.get("stderr"))
@@ -309,6 +310,7 @@ def _row_point(
         bits=bits,
         se=None if se is None else (se / value if is_perplexity(metric) else se),
         chance=_number(row.get("chance")),
+        cluster=_text(row.get("cluster")) or None,
         model=_text(row["model"]),
         method=_text(row["method"]),
         family=_text(row.get("family")) or None,
