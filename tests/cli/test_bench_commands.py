@@ -66,6 +66,34 @@ def test_zeros_are_said_to_save_nothing(model_folder: Path, tmp_path: Path) -> N
     assert "zeros alone save nothing" in done.stdout
 
 
+def test_zeros_are_counted_in_the_scope_that_was_asked_for(model_folder: Path, tmp_path: Path) -> None:
+    done = mariotte("compress", model_folder, "magnitude@0.5:head", "--out", tmp_path / "out", "--json")
+    said = json.loads(done.stdout)
+    assert said["zeroed"] * said["base_params"] == pytest.approx(said["steps"][0]["zeros"])
+    assert said["steps"][0]["zeros"] > 0
+
+
+@pytest.mark.parametrize("chain", ["rtn@4", "magnitude@0.5 | int8:ffn", "rtn@4 | magnitude@0.5", "dense"])
+def test_bytes_are_those_of_the_file_and_those_of_packed_integers(
+    model_folder: Path, tmp_path: Path, chain: str
+) -> None:
+    done = mariotte("compress", model_folder, chain, "--out", tmp_path / "out", "--json")
+    said = json.loads(done.stdout)
+    file = tmp_path / "out" / "model.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert said["base_file_bytes"] == said["file_bytes"] == file.stat().st_size - 8 - header
+    steps = [step["facts"] for step in said["steps"]]
+    packed = 4 * said["n_params"] + sum(f["packed_bytes"] - 4 * f["weights"] for f in steps if "packed_bytes" in f)
+    rounded = chain != "dense" and not chain.endswith("magnitude@0.5")
+    assert said["packed_bytes"] == (packed if rounded else None)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (f"Packed, the model would take {packed:,} bytes." in card) == rounded
+    table = mariotte("compress", model_folder, chain, "--out", tmp_path / "again").stdout
+    assert f"{said['file_bytes']:,}" in table
+    assert ("bytes if packed" in table) == rounded
+    assert not rounded or f"{packed:,}" in table
+
+
 def test_evaluate(model_folder: Path) -> None:
     done = mariotte(
         "evaluate", model_folder, "--measure", "loss:testbed/all(rows=4)", "--measure", "knowledge:testbed(facts=10)"

@@ -76,8 +76,10 @@ def compress(
         folder = checkpoint.save(done, out, dtype=stored, dense_params=dense.counts.n_params)
     counts, base = done.counts, dense.counts
     stored = stored or done.hf.dtype
-    n_bytes = counts.n_params * stored.itemsize
-    zeros = done.zeros() if any(step.in_scope for step in done.done) else 0
+    base_bytes, file_bytes = base.n_params * dense.stored_dtype.itemsize, counts.n_params * stored.itemsize
+    packed_bytes = counts.n_bytes if done.rounded else None
+    scopes = {step.scope for step in done.done[len(dense.done) :] if step.in_scope}
+    zeros = done.zeros(*scopes) if scopes else 0
     if as_json:
         print_json(
             {
@@ -87,7 +89,9 @@ def compress(
                 "n_params": counts.n_params,
                 "ratio": 1 - counts.n_params / base.n_params,
                 "zeroed": zeros / base.n_params,
-                "n_bytes": n_bytes,
+                "base_file_bytes": base_bytes,
+                "file_bytes": file_bytes,
+                "packed_bytes": packed_bytes,
                 "dtype": str(stored).removeprefix("torch."),
                 "steps": done.done,
             }
@@ -101,9 +105,16 @@ def compress(
             f"{counts.n_params:,}",
             f"{1 - counts.n_params / base.n_params:.1%} removed",
         ],
-        ["bytes", f"{base.n_bytes:,}", f"{n_bytes:,}", f"{names[0]}, {names[1]}" if names[0] != names[1] else names[0]],
+        [
+            "bytes of the file",
+            f"{base_bytes:,}",
+            f"{file_bytes:,}",
+            f"{names[0]}, {names[1]}" if names[0] != names[1] else names[0],
+        ],
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]
+    if packed_bytes is not None:
+        rows_of.insert(2, ["bytes if packed", f"{base.n_bytes:,}", f"{packed_bytes:,}", "quantization is simulated"])
     print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
     for step in done.done:
         if found := step.facts.get("chain"):

@@ -65,8 +65,8 @@ def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = 
         if irregular
         else "An ordinary `transformers` checkpoint:"
     )
-    if any(done.family == "quantization" for done in model.done):
-        how = f"{_of_quantization(model)}\n\n{how}"
+    if said := _of_quantization(model):
+        how = f"{said}\n\n{how}"
     return f"""---
 library_name: transformers
 base_model: {json.dumps(model.name)}
@@ -104,13 +104,17 @@ lost has to be measured for your data: `mariotte run`, or any evaluation of your
 
 def _of_quantization(model: Model) -> str:
     """What the card says of weights, and perhaps inputs, that were rounded."""
-    said = (
-        "Quantization is simulated: weights are stored as what their integers stand for. Packed, the model would take "
-        f"{model.counts.n_bytes:,} bytes."
-    )
+    said: list[str] = []
+    if model.rounded:
+        said.append(
+            "Quantization is simulated: weights are stored as what their integers stand for. Packed, the model would "
+            f"take {model.counts.n_bytes:,} bytes."
+        )
     if modules(model.hf.config):
-        said += "\nSome matrices round what they read: `transformers` does that after `import mariotte.models.dynamic`."
-    return said
+        said.append(
+            "Some matrices round what they read: `transformers` does that after `import mariotte.models.dynamic`."
+        )
+    return "\n".join(said)
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:

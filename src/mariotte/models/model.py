@@ -200,6 +200,12 @@ class Model:
         return architectures.shape(self.config)
 
     @property
+    def rounded(self) -> tuple[Done, ...]:
+        """The quantizations whose integers the weights still stand for: those after which nothing else was done."""
+        others = [place for place, done in enumerate(self.done, 1) if done.family != "quantization"]
+        return self.done[max(others, default=0) :]
+
+    @property
     def longest(self) -> int | None:
         """Tokens that it reads at most, None where its config sets no bound."""
         return self.entry.longest(self.config)
@@ -211,11 +217,8 @@ class Model:
         What was quantized counts as its packed integers take, unless a later step has worked on the weights since.
         """
         counted = accounting.count_shape(self.shape, bytes_per_param=self.stored_dtype.itemsize)
-        saved = 0
-        for done in reversed(self.done):
-            if done.family != "quantization":
-                break
-            saved += done.facts["weights"] * self.stored_dtype.itemsize - done.facts["packed_bytes"]
+        width = self.stored_dtype.itemsize
+        saved = sum(done.facts["weights"] * width - done.facts["packed_bytes"] for done in self.rounded)
         return replace(counted, n_bytes=counted.n_bytes - saved)
 
     @property
