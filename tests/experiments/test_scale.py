@@ -405,6 +405,31 @@ def test_an_estimate_grows_with_the_work_and_learns_from_records(model_folder: P
     assert after.seconds != before.seconds
 
 
+def test_a_study_for_a_device_that_is_not_here_is_estimated_but_for_its_time(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    found = study([model_folder])
+    configs = {str(model_folder): read_config(model_folder)}
+    here, away = (estimate(with_run(found, device=device), configs) for device in ("cpu", "hpu"))
+    assert here.flops == away.flops
+    assert here.flops is not None
+    # Five chains and the dense model read at least the loss's rows of 64 tokens, two operations a weight.
+    assert here.flops > 6 * 4 * 64 * 2 * load(model_folder).counts.n_params_non_embedding
+    assert (away.seconds, away.unshared_seconds) == (None, None)
+    assert (away.memory_bytes, away.disk_bytes) == (here.memory_bytes, here.disk_bytes)
+    assert here.disk_bytes > estimate(found.model_copy(update={"calibration": None}), configs).disk_bytes
+
+
+def test_a_dry_run_for_a_device_that_is_not_here_says_so(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    text = TEXT.format(models=json.dumps([str(model_folder)]), some=json.dumps([str(model_folder)]))
+    file.write_text(text.replace("threads = 1", 'threads = 1\ndevice = "hpu"'))
+    told = CliRunner().invoke(app, ["run", str(file), "--dry-run", "--store", str(tmp_path / "s.db")])
+    assert told.exit_code == 0
+    assert "floating-point operations" in told.output
+    assert "not known: no hpu here" in told.output
+
+
 def test_the_paper_s_grid_is_550_checkpoints_and_1100_evaluations() -> None:
     for path in (embedded("compression-laws"), embedded("testbed/compression-laws")):
         planned = plan(read(path))

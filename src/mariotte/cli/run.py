@@ -164,16 +164,19 @@ def _print_plan(study: Study, planned: Plan, expected: Estimate, configs: Mappin
             ["tokens of recovery", f"{planned.shared_tokens:,}", f"{planned.recovery_tokens:,}"],
         ],
     )
-    if expected.seconds is None or expected.unshared_seconds is None:
+    if expected.flops is None:
         return
     workers = f"{study.run.workers} worker{'s' if study.run.workers > 1 else ''}"
     source = "from what its records took" if expected.measured else "from shapes and this machine's speed"
+    untimed = f"not known: no {study.run.device} here"
+    times = [untimed if t is None else duration(t) for t in (expected.seconds, expected.unshared_seconds)]
     print_table(
         f"What it would take here, within a factor of about two ({source})",
         ["", ""],
         [
-            [f"time, {workers}", duration(expected.seconds)],
-            ["time, one process, every chain alone", duration(expected.unshared_seconds)],
+            ["floating-point operations", f"{expected.flops:.2g}"],
+            [f"time, {workers}", times[0]],
+            ["time, one process, every chain alone", times[1]],
             ["memory of a worker, beside Python and torch", size(expected.memory_bytes)],
             ["disk while it runs", size(expected.disk_bytes)],
             [f"checkpoints that stay (keep = {study.run.keep})", size(expected.kept_bytes)],

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 
 from mariotte import accounting, architectures
 from mariotte.architectures import Shape
+from mariotte.errors import ModelError
 from mariotte.experiments import identity
 from mariotte.experiments.study import Study
 from mariotte.experiments.tree import Node, grow
+from mariotte.models.load import find_device
 from mariotte.models.step import Step
 from mariotte.store.record import Record
 
@@ -34,6 +37,9 @@ testbed's models of 0.1M to 2.3M parameters, one thread."""
 _BACKWARD = 4.0
 """A training step costs about four forward passes: three by its multiplications, and adapters and optimizer besides;
 measured on the same models."""
+
+_AT_ONCE = 4096
+"""Tokens of one call in an evaluation."""
 
 _ROW, _ROWS = 64, 4
 """Tokens of a training row and rows of a step, where nothing else is known."""
@@ -54,8 +60,11 @@ class Estimate:
 
     Parameters
     ----------
-    seconds : of the whole study with its workers, None when no model's config could be read
-    unshared_seconds : of one process, with every chain run alone: its own load, dense evaluation and preparation
+    flops : floating-point operations, two a multiplication, of the work as the study shares it; None as below
+    seconds : of the whole study with its workers, None when no model's config could be read, or when the study's device
+        is not here and nothing of it was measured
+    unshared_seconds : of one process, with every chain run alone: its own load, dense evaluation and preparation; None
+        when the device is not here
     measured : whether the times of records of this study are in it
     memory_bytes : of one worker at its largest model: dense, one copy a level of the tree, gradients and moments
     disk_bytes : preparations and trunks at their largest, until the study is complete
@@ -63,6 +72,7 @@ class Estimate:
     unknown : models whose config is not here, and which are not in the numbers
     """
 
+    flops: float | None
     seconds: float | None
     unshared_seconds: float | None
     measured: bool
@@ -114,6 +124,59 @@ def forward_seconds(shape: Shape, tokens: float, at_once: float, device: str) ->
     return flops / (_EFFICIENCY * multiplications_per_second(shape.hidden, shape.ffn, device)) + waiting
 
 
+def _flops(per_token: float, tokens: float, at_once: float) -> float:
+    del at_once
+    return per_token * tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is done of one model, in tokens that pass through it.
+
+    Parameters
+    ----------
+    measures : of each, its tokens, and whether it is of all chains
+    recovered : of each chain, whether it ends in a recovery
+    calibration : tokens of the text that steps look at
+    cuts : preparations of steps that are no recovery
+    trained, alone : tokens of recovery as trunks share them, and of every chain by itself
+    seeds : of everything
+    """
+
+    measures: tuple[tuple[int, bool], ...]
+    recovered: tuple[bool, ...]
+    calibration: int
+    cuts: int
+    trained: float
+    alone: int
+    seeds: int
+
+    def shared(self, of_pass: Callable[[float, float], float]) -> float:
+        """All of it as the tree shares it, `of_pass` saying what some tokens take, so many of them in one call."""
+        text, step = self._text(of_pass), self._step(of_pass)
+        return self.seeds * (self._evaluations(of_pass) + self.cuts * text + self.trained * step) + self._all(of_pass)
+
+    def unshared(self, of_pass: Callable[[float, float], float]) -> float:
+        """All of it when every chain prepares, and measures the dense model, for itself."""
+        each = self._all(of_pass) + self._text(of_pass)
+        chains = len(self.recovered) * each
+        return self.seeds * (self._evaluations(of_pass) + chains + self.alone * self._step(of_pass))
+
+    def _all(self, of_pass: Callable[[float, float], float]) -> float:
+        return sum(of_pass(tokens, _AT_ONCE) for tokens, _ in self.measures)
+
+    def _evaluations(self, of_pass: Callable[[float, float], float]) -> float:
+        whole = self._all(of_pass)
+        of_all = sum(of_pass(tokens, _AT_ONCE) for tokens, every in self.measures if every)
+        return sum(of_all if recovered else whole for recovered in self.recovered)
+
+    def _text(self, of_pass: Callable[[float, float], float]) -> float:
+        return 2 * of_pass(self.calibration, _AT_ONCE)
+
+    def _step(self, of_pass: Callable[[float, float], float]) -> float:
+        return _BACKWARD * of_pass(_ROW * _ROWS, _ROW * _ROWS) / (_ROW * _ROWS)
+
+
 def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: Iterable[Record] = ()) -> Estimate:
     """What a study will take.
 
@@ -128,8 +191,9 @@ def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: It
         if record.study == study.name:
             taken.setdefault(record.model, []).append(sum(record.cost.values()))
     device, seeds = study.run.device, len(set(study.seeds))
+    here = _is_here(device)
     by_model: list[float] = []
-    unshared = 0.0
+    flops = unshared = 0.0
     memory = disk = kept = 0
     for model, config in configs.items():
         measures = [(identity.resolve_measure(entry.measure), entry.of) for entry in study.measured(model)]
@@ -138,15 +202,8 @@ def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: It
         root = grow(identity.resolve(chain) for chain in study.expanded(model))
         nodes = list(root.walk())
         wanted = [node for node in nodes if node.wanted and node.parts]
-        evaluation = sum(forward_seconds(shape, measure.tokens, 4096, device) for measure, _ in measures)
-        unrecovered = sum(
-            forward_seconds(shape, measure.tokens, 4096, device) for measure, of in measures if of == "all"
-        )
-        calibration = 0 if study.calibration is None else study.calibration.rows * (study.calibration.block or _ROW)
-        preparation = 2 * forward_seconds(shape, calibration, 4096, device)
-        evaluations = sum(unrecovered if _recovers(node) else evaluation for node in wanted)
         groups = [group for node in nodes for group in node.groups]
-        step = _BACKWARD * forward_seconds(shape, _ROW * _ROWS, _ROW * _ROWS, device) / (_ROW * _ROWS)
+        calibration = 0 if study.calibration is None else study.calibration.rows * (study.calibration.block or _ROW)
         trained = sum(
             group.step.training_tokens([int(a) for a in group.children])
             for group in groups
@@ -154,24 +211,36 @@ def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: It
         )
         alone = sum(int(part.amount) for node in wanted for part in node.parts if part.recovers)
         cuts = sum(group.step.family != "recovery" for group in groups)
-        shared = seeds * (evaluations + cuts * preparation + trained * step) + evaluation
+
+        work = _Work(
+            measures=tuple((measure.tokens, of == "all") for measure, of in measures),
+            recovered=tuple(_recovers(node) for node in wanted),
+            calibration=calibration,
+            cuts=cuts,
+            trained=trained,
+            alone=alone,
+            seeds=seeds,
+        )
+        flops += work.shared(partial(_flops, counts.flops_per_token))
         if model in taken:
-            shared = (
-                median(taken[model])
-                * seeds
-                * sum(len([of for _, of in measures if of == "all" or not _recovers(node)]) for node in wanted)
-            )
-        by_model.append(shared)
-        unshared += seeds * (evaluations + len(wanted) * (evaluation + preparation) + alone * step)
+            records_wanted = sum(sum(of == "all" or not _recovers(node) for _, of in measures) for node in wanted)
+            by_model.append(median(taken[model]) * seeds * records_wanted)
+        elif here:
+            by_model.append(work.shared(partial(forward_seconds, shape, device=device)))
+        if here:
+            unshared += work.unshared(partial(forward_seconds, shape, device=device))
         depth = max((len(node.parts) for node in nodes), default=0)
         trains = any(group.step.family == "recovery" for group in groups)
         memory = max(memory, counts.n_params * 4 * (depth + 1 + (3 if trains else 0)))
-        disk += sum(_kept_by(group.step, len(group.children), counts.n_params) for group in groups) * seeds
+        reads = study.calibration is not None
+        disk += sum(_kept_by(group.step, len(group.children), counts.n_params, reads) for group in groups) * seeds
         kept += _kept(study.run.keep, wanted, counts.n_params * 4) * seeds
     workers = min(study.run.workers, max(1, len(by_model)))
+    timed = len(by_model) == len(configs) > 0
     return Estimate(
-        seconds=max(sum(by_model) / workers, max(by_model)) if by_model else None,
-        unshared_seconds=unshared if by_model else None,
+        flops=flops if configs else None,
+        seconds=max(sum(by_model) / workers, max(by_model)) if timed else None,
+        unshared_seconds=unshared if configs and here else None,
         measured=bool(taken),
         memory_bytes=memory,
         disk_bytes=disk,
@@ -180,14 +249,24 @@ def estimate(study: Study, configs: Mapping[str, Mapping[str, Any]], records: It
     )
 
 
+def _is_here(device: str) -> bool:
+    """Whether this machine can compute on a device, and so knows how fast it is."""
+    try:
+        find_device(device)
+    except ModelError:
+        return False
+    return True
+
+
 def _recovers(node: Node) -> bool:
     return any(part.recovers for part in node.parts)
 
 
-def _kept_by(step: Step, amounts: int, n_params: int) -> int:
+def _kept_by(step: Step, amounts: int, n_params: int, reads: bool) -> int:
+    """Bytes on disk of a preparation or a trunk; without text to read there are no factors and products to keep."""
     if step.family == "recovery":
         return round(_TRUNK_BYTES * _ADAPTER_SHARE * n_params * amounts)
-    return _PREPARED_BYTES * n_params
+    return _PREPARED_BYTES * n_params if reads else 0
 
 
 def _kept(keep: str, wanted: list[Node], n_bytes: int) -> int:

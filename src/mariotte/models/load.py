@@ -222,7 +222,7 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = " ".join(str(error).split(".")[0].split())[:120]
         raise ModelError(
             f"device {str(name)!r} cannot be used ({reason}): name one that is here, such as cpu"
