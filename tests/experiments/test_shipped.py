@@ -41,28 +41,47 @@ def test_nothing_is_missing_of_a_study(shipped: tuple[str, Any]) -> None:
         assert set(zip(rows["model"], rows["chain"], strict=True)) == wanted
 
 
+CUTS = ["magnitude@0.5:ffn", "rtn@3", "int8-dynamic(scheme=torch)", "random@0.5:head(rows=true)"]
+
+
 @pytest.mark.parametrize(
-    ("name", "chains"),
+    ("name", "model", "measure", "metric", "chains"),
     [
-        ("compression-laws", ["prunenet-random@0.5", "prunenet-random@0.5 | lora@4k(corpus=testbed/news)"]),
-        ("pruning-laws", ["ffn@0.5", "slice@0.3", "slicegpt@0.3", "wanda@0.5", "sparsegpt@0.5", "shortgpt@0.5"]),
+        (
+            "compression-laws",
+            "qwen2-46k",
+            "loss:testbed/news(rows=160)",
+            "loss",
+            ["prunenet-random@0.5", "prunenet-random@0.5 | lora@4k(corpus=testbed/news)"],
+        ),
+        (
+            "pruning-laws",
+            "qwen2-46k",
+            "loss:testbed/news(rows=160)",
+            "loss",
+            ["ffn@0.5", "slice@0.3", "slicegpt@0.3", "wanda@0.5", "sparsegpt@0.5", "shortgpt@0.5"],
+        ),
+        ("cost-of-compression", "bert-181k", "loss:testbed/sentences(objective=pseudo)", "loss", CUTS),
+        ("cost-of-compression", "t5-265k", "knowledge:testbed(facts=640)", "mrr", CUTS),
     ],
 )
-def test_shipped_records_are_measured_again(name: str, chains: list[str], tmp_path: Path) -> None:
+def test_shipped_records_are_measured_again(
+    name: str, model: str, measure: str, metric: str, chains: list[str], tmp_path: Path
+) -> None:
     study = read(STUDIES / f"{name}.toml")
     part = study.model_copy(
         update={
-            "models": ["testbed/qwen2-46k"],
+            "models": [f"testbed/{model}"],
             "chains": [Chains(chain=chain) for chain in chains],
-            "measures": ["loss:testbed/news(rows=160)"],
+            "measures": [measure],
             "run": study.run.model_copy(update={"workers": 1}),
         }
     )
     with open_store(tmp_path / "again.db", create=True) as store:
         assert running.run(part, store).failures == []
-        again = {record.id: record.metrics["loss"] for record in store.records()}
+        again = {record.id: record.metrics[metric] for record in store.records()}
     table = read_table(STUDIES / f"{name}.parquet")
-    rows = table[(table["metric"] == "loss") & table["id"].isin(list(again))]
+    rows = table[(table["metric"] == metric) & table["id"].isin(list(again))]
     found = dict(zip(rows["id"], rows["value"], strict=True))
     assert found == pytest.approx(again, rel=1e-3)  # the ids too: nothing that defines an experiment has changed
     assert len(found) == len(chains) + 1
