@@ -159,7 +159,8 @@ def _measured(rows: Sequence[Json]) -> Section | None:
         short="Measures",
         text="Differences are the other model's number less the base's. Intervals are of a paired bootstrap over the "
         "items, or over the rounds in which both took turns; where answers are right or wrong, p is of McNemar's exact "
-        "test on the flips, and decides what is inside the noise.",
+        "test on the flips, and decides what is inside the noise; of means over several tasks or relations the "
+        "interval does.",
         tables=[Table(columns=columns, rows=cells)],
     )
 
