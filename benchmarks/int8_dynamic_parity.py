@@ -1,11 +1,14 @@
-"""int8-dynamic beside torch's own dynamic quantization on a tiny BERT: logits, loss and choices on the same rows.
+"""int8-dynamic beside torch's own dynamic quantization on the testbed's encoders: logits, loss, choices and facts.
 
-    python benchmarks/int8_dynamic_parity.py [--steps 1500]
+    python benchmarks/int8_dynamic_parity.py [--models bert-181k bert-459k]
 
-The BERT (64 wide, 3 blocks) is made here and trained for some seconds on the testbed's text, so that it has something
-to lose. Test rows are 200 of the testbed, in which every sixth word is masked; a choice is the likeliest of four words,
-the masked one and three drawn at random. torch's side is ``torch.ao.quantization.quantize_dynamic`` on the linear
-layers in scope, its int8 kernels included. Its scale serves a whole batch: both sides read the same batches of 20 rows.
+Test sentences are 400 of the testbed, each word of each masked in its turn; a choice is the likeliest of four words,
+the masked one and three drawn at random; facts are the testbed's 2,560, asked through patterns that were seen in
+training and through held-out ones. torch's side is ``torch.ao.quantization.quantize_dynamic`` on the linear layers in
+scope, its int8 kernels included. Its scale serves a whole batch: both sides read the same batches. "moved" is torch's
+own with embeddings moved by 1e-7 of their size: how much rounding makes of a difference that is none. "one layer" is
+the largest difference of a single layer of scheme=torch that is given what torch's own reads, relative to its largest
+output.
 """
 
 from __future__ import annotations
@@ -17,44 +20,28 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoModelForMaskedLM
 
 from mariotte.compress.methods.int8_dynamic import round_whole_matrix
 from mariotte.compress.quantize import round_absmax
 from mariotte.models.dynamic import wrap_
-from mariotte.testbed.world import World
+from mariotte.testbed import zoo
+from mariotte.testbed.world import Row, World
+from mariotte.training.cloze import gap_logits, padded
+from mariotte.training.zoo import facts_known
 
-MASK_EVERY = 6
-BATCH = 20
-LEARNING_RATE = 3e-3
-
-
-def masked(tokens_NT: Tensor, mask: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows with every sixth word masked, and where."""
-    where_NT = torch.rand(tokens_NT.shape, generator=generator) < 1 / MASK_EVERY
-    where_NT[:, 0] = False
-    return tokens_NT.masked_fill(where_NT, mask), where_NT
+SENTENCES = 400
+BATCH = 500
 
 
-def train(hf: BertForMaskedLM, tokens_NT: Tensor, mask: int, steps: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    hf.train()
-    for step in range(steps):
-        rows_BT = tokens_NT[torch.randint(len(tokens_NT), (16,), generator=generator)]
-        read_BT, where_BT = masked(rows_BT, mask, generator)
-        loss = nn.functional.cross_entropy(hf(input_ids=read_BT).logits[where_BT], rows_BT[where_BT])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 500 == 0:
-            print(f"step {step}: loss {loss:.3f}")
-    hf.eval()
+def each_word_hidden(rows: list[Row], world: World) -> tuple[Tensor, Tensor]:
+    """Every sentence as often as it has words, another of them hidden each time, as ``~id``; and the hidden ids."""
+    ids = [[*row.ids[:i], ~row.ids[i], *row.ids[i + 1 :]] for row in rows for i in range(1, len(row.ids))]
+    tokens_NT = padded(ids, world)
+    return tokens_NT, ~tokens_NT[tokens_NT < 0]
 
 
-def layers(hf: BertForMaskedLM, scope: str) -> list[str]:
+def layers(hf: nn.Module, scope: str) -> list[str]:
     """Paths of the linear layers in scope."""
     if scope == "head":
         return ["cls.predictions.decoder"]
@@ -65,7 +52,7 @@ def layers(hf: BertForMaskedLM, scope: str) -> list[str]:
 
 
 @torch.no_grad()
-def ours(dense: BertForMaskedLM, names: list[str], scheme: str) -> BertForMaskedLM:
+def ours(dense: nn.Module, names: list[str], scheme: str) -> nn.Module:
     hf = copy.deepcopy(dense)
     for name in names:
         weight = hf.get_submodule(name).weight
@@ -75,69 +62,89 @@ def ours(dense: BertForMaskedLM, names: list[str], scheme: str) -> BertForMasked
     return hf
 
 
-def theirs(dense: BertForMaskedLM, names: list[str]) -> nn.Module:
+def theirs(dense: nn.Module, names: list[str]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), set(names), dtype=torch.qint8)
 
 
 @torch.no_grad()
-def logits(hf: nn.Module, read_NT: Tensor) -> Tensor:
-    return torch.cat([hf(input_ids=read_BT).logits for read_BT in read_NT.split(BATCH)])
+def moved(hf: nn.Module) -> nn.Module:
+    """The same model with embeddings moved by 1e-7 of their size."""
+    weight = hf.get_input_embeddings().weight
+    weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    return hf
+
+
+@torch.no_grad()
+def one_layer(reference: nn.Module, other: nn.Module, names: list[str], tokens_NT: Tensor, world: World) -> float:
+    """Largest difference of a layer of `other` that reads what that of `reference` does, by its largest output."""
+    worst = 0.0
+
+    def compare(name: str, given: tuple[Tensor, ...], expected: Tensor) -> None:
+        nonlocal worst
+        off = (other.get_submodule(name)(*given) - expected).abs().max() / expected.abs().max()
+        worst = max(worst, float(off))
+
+    hooks = [
+        reference.get_submodule(name).register_forward_hook(lambda _, given, out, name=name: compare(name, given, out))
+        for name in names
+    ]
+    gap_logits(reference, tokens_NT, world)
+    for hook in hooks:
+        hook.remove()
+    return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--models", nargs="+", default=[name for name in zoo.shipped() if name.startswith("bert")])
     arguments = parser.parse_args()
     world = World()
-    train_NT = torch.from_numpy(world.tokens("encyclopedia", "train", 4000)).long()
-    test_NT = torch.from_numpy(world.tokens("encyclopedia", "test", 200)).long()
-    mask = len(world.vocabulary)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=mask + 1,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=192,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    dense = BertForMaskedLM(config)
-    train(dense, train_NT, mask, arguments.steps)
-    generator = torch.Generator().manual_seed(1)
-    read_NT, where_NT = masked(test_NT, mask, generator)
-    answers_M = test_NT[where_NT]
-    choices_MC = torch.cat([answers_M[:, None], torch.randint(mask, (len(answers_M), 3), generator=generator)], 1)
-    dense_MV = logits(dense, read_NT)[where_NT]
+    facts = world.facts()
+    tokens_NT, answers_N = each_word_hidden(world.sentences("all", "test", SENTENCES), world)
+    drawn_N3 = torch.randint(len(world.vocabulary), (len(answers_N), 3), generator=torch.Generator().manual_seed(1))
+    choices_N4 = torch.cat([answers_N[:, None], drawn_N3], 1)
     engine = torch.backends.quantized.engine
-    print(f"torch {torch.__version__}, engine {engine}, {platform.machine()}; {len(answers_M)} masked words")
-    print(
-        "| scope | model | loss | top-1 | choice | largest logit difference from torch's | median | top-1 as torch's |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for scope in ("all", "attention", "ffn", "head"):
-        names = layers(dense, scope)
-        reference_MV = logits(theirs(dense, names), read_NT)[where_NT]
-        sides = {
-            "dense": dense_MV,
-            "torch's own": reference_MV,
-            "scheme=torch": logits(ours(dense, names, "torch"), read_NT)[where_NT],
-            "scheme=token": logits(ours(dense, names, "token"), read_NT)[where_NT],
-        }
-        for name, found_MV in sides.items():
-            loss = nn.functional.cross_entropy(found_MV, answers_M)
-            top = (found_MV.argmax(1) == answers_M).double().mean()
-            choice = (found_MV.gather(1, choices_MC).argmax(1) == 0).double().mean()
-            gap_MV = (found_MV - reference_MV).abs()
-            same = (found_MV.argmax(1) == reference_MV.argmax(1)).double().mean()
-            measured = (
-                f"{loss:.5f} | {top:.4f} | {choice:.4f} | {gap_MV.max():.2g} | {gap_MV.median():.2g} | {same:.4f}"
-            )
-            print(f"| {scope} ({len(names)} layers) | {name} | {measured} |")
+    print(f"torch {torch.__version__}, engine {engine}, {platform.machine()}; {len(answers_N)} masked words")
+    for model in arguments.models:
+        dense = AutoModelForMaskedLM.from_pretrained(zoo.path(model), dtype=torch.float32).eval()
+        # The final layer rounds by itself, and the embeddings that it was tied to do not.
+        decoder = dense.get_output_embeddings()
+        decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+        columns = (
+            "scope | model | loss | top-1 | choice | facts seen | held out | largest logit difference from torch's"
+        )
+        print(f"\n{model}\n\n| {columns} | median | top-1 as torch's |\n|{'---|' * 10}")
+        alone: list[str] = []
+        for scope in ("all", "attention", "ffn", "head"):
+            names = layers(dense, scope)
+            sides = {
+                "dense": dense,
+                "torch's own": theirs(dense, names),
+                "moved": moved(theirs(dense, names)),
+                "scheme=torch": ours(dense, names, "torch"),
+                "scheme=token": ours(dense, names, "token"),
+            }
+            reference_NV = gap_logits(sides["torch's own"], tokens_NT, world)
+            for side, module in sides.items():
+                found_NV = gap_logits(module, tokens_NT, world)
+                known = facts_known(module, world, facts)
+                gap_NV = (found_NV - reference_NV).abs()
+                measured = (
+                    f"{nn.functional.cross_entropy(found_NV, answers_N):.5f}",
+                    f"{(found_NV.argmax(1) == answers_N).double().mean():.4f}",
+                    f"{(found_NV.gather(1, choices_N4).argmax(1) == 0).double().mean():.4f}",
+                    f"{known['seen']:.4f}",
+                    f"{known['heldout']:.4f}",
+                    f"{gap_NV.max():.2g}",
+                    f"{gap_NV.median():.2g}",
+                    f"{(found_NV.argmax(1) == reference_NV.argmax(1)).double().mean():.4f}",
+                )
+                print(f"| {scope} ({len(names)} layers) | {side} | {' | '.join(measured)} |")
+            off = one_layer(sides["torch's own"], sides["scheme=torch"], names, tokens_NT[:BATCH], world)
+            alone.append(f"{scope} {off:.1g}")
+        print(f"\none layer: {', '.join(alone)}")
 
 
 if __name__ == "__main__":
