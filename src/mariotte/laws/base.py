@@ -9,7 +9,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ class Point:
     params : parameters of the dense model
     bits : bits a weight where the point is quantised, None otherwise
     se : standard error of `value`, same unit
-    chance : score of a guesser, None when unknown
+    chance : score of a guesser, for a loss that of a guesser too (ln of the vocabulary); None when unknown
     cluster : what is independent of the other clusters; None means model × method
     model, method, family : dense model, first compressing step without its amount, its pruning family
     recovery : what followed that step, empty for nothing; part of the series
@@ -133,6 +133,11 @@ class Point:
     def kind(self) -> Kind:
         """Whether the metric is a loss, a score, a speed or a size."""
         return metric_kind(self.metric)
+
+    @property
+    def recovered(self) -> bool:
+        """Whether training followed the cut; a source's text such as "50k samples" says so where tokens are unknown."""
+        return self.tokens > 0 or bool(self.source and self.recovery and not self.recovery.startswith("0 "))
 
     @property
     def group(self) -> str:
@@ -199,6 +204,9 @@ class Inputs:
     params_M, bits_M, chance_M, se_M : dense parameters, bits a weight, score of a guesser and standard error of the
         value; nan where unknown
     families : pruning family of each point, None where unknown
+    metrics : name of each point's metric
+    recovered_M : whether training followed the cut
+    series_M : number of the curve that each point lies on
     """
 
     base_M: Array
@@ -209,6 +217,9 @@ class Inputs:
     chance_M: Array
     se_M: Array
     families: tuple[str | None, ...]
+    metrics: tuple[str, ...]
+    recovered_M: NDArray[np.bool_]
+    series_M: NDArray[np.int64]
 
     @classmethod
     def of(cls, points: Iterable[Point]) -> Inputs:
@@ -218,7 +229,14 @@ class Inputs:
         table = np.array(
             [(p.base, p.ratio, p.tokens, p.params, p.bits, p.chance, p.se) for p in points], dtype=np.float64
         ).reshape(-1, 7)
-        return cls(*table.T, families=tuple(p.family for p in points))
+        numbers: dict[Series, int] = {}
+        return cls(
+            *table.T,
+            families=tuple(p.family for p in points),
+            metrics=tuple(p.metric for p in points),
+            recovered_M=np.array([p.recovered for p in points], dtype=np.bool_),
+            series_M=np.array([numbers.setdefault(p.series, len(numbers)) for p in points], dtype=np.int64),
+        )
 
     @classmethod
     def at(
@@ -232,11 +250,21 @@ class Inputs:
         chance: float = math.nan,
         se: float = math.nan,
         family: str | None = None,
+        metric: str = "loss",
+        recovered: bool | None = None,
     ) -> Inputs:
-        """One base and token count at one or several ratios, all else alike."""
+        """One base and token count at one or several ratios, all else alike; tokens mean that it was recovered."""
         ratio_M = np.atleast_1d(np.asarray(ratio, dtype=np.float64))
         same = (np.full_like(ratio_M, value) for value in (tokens, params, bits, chance, se))
-        return cls(np.full_like(ratio_M, base), ratio_M, *same, families=(family,) * len(ratio_M))
+        return cls(
+            np.full_like(ratio_M, base),
+            ratio_M,
+            *same,
+            families=(family,) * len(ratio_M),
+            metrics=(metric,) * len(ratio_M),
+            recovered_M=np.full(len(ratio_M), tokens > 0 if recovered is None else recovered, dtype=np.bool_),
+            series_M=np.zeros(len(ratio_M), dtype=np.int64),
+        )
 
 
 def values(points: Sequence[Point]) -> Array:
@@ -253,11 +281,34 @@ class Param:
     name : the paper's symbol
     typical : a plausible value for a loss: what conformance tests generate data with
     log : whether it is estimated through its logarithm (and so is positive)
+    lo, hi : bounds of a search; a direct solution has none
     """
 
     name: str
     typical: float = 1.0
     log: bool = False
+    lo: float = -math.inf
+    hi: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How a search for parameters ended: what a reader needs to see that it was not stopped early.
+
+    Parameters
+    ----------
+    starts : from how many places it was begun
+    agreeing : how many of them reached the best value of the cost, within a millionth
+    spread : the largest relative difference between the parameters of those that agree; None for one
+    status : why the best of them stopped, in the optimiser's words
+    gradient : largest absolute component of the cost's gradient there, on the estimated scale; 0 at a bound
+    """
+
+    starts: int
+    agreeing: int
+    spread: float | None
+    status: str
+    gradient: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,6 +325,8 @@ class Estimate:
     condition : condition number of the column-scaled design (or Jacobian)
     recipe : the estimator in words
     f_statistic, f_dof : of the regression, where the estimator is one; uncentred when it has no intercept
+    given : parameters that have a value but no interval (set from elsewhere, or ended at a bound), and why
+    search : how they were searched for; None for a direct solution
     """
 
     theta: Array
@@ -284,6 +337,8 @@ class Estimate:
     recipe: str
     f_statistic: float | None = None
     f_dof: tuple[int, int] | None = None
+    given: Mapping[str, str] = field(default_factory=dict[str, str])
+    search: Search | None = None
 
 
 class Law(ABC):
@@ -305,6 +360,8 @@ class Law(ABC):
     """Whether errors are taken on the logarithm of the value."""
     baseline: ClassVar[bool] = False
     """Whether it only exists to be beaten; never chosen by ``auto``."""
+    screened: ClassVar[bool] = True
+    """Whether a hold-out that names no laws tries it; slow and special forms are tried where they are named."""
     defects: ClassVar[tuple[str, ...]] = ()
     """What is known to be wrong with it, one sentence each."""
 

@@ -22,5 +22,5 @@ def find(name: str) -> Law:
 
 
 def applicable(kind: Kind) -> list[Law]:
-    """Every law that describes a metric of this kind, in the order of their names."""
-    return [law for law in map(find, LAWS.names()) if kind in law.metric_kinds]
+    """Every law that describes a metric of this kind and is tried unasked (`Law.screened`), in the order of names."""
+    return [law for law in map(find, LAWS.names()) if kind in law.metric_kinds and law.screened]

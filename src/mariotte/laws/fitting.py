@@ -51,6 +51,8 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         residual_sd, uncentred, centred, log_ratio = _goodness(law, estimate, x, y_M)
         correlation, pair = _strongest_correlation(law, estimate)
     numbers = [n for c in coefficients for n in (c.estimate, c.se, c.lo, c.hi)]
+    if estimate.search is not None:
+        numbers += [estimate.search.gradient, estimate.search.spread]
     numbers += [residual_sd, uncentred, centred, log_ratio, estimate.f_statistic, estimate.condition, correlation]
     if not all(math.isfinite(n) for n in numbers if n is not None):
         raise FitError(
@@ -61,6 +63,8 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     first = ordered[0]
     chances = {p.chance for p in ordered}
     remarks = [f"{name} is not identified and was left out: {why}" for name, why in estimate.dropped.items()]
+    remarks += [f"{name} has no interval: {why}" for name, why in estimate.given.items()]
+    remarks += _searched(law, estimate)
     remarks += law.remarks(estimate, x, first.kind)
     remarks += _pooled(law, ordered)
     if correlation is not None and correlation > STRONG_CORRELATION:
@@ -87,7 +91,13 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         n_clusters=n_clusters,
         box={
             name: (float(np.min(column)), float(np.max(column)))
-            for name, column in (("ratio", x.ratio_M), ("base", x.base_M), ("tokens", x.tokens_M))
+            for name, column in (
+                ("ratio", x.ratio_M),
+                ("base", x.base_M),
+                ("tokens", x.tokens_M),
+                ("bits", x.bits_M[np.isfinite(x.bits_M)]),
+            )
+            if name != "bits" or ("bits" in law.inputs and len(column))
         },
         base=float(np.median(x.base_M)),
         tokens=float(x.tokens_M[0]) if np.ptp(x.tokens_M) == 0.0 else 0.0,
@@ -106,8 +116,33 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         recipe=estimate.recipe,
         data_hash=digest([asdict(p) for p in ordered]),
         versions={"mariotte": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        params=_median(x.params_M),
+        bits=_median(x.bits_M),
+        family=families.pop() if len(families := set(x.families)) == 1 else None,
+        search=estimate.search,
     )
     return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool))
+
+
+def _median(column_M: Array) -> float | None:
+    """Of the values that are known."""
+    known = column_M[np.isfinite(column_M)]
+    return float(np.median(known)) if len(known) else None
+
+
+def _searched(law: Law, estimate: Estimate) -> list[str]:
+    """What a reader must know of a search whose starts disagree: its parameters may not be the best ones."""
+    search = estimate.search
+    if search is None or search.starts < 2:
+        return []
+    if search.agreeing == 1:
+        return [f"only one of {search.starts} starts reached the best fit of {law.name}: another may be better still"]
+    if search.spread is not None and search.spread > 0.01:
+        return [
+            f"{search.agreeing} starts fit equally well with parameters up to {search.spread:.2g} apart "
+            "(relative): the data do not tell them from one another"
+        ]
+    return []
 
 
 def _pooled(law: Law, points: Sequence[Point]) -> list[str]:
@@ -160,7 +195,7 @@ def _coefficients(law: Law, estimate: Estimate) -> tuple[Coefficient, ...]:
     found: list[Coefficient] = []
     for i, (param, value) in enumerate(zip(law.params, map(float, estimate.theta), strict=True)):
         se = lo = hi = None
-        if estimate.covariance is not None and param.name not in estimate.dropped:
+        if estimate.covariance is not None and param.name not in estimate.dropped and param.name not in estimate.given:
             spread = float(np.sqrt(estimate.covariance[i, i]))
             half = float(stdtrit(estimate.dof, 0.5 + COVERAGE / 2)) * spread
             # A parameter estimated through its logarithm: the interval is exact there, the error by the delta method.
@@ -204,7 +239,7 @@ def _goodness(
 
 
 def _strongest_correlation(law: Law, estimate: Estimate) -> tuple[float | None, str]:
-    kept = [i for i, p in enumerate(law.params) if p.name not in estimate.dropped]
+    kept = [i for i, p in enumerate(law.params) if p.name not in {*estimate.dropped, *estimate.given}]
     if estimate.covariance is None or len(kept) < 2:
         return None, ""
     covariance = estimate.covariance[np.ix_(kept, kept)]

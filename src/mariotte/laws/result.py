@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 
 from mariotte.errors import FitError
-from mariotte.laws.base import FALLING, LIMITS, Array, Inputs, Kind, Law, collapsed
+from mariotte.laws.base import FALLING, LIMITS, Array, Inputs, Kind, Law, Search, collapsed
 from mariotte.laws.catalogue import find
 from mariotte.laws.uncertainty import Calibration, clusters_needed
 
 FORMAT = 1
 """Number of the layout of a fit's JSON."""
 
-_WORDS = {"ratio": "ratio", "base": "the dense value", "tokens": "recovery tokens"}
+_WORDS = {"ratio": "ratio", "base": "the dense value", "tokens": "recovery tokens", "bits": "bits a weight"}
 
 Status = Literal["ok", "beyond_box", "unreachable", "not_identified"]
 
@@ -94,8 +94,10 @@ class FitReport:
     law, formula : the form
     metric, kind, protocol, ratio_kind : of the points, one each
     n_points, n_series, n_clusters : how much there was
-    box : smallest and largest ratio, base and tokens
+    box : smallest and largest ratio, base and tokens; of bits too where the law uses them
     base, tokens : median dense value, and the recovery data if all points share them, else 0; defaults of predictions
+    params, bits : medians of the dense parameters and of the bits a weight, None where points do not say them; defaults
+    family : pruning family if all points share one
     chance : score of a guesser when known
     coefficients : the parameters
     dof, residual_sd : residual degrees of freedom, and standard deviation on the fitted scale
@@ -107,6 +109,7 @@ class FitReport:
     recipe : the estimator in words
     data_hash : SHA-256 over the points, independent of their order
     versions : of what computed it
+    search : how the parameters were searched for, where that is no direct solution
     """
 
     law: str
@@ -136,6 +139,10 @@ class FitReport:
     recipe: str
     data_hash: str
     versions: Mapping[str, str]
+    params: float | None = None
+    bits: float | None = None
+    family: str | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +180,13 @@ class Fit:
         """Coefficients, statistics, remarks and the recipe."""
         return self.facts
 
-    def curve(self, ratio_M: Array, base: float | None = None, tokens: float | None = None) -> Array:
+    def curve(
+        self, ratio_M: Array, base: float | None = None, tokens: float | None = None, bits: float | None = None
+    ) -> Array:
         """(M,) predictions at several ratios, clipped to what is possible."""
         base, tokens = self._defaults(base, tokens)
         with np.errstate(all="ignore"):
-            curve_M = np.clip(self.law.f(self.theta, Inputs.at(base, ratio_M, tokens)), *LIMITS[self.facts.kind])
+            curve_M = np.clip(self.law.f(self.theta, self._at(base, ratio_M, tokens, bits)), *LIMITS[self.facts.kind])
         if np.any(np.isnan(curve_M)):
             raise FitError(
                 f"{self.law.name} gives no number for dense value {base:g} and {tokens:g} tokens at some ratio between "
@@ -186,7 +195,13 @@ class Fit:
         return curve_M
 
     def predict(
-        self, ratio: float, *, base: float | None = None, tokens: float | None = None, level: float | None = None
+        self,
+        ratio: float,
+        *,
+        base: float | None = None,
+        tokens: float | None = None,
+        bits: float | None = None,
+        level: float | None = None,
     ) -> Prediction:
         """The value expected at `ratio`.
 
@@ -195,24 +210,37 @@ class Fit:
         ratio : in (-1, 1), of the fit's ratio kind
         base : dense value; None takes the median of the fit's points
         tokens : recovery data; None takes that of the fit's points if they share one, else 0
+        bits : a weight, for laws that use them; None takes the median of the fit's points
         level : of the interval, in (0, 1); None asks for none
 
         Raises
         ------
         FitError
-                When an argument is out of range, or the law gives no number there.
+            When an argument is out of range, or the law gives no number there.
         """
         if not -1.0 < ratio < 1.0:
             raise FitError(f"a ratio must lie in (-1, 1), got {ratio:g}: give the share removed as a fraction")
         ignored = self._ignored(base, tokens)
         base, tokens = self._defaults(base, tokens)
-        mean = float(self.curve(np.array([ratio]), base, tokens)[0])
-        outside = self._outside(ratio, base, tokens, ignored)
+        if bits is not None and not 0 < bits < math.inf:
+            raise FitError(f"bits a weight must be positive, got {bits}: 4 for four-bit weights")
+        if bits is not None and "bits" not in self.law.inputs:
+            ignored.append("bits")
+        mean = float(self.curve(np.array([ratio]), base, tokens, bits)[0])
+        outside = self._outside(ratio, base, tokens, [name for name in ignored if name != "bits"])
+        if (
+            bits is not None
+            and "bits" in self.facts.box
+            and not self.facts.box["bits"][0] <= bits <= self.facts.box["bits"][1]
+        ):
+            outside.append(f"bits {bits:g}")
         lo: float | None = None
         hi: float | None = None
         notes: list[str] = []
         if level is not None:
-            width, note = self._half_width(level, ratio, base, tokens, ignored)
+            width, note = self._half_width(level, ratio, base, tokens, [name for name in ignored if name != "bits"])
+            if width is not None and outside and outside[-1].startswith("bits"):
+                width, note = None, f"not calibrated for {outside[-1]}"
             notes += [note] if note else []
             if width is not None:
                 lo, hi = (
@@ -370,7 +398,9 @@ class Fit:
             return f"{self.law.name} has the parameters {', '.join(p.name for p in self.law.params)}"
         if any(p.log and not c.estimate > 0 for p, c in zip(self.law.params, facts.coefficients, strict=True)):
             return "a parameter that is positive is not"
-        if set(facts.box) != {"ratio", "base", "tokens"} or any(low > high for low, high in facts.box.values()):
+        if set(facts.box) - {"bits"} != {"ratio", "base", "tokens"} or any(
+            low > high for low, high in facts.box.values()
+        ):
             return "the box must have a smallest and a largest ratio, base and tokens"
         low, high = facts.box["ratio"]
         if not (low > -1 and high < 1 and facts.box["base"][0] > 0 and facts.box["tokens"][0] >= 0):
@@ -398,9 +428,16 @@ class Fit:
             raise FitError(f"recovery tokens must be 0 or more, got {tokens}")
         return base, tokens
 
+    def _at(self, base: float, ratio: float | Array, tokens: float, bits: float | None = None) -> Inputs:
+        """The covariates asked for; what nobody asks is that of the fit's points."""
+        facts = self.facts
+        bits = facts.bits if bits is None else bits
+        params, bits, chance = (math.nan if v is None else v for v in (facts.params, bits, facts.chance))
+        return Inputs.at(base, ratio, tokens, params=params, bits=bits, chance=chance, family=facts.family)
+
     def _raw(self, ratio: float, base: float, tokens: float) -> float:
         with np.errstate(all="ignore"):
-            value = float(self.law.f(self.theta, Inputs.at(base, ratio, tokens))[0])
+            value = float(self.law.f(self.theta, self._at(base, ratio, tokens))[0])
         if math.isnan(value):
             raise FitError(f"{self.law.name} gives no number at ratio {ratio:g}: ask nearer to the data of the fit")
         return value
@@ -445,7 +482,7 @@ class Fit:
         # Grid, then bisection of the first cell that crosses: a form need not be monotone everywhere.
         grid_M = np.concatenate([np.linspace(0.0, 0.99, 100), [0.995, 0.999]])
         with np.errstate(all="ignore"):
-            above_M = self.law.f(self.theta, Inputs.at(base, grid_M, tokens)) >= target
+            above_M = self.law.f(self.theta, self._at(base, grid_M, tokens)) >= target
         crossing = np.flatnonzero(above_M[1:] != above_M[:-1])
         if len(crossing) == 0:
             return None
