@@ -351,6 +351,15 @@ def test_measures_and_models_that_are_not_there(model_folder: Path, tmp_path: Pa
 def test_usual_measures() -> None:
     assert comparison.usual_measures("testbed/qwen2-46k")[0] == "loss:testbed/all"
     assert comparison.usual_measures("some/model") == ["loss:wikitext2"]
+    refused(command("testbed/nothing", "testbed/nothing"), "no testbed model named 'testbed/nothing'")
+
+
+@pytest.mark.parametrize("name", ["testbed/qwen2-46k", "testbed/bert-181k", "testbed/t5-784k"])
+def test_usual_measures_are_what_a_kind_of_model_can_be_asked(name: str) -> None:
+    model = mariotte.load(name)
+    for text in comparison.usual_measures(name):
+        measure = mariotte.experiments.identity.resolve_measure(text)
+        assert measure.protocol(model)
 
 
 def test_models_that_compute_no_numbers(model_folder: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mariotte import architectures
 from mariotte.data import corpora, tokens
 from mariotte.data.corpora import Split
 from mariotte.data.lama import WHOLE
@@ -23,7 +24,7 @@ from mariotte.evaluate.base import Measure, Measurement
 from mariotte.evaluate.conditions import Condition
 from mariotte.evaluate.facts import Told
 from mariotte.experiments import identity
-from mariotte.models.load import load
+from mariotte.models.load import load, locate, read_config
 from mariotte.models.model import Model
 
 Array = NDArray[np.float64]
@@ -171,8 +172,13 @@ def _silent(what: str) -> None:
 
 def usual_measures(base: str) -> list[str]:
     """What two models are compared by unless asked otherwise."""
-    testbed = base.startswith("testbed/")
-    return ["loss:testbed/all", "knowledge:testbed", "tasks:testbed"] if testbed else ["loss:wikitext2"]
+    if not base.startswith("testbed/"):
+        return ["loss:wikitext2"]
+    kind = architectures.of(read_config(locate(base))).kind
+    # Those that fill gaps were taught with single sentences.
+    loss = "loss:testbed/all" if kind == "causal" else "loss:testbed/sentences(objective=pseudo)"
+    tasks = "tasks:testbed(pseudo=true)" if kind == "masked" else "tasks:testbed"
+    return [loss, "knowledge:testbed", tasks]
 
 
 def compare(
@@ -191,7 +197,7 @@ def compare(
     ----------
     base, other : loaded models, or what `mariotte.load` takes: the dense model, and what became of it
     measures : such as ``loss:wikitext2``, ``knowledge:testbed``, ``tasks:piqa`` or ``speed:random``; None for loss,
-        facts and tasks of a testbed model, and ``loss:wikitext2`` for any other
+        facts and tasks of a testbed model, asked as its kind was taught, and ``loss:wikitext2`` for any other
     fail_if : conditions on changes from base to other, such as ``loss > +3%`` or ``knowledge.top1 < -2pp``
     device, dtype : as for `mariotte.load`
     progress : told what is being done
