@@ -104,6 +104,7 @@ def test_the_numbers_of_a_cut_model(cut: Path) -> None:
     assert rows["accuracy"].difference == pytest.approx((rows["facts"].difference + rows["reverse"].difference) / 2)
     json.dumps(found.plain(), allow_nan=False)
     assert "Of " in " ".join(sentences(found.plain()))
+    assert [text.partition(" ")[0] for text in sentences(found.plain())] == ["The", "Of", "Accuracy", str(cut)]
     assert build(found.plain()).startswith("<!DOCTYPE html>")
 
 

@@ -67,9 +67,10 @@ def write(comparison: Json, path: str | Path) -> Path:
 
 
 def sentences(comparison: Json) -> list[str]:
-    """What to take away: size, loss, facts and accuracy, and whether a condition failed."""
+    """What to take away: whether a condition failed, then loss, facts and accuracy, and what it was for: the size."""
     rows = cast("Sequence[Json]", comparison["rows"])
     found: list[str] = []
+    sizes: list[str] = []
     for row in rows:
         measure, metric = str(row["measure"]), str(row["metric"])
         on = measure.partition(":")[2].partition("(")[0] or measure
@@ -77,7 +78,7 @@ def sentences(comparison: Json) -> list[str]:
             change = float(row["relative"] or 0)
             many = f"{share(abs(change), 1)} {'fewer' if change < 0 else 'more'}" if change else "as many"
             names = (str(cast(Json, comparison[side])["name"]) for side in ("other", "base"))
-            found.append(f"{{}} has {many} parameters {'than' if change else 'as'} {{}}.".format(*names))
+            sizes.append(f"{{}} has {many} parameters {'than' if change else 'as'} {{}}.".format(*names))
         elif measure.startswith("loss:") and metric == "loss" and row["relative"] is not None:
             found.append(f"The loss on {on} changes by {signed_share(row['relative'])}{_sure(row)}.")
         elif measure.startswith("knowledge:") and metric == "top1" and row["lost"] is not None:
@@ -92,7 +93,7 @@ def sentences(comparison: Json) -> list[str]:
     if comparison["failed"]:
         failed = [str(one["text"]) for one in comparison["conditions"] if one["failed"]]
         found.insert(0, f"Failed: {', '.join(failed)}.")
-    return found
+    return found + sizes
 
 
 def _sure(row: Json) -> str:
