@@ -87,7 +87,8 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _document_bytes(document: str, ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Bytes from the end of one token to the end of the next, so that skipped spaces count with the word after them."""
     if not document.isascii():
-        widths = np.fromiter((len(c.encode()) for c in document), np.int64, len(document))
+        codes = np.frombuffer(document.encode("utf-32-le"), "<u4")
+        widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
         ends = np.concatenate(([0], np.cumsum(widths)))[ends]
     return np.diff(ends, prepend=0)
 
@@ -131,7 +132,14 @@ def _tokenized(
     """Token ids and byte counts of each document, separator first where documents are to be `separated`."""
     separator = separator_of(tokenizer) if separated else None
     for batch in _batches(corpus.documents(split)):
-        found = tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = tokenizer(
+            batch,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
         ids_of, offsets_of = cast("list[list[int]]", found["input_ids"]), cast("list[Any]", found["offset_mapping"])
         for document, ids, offsets in zip(batch, ids_of, offsets_of, strict=True):
             ends = np.asarray([end for _, end in offsets], np.int64)

@@ -16,6 +16,10 @@ from mariotte.models.model import Model
 TOKENS_AT_ONCE = 4096
 """Tokens scored in one forward pass: bounds memory; the result does not depend on it beyond float tolerance."""
 
+ON_A_PROCESSOR = 2048
+"""Likewise, where nothing asks for the last bits of old records: more no longer stay in a processor's caches, fewer
+leave it waiting for Python (``benchmarks/loss_throughput.py``)."""
+
 
 @torch.no_grad()
 def token_nll(model: Model, tokens_NT: Tensor, *, batch: int = 32) -> Tensor:
@@ -63,7 +67,7 @@ def batches(lengths_N: Tensor, at_once: int = TOKENS_AT_ONCE) -> Iterator[Tensor
 
 @torch.no_grad()
 def scored_nll(
-    model: Model, tokens_NT: Tensor, scored_NT: Tensor, lengths_N: Tensor, *, at_once: int = TOKENS_AT_ONCE
+    model: Model, tokens_NT: Tensor, scored_NT: Tensor, lengths_N: Tensor, *, at_once: int | None = None
 ) -> Tensor:
     """Negative log-likelihood of some tokens of rows of any lengths, each given those before it in its row.
 
@@ -73,7 +77,7 @@ def scored_nll(
     tokens_NT : (N, T) token ids, what follows a row's own length is padding
     scored_NT : (N, T) bool, tokens asked for: never the first of a row, never padding
     lengths_N : (N,) tokens of each row
-    at_once : tokens in one forward pass
+    at_once : tokens in one forward pass; None takes `ON_A_PROCESSOR` there, and `TOKENS_AT_ONCE` elsewhere
 
     Returns
     -------
@@ -82,18 +86,31 @@ def scored_nll(
     Notes
     -----
     Rows are padded on the right, where a causal model cannot see, so that no mask is needed. Their last tokens predict
-    nothing that is asked for and are not computed; logarithms are taken for the tokens asked for alone.
+    nothing that is asked for and are not computed. Logits are made from the first place on that a row of the batch asks
+    for, and rows of one length that ask for like many tokens go together: of windows that overlap, most of the head's
+    work is left out. Logarithms are taken for the tokens asked for alone.
     """
+    if at_once is None:
+        at_once = ON_A_PROCESSOR if model.device.type == "cpu" else TOKENS_AT_ONCE
+    order_N = scored_NT.sum(1).argsort(descending=True, stable=True)
     nll_NT = torch.zeros(tokens_NT.shape)
-    for chosen_B in batches(lengths_N, at_once):
+    for part_B in batches((lengths_N[order_N] - 1).clamp(min=1), at_once):
+        chosen_B = order_N[part_B]
         longest = int(lengths_N[chosen_B[0]])
-        rows_BT = tokens_NT[chosen_B, :longest].to(model.device)
-        asked_BT = scored_NT[chosen_B, :longest].to(model.device)
-        logits_MV = model.logits(rows_BT[:, :-1])[asked_BT[:, 1:]].float()
-        found_M = functional.cross_entropy(logits_MV, rows_BT[asked_BT], reduction="none")
-        part_BT = torch.zeros(rows_BT.shape)
-        part_BT[asked_BT.cpu()] = found_M.cpu()
-        nll_NT[chosen_B, :longest] = part_BT
+        rows_BT, asked_BT = tokens_NT[chosen_B, :longest], scored_NT[chosen_B, :longest]
+        places_T = asked_BT.any(0).nonzero()
+        if not len(places_T):
+            continue
+        first = int(places_T[0])
+        given_BT = rows_BT[:, :-1].to(model.device)
+        logits_BUV = model.hf(input_ids=given_BT, use_cache=False, logits_to_keep=longest - first).logits
+        asked_BU = asked_BT[:, first:]
+        right_M = rows_BT[:, first:][asked_BU].to(model.device)
+        # Without a choice to make, no copy of the logits is made.
+        logits_MV = logits_BUV.flatten(0, 1) if bool(asked_BU.all()) else logits_BUV[asked_BU.to(model.device)]
+        found_BT = torch.zeros(rows_BT.shape)
+        found_BT[asked_BT] = functional.cross_entropy(logits_MV.float(), right_M, reduction="none").cpu()
+        nll_NT[chosen_B, :longest] = found_BT
     return nll_NT[scored_NT]
 
 

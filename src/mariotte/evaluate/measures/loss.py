@@ -226,8 +226,7 @@ class Loss(Measure):
             )
         return _Cut(objective, block, room, self.stride or room - unscored, context, before, after)
 
-    def _read(self, model: Model) -> Blocks:
-        cut = self._cut(model)
+    def _read(self, model: Model, cut: _Cut) -> Blocks:
         tokenizer = cast(PreTrainedTokenizerBase, model.tokenizer)
         hashed = tokens.tokenizer_hash(tokenizer)
         split = cast(Split, self.split)
@@ -248,23 +247,23 @@ class Loss(Measure):
             )
         return cast(int, found)
 
-    def _hidden(self, model: Model, found: Blocks) -> Hidden:
+    def _hidden(self, cut: _Cut, found: Blocks) -> Hidden:
         """Which tokens of each row are hidden at once, every time that it is read."""
         hidden: Hidden = []
         for row, scored_T in enumerate(found.scored):
             places = scored_T.nonzero().flatten().numpy()
             size = 1
-            if self._cut(model).objective == "masked":
+            if cut.objective == "masked":
                 size = max(1, round(self.mask_rate * len(places)))
                 places = places[np.argsort(np.random.default_rng([self.seed, row]).random(len(places)))]
                 places = places[: size * self.draws]
             hidden += [(row, sorted(places[start : start + size].tolist())) for start in range(0, len(places), size)]
         return hidden
 
-    def _scored(self, model: Model, found: Blocks) -> tuple[Tensor, Tensor]:
+    def _scored(self, cut: _Cut, found: Blocks) -> tuple[Tensor, Tensor]:
         """(M,), (M,) row and place of each scored token, in the order that `_losses` gives their losses."""
-        if self._cut(model).objective in ("masked", "pseudo"):
-            hidden = self._hidden(model, found)
+        if cut.objective in ("masked", "pseudo"):
+            hidden = self._hidden(cut, found)
             pairs = [(row, place) for row, places in hidden for place in places]
             return torch.tensor([row for row, _ in pairs]), torch.tensor([place for _, place in pairs])
         rows_M, places_M = found.scored.nonzero().unbind(1)
@@ -272,8 +271,12 @@ class Loss(Measure):
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
-        cut, found = self._cut(model), self._read(model)
-        scored = self._scored(model, found)
+        cut = self._cut(model)
+        found = self._read(model, cut)
+        return self._stated(model, cut, found, self._scored(cut, found))
+
+    def _stated(self, model: Model, cut: _Cut, found: Blocks, scored: tuple[Tensor, Tensor]) -> dict[str, Any]:
+        """The protocol of what was read and is scored."""
         protocol = {
             **found.protocol(),
             "block": cut.block,
@@ -309,9 +312,9 @@ class Loss(Measure):
                 protocol["hidden_sha256"] = hashlib.sha256(drawn.tobytes()).hexdigest()
         return protocol
 
-    def _losses(self, model: Model, found: Blocks) -> Tensor:
+    def _losses(self, model: Model, cut: _Cut, found: Blocks) -> Tensor:
         """(M,) float32 losses of the scored tokens, in the order of `_scored`."""
-        cut, block = self._cut(model), found.tokens.shape[1]
+        block = found.tokens.shape[1]
         if cut.context is None and cut.stride == block:
             # Batches, shapes and order are part of a float's last bits: those of every record so far.
             return token_nll(model, found.tokens, batch=max(1, TOKENS_AT_ONCE // block)).flatten()
@@ -324,15 +327,17 @@ class Loss(Measure):
             sources = [torch.cat([before, row_T[:first], after]) for row_T, first in zip(rows, firsts, strict=True)]
             return conditional_nll(model, sources, [row_T[first:] for row_T, first in zip(rows, firsts, strict=True)])
         framed = [torch.cat([before, row_T, after]) for row_T in rows]
-        hidden = [(row, [len(before) + place for place in places]) for row, places in self._hidden(model, found)]
+        hidden = [(row, [len(before) + place for place in places]) for row, places in self._hidden(cut, found)]
         return hidden_nll(model, framed, hidden, self._mask(model))
 
     @override
     def measure(self, model: Model, dense: Measurement | None = None) -> Measurement:
-        found = self._read(model)
-        scored = self._scored(model, found)
+        # Each once: the tokenizer's hash and the config are as long as their files.
+        cut = self._cut(model)
+        found = self._read(model, cut)
+        scored = self._scored(cut, found)
         bytes_M, documents_M = found.n_bytes[scored], found.documents[scored]
-        nll_M = self._losses(model, found).double()
+        nll_M = self._losses(model, cut, found).double()
         n_bytes = int(bytes_M.sum())
         if not n_bytes:
             raise DataError(
@@ -340,11 +345,10 @@ class Loss(Measure):
             )
         metrics = {"loss": float(nll_M.mean()), "bits_per_byte": float(nll_M.sum()) / math.log(2) / n_bytes}
         # Neighbouring packed windows may come from one document: over them the error is a lower bound.
-        packed = self._cut(model).context is None
-        if (error := _standard_error(nll_M, scored[0] if packed else documents_M)) is not None:
+        if (error := _standard_error(nll_M, scored[0] if cut.context is None else documents_M)) is not None:
             metrics["loss_se"] = error
         details = {"documents": _by_document(nll_M, documents_M, bytes_M, found.n_documents)}
-        return Measurement(metrics=metrics, protocol=self.protocol(model), details=details)
+        return Measurement(metrics=metrics, protocol=self._stated(model, cut, found, scored), details=details)
 
 
 def _standard_error(nll_M: Tensor, groups_M: Tensor) -> float | None:
