@@ -120,6 +120,7 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         bits=_median(x.bits_M),
         family=families.pop() if len(families := set(x.families)) == 1 else None,
         search=estimate.search,
+        recovered=bool(x.recovered_M.any()),
     )
     return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool))
 

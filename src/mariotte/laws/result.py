@@ -98,6 +98,7 @@ class FitReport:
     base, tokens : median dense value, and the recovery data if all points share them, else 0; defaults of predictions
     params, bits : medians of the dense parameters and of the bits a weight, None where points do not say them; defaults
     family : pruning family if all points share one
+    recovered : whether training followed the cut in any of them
     chance : score of a guesser when known
     coefficients : the parameters
     dof, residual_sd : residual degrees of freedom, and standard deviation on the fitted scale
@@ -143,6 +144,7 @@ class FitReport:
     bits: float | None = None
     family: str | None = None
     search: Search | None = None
+    recovered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +435,17 @@ class Fit:
         facts = self.facts
         bits = facts.bits if bits is None else bits
         params, bits, chance = (math.nan if v is None else v for v in (facts.params, bits, facts.chance))
-        return Inputs.at(base, ratio, tokens, params=params, bits=bits, chance=chance, family=facts.family)
+        return Inputs.at(
+            base,
+            ratio,
+            tokens,
+            params=params,
+            bits=bits,
+            chance=chance,
+            family=facts.family,
+            metric=facts.metric,
+            recovered=facts.recovered,
+        )
 
     def _raw(self, ratio: float, base: float, tokens: float) -> float:
         with np.errstate(all="ignore"):
