@@ -29,7 +29,7 @@ def test_importing_mariotte_imports_nothing_heavy() -> None:
     }
 
 
-@pytest.mark.parametrize("package", ["laws", "store", "report"])
+@pytest.mark.parametrize("package", ["laws", "plan", "store", "report"])
 def test_the_desk_imports_no_torch(package: str) -> None:
     code = f"import mariotte.{package} as p\nfor name in p.__all__: getattr(p, name)"
     assert not imported_after(code) & {"torch", "transformers", "safetensors", "peft"}
@@ -80,6 +80,8 @@ def test_every_public_name_is_there_and_the_list_is_frozen() -> None:
         "measure",
         "open_store",
         "parse_chain",
+        "plan",
+        "read_budget",
         "run_study",
         "save",
         "write_report",

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mariotte.models.checkpoint import save as save
     from mariotte.models.load import load as load
     from mariotte.models.model import Model as Model
+    from mariotte.plan.budget import read_budget as read_budget
+    from mariotte.plan.search import plan as plan
     from mariotte.report import write as write_report  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from mariotte.store import Record as Record
     from mariotte.store import open_store as open_store
@@ -46,6 +48,8 @@ _HOME = {
     "measure": "mariotte.experiments.pipeline",
     "open_store": "mariotte.store",
     "parse_chain": "mariotte.chain:parse",
+    "plan": "mariotte.plan.search",
+    "read_budget": "mariotte.plan.budget",
     "run_study": "mariotte.experiments.run",
     "save": "mariotte.models.checkpoint",
     "write_report": "mariotte.report:write",

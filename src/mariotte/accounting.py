@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,3 +125,39 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
         s.layers * attention_matrices + sum(ffn_matrices) + shortcuts,
         s.layers * query * attentions,
     )
+
+
+def rounding(width: int, round_to: int | None = None, *, multiple_of: int = 1, at: int | None = None) -> int:
+    """The multiple to which a cut width is rounded.
+
+    Parameters
+    ----------
+    width : the uncut width
+    round_to : asked for; None takes 128 in models at least 1024 wide, so that later quantization in groups of 32 or 128
+        divides it, and 8 in smaller ones
+    multiple_of : a multiple that the family insists on
+    at : the model's hidden size; None when it is `width` itself
+
+    Returns
+    -------
+    The smallest common multiple of the two. Without `round_to`, where that would leave fewer than eight widths to
+    choose from, the general rounding gives way to its largest divisor that leaves them: a model with 5 heads, 80 wide,
+    is rounded to 10 and not to 40.
+    """
+    if round_to is not None:
+        return math.lcm(round_to, multiple_of)
+    general = 128 if (at or width) >= 1024 else 8
+    coarsest = max(general, width // 8)
+    divisors = [d for d in range(general, 0, -1) if general % d == 0]
+    return next((m for d in divisors if (m := math.lcm(d, multiple_of)) <= coarsest), multiple_of)
+
+
+def cut_width(width: int, amount: float, multiple: int) -> int:
+    """What is kept of a width when `amount` of it should go: the nearest multiple, or the width itself.
+
+    At least one multiple is kept; of two equally near the larger one, so that nothing is removed without being asked.
+    """
+    asked = width * (1 - amount)
+    below = math.floor(asked / multiple) * multiple
+    choices = {max(below, multiple), below + multiple, width}
+    return min((c for c in choices if c <= width), key=lambda c: (round(abs(c - asked), 9), -c))

@@ -1,0 +1,235 @@
+"""What is known before anything is measured: shipped records of the testbed, published tables, the user's own store."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mariotte import chain as chains
+from mariotte.chain import Chain
+from mariotte.errors import StoreError
+from mariotte.laws.base import metric_kind
+from mariotte.plan.shapes import RECOVERIES
+from mariotte.store.record import Record, digest
+
+SHIPPED = Path(__file__).parent / "testbed.csv"
+"""The testbed's studies, one row a number; ``benchmarks/plan_pool.py`` writes it from the records."""
+
+METRICS = ("loss", "accuracy", "top1")
+"""Of which rows are shipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One number of one compressed model, or of a dense one.
+
+    Parameters
+    ----------
+    model, family, params : the dense model, its ``model_type`` and its parameters
+    chain : canonical text; ``dense`` for the dense model
+    obtained : what the first cut removed in its own unit, after rounding
+    n_params, n_bytes : of the compressed model
+    metric, measure, protocol : what was measured; `protocol` tells measures of one text apart, see `protocol_of`
+    base, value : of the dense model and of this one
+    se : standard error of `value`, None where unknown
+    chance : of a guesser, None where unknown
+    source : where it is from: shipped, store, or probe
+    """
+
+    model: str
+    family: str
+    params: float
+    chain: str
+    obtained: float
+    n_params: float
+    n_bytes: float
+    metric: str
+    measure: str
+    protocol: str
+    base: float
+    value: float
+    se: float | None = None
+    chance: float | None = None
+    source: str = "store"
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is of the dense model."""
+        return self.chain == "dense"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Measure and metric: what must be equal for two numbers to be of one kind."""
+        return self.protocol, self.metric
+
+
+@dataclass(frozen=True)
+class Parted:
+    """A chain in the parts that laws know: one cut, then a quantizer, then a recovery; each may be missing.
+
+    Parameters
+    ----------
+    cut : the first step without its amount, such as ``slice`` or ``ffn(criterion=norm)``; empty without one
+    quantizer, recovery : canonical texts, with their amounts; empty without one
+    """
+
+    cut: str
+    quantizer: str
+    recovery: str
+
+
+@functools.cache
+def parted(chain: str) -> Parted | None:
+    """The parts of a chain; None where it has more of a kind than laws know, or in another order."""
+    cut = quantizer = recovery = ""
+    for link in chains.parse(chain).links:
+        if link.name in RECOVERIES:
+            if recovery or quantizer:
+                return None
+            recovery = str(link)
+        elif link.name in ("rtn", "int8", "int8-dynamic"):
+            if quantizer:
+                return None
+            quantizer = str(link)
+        elif cut or quantizer or recovery:
+            return None
+        else:
+            cut = str(replace(link, amount=None))
+    return Parted(cut, quantizer, recovery)
+
+
+def protocol_of(measure: str, protocol: Mapping[str, object]) -> str:
+    """A short text that two numbers share if and only if they were measured alike; as in points of laws."""
+    return f"{measure}#{digest(dict(protocol))[:8]}"
+
+
+def of_records(records: Iterable[Record], source: str = "store") -> list[Entry]:
+    """The numbers of records, each metric one; those without a dense value are left out."""
+    found: list[Entry] = []
+    for record in records:
+        protocol = protocol_of(record.measure, record.protocol)
+        for metric, value in record.metrics.items():
+            if metric.endswith("_se") or (base := record.base.get(metric)) is None:
+                continue
+            found.append(
+                Entry(
+                    model=record.model,
+                    family=record.model_type,
+                    params=float(record.base_params),
+                    chain=record.chain,
+                    obtained=record.obtained or 0.0,
+                    n_params=float(record.n_params),
+                    n_bytes=float(record.n_bytes),
+                    metric=metric,
+                    measure=record.measure,
+                    protocol=protocol,
+                    base=base,
+                    value=value,
+                    se=record.metrics.get(f"{metric}_se"),
+                    chance=_chance(record.protocol, metric),
+                    source=source,
+                )
+            )
+    return found
+
+
+@functools.cache
+def shipped() -> tuple[Entry, ...]:
+    """The records of the testbed that come with the package.
+
+    Raises
+    ------
+    StoreError
+        When the file is missing or damaged.
+    """
+    try:
+        with SHIPPED.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return tuple(_entry(row) for row in rows)
+    except (OSError, KeyError, ValueError) as error:
+        raise StoreError(
+            f"the shipped records {SHIPPED} cannot be read ({error}): install the package again"
+        ) from error
+
+
+def _entry(row: Mapping[str, str]) -> Entry:
+    return Entry(
+        model=row["model"],
+        family=row["family"],
+        params=float(row["params"]),
+        chain=row["chain"],
+        obtained=float(row["obtained"]),
+        n_params=float(row["n_params"]),
+        n_bytes=float(row["n_bytes"]),
+        metric=row["metric"],
+        measure=row["protocol"].rpartition("#")[0],
+        protocol=row["protocol"],
+        base=float(row["base"]),
+        value=float(row["value"]),
+        se=float(row["se"]) if row["se"] else None,
+        chance=float(row["chance"]) if row["chance"] else None,
+        source="shipped",
+    )
+
+
+COLUMNS = (
+    "model",
+    "family",
+    "params",
+    "chain",
+    "obtained",
+    "n_params",
+    "n_bytes",
+    "metric",
+    "protocol",
+    "base",
+    "value",
+    "se",
+    "chance",
+)
+"""Of the shipped file."""
+
+
+def write_shipped(entries: Iterable[Entry], path: Path = SHIPPED) -> int:
+    """Write the shipped file; how many rows it has."""
+    rows = sorted(set(entries), key=lambda e: (e.model, e.measure, e.metric, e.chain))
+
+    def text(value: object) -> str:
+        return "" if value is None else f"{value:.7g}" if isinstance(value, float) else str(value)
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([text(getattr(row, name)) for name in COLUMNS] for row in rows)
+    return len(rows)
+
+
+def _chance(protocol: Mapping[str, object], metric: str) -> float | None:
+    """What a guesser scores, as the protocol says: ``chance_top1`` is that of ``top1`` and of ``heldout_top1``."""
+    for name, value in protocol.items():
+        scored = name.removeprefix("chance_")
+        if scored != name and (metric == scored or metric.endswith(f"_{scored}")) and isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def without(entries: Iterable[Entry], model: str) -> list[Entry]:
+    """The numbers of all other models, and of this one the dense ones."""
+    return [entry for entry in entries if entry.model != model or entry.dense]
+
+
+def usable(entry: Entry) -> bool:
+    """Whether laws can use a number: a loss or a score of a chain whose parts they know, with a positive base."""
+    return (
+        metric_kind(entry.metric) in ("loss", "score")
+        and math.isfinite(entry.value)
+        and entry.base > 0
+        and (entry.dense or parted(entry.chain) is not None)
+    )
+
+
+__all__ = ["Chain", "Entry", "Parted", "of_records", "parted", "protocol_of", "shipped", "usable", "without"]

@@ -1,0 +1,430 @@
+"""What is believed of one metric of all candidates of one model: the seam between a plan and the laws.
+
+A candidate is a cut at an amount, perhaps with a quantizer and a recovery. Its cut's damage comes from `curves`; a
+quantizer adds its own damage (damages add in nats: within .01 nats on published grids of both); a recovery leaves a
+share of the damage, whose logarithm is a line in the logarithm of the damage, learned from the pool.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from mariotte.chain import parse
+from mariotte.errors import FitError, MariotteError
+from mariotte.laws.base import metric_kind
+from mariotte.plan.answer import Forecast
+from mariotte.plan.budget import Floor
+from mariotte.plan.curves import Array, Curves, Posterior, Sample, Scale, learn
+from mariotte.plan.pool import Entry, Parted, parted
+
+DRAWS = 400
+"""Of quantizers and recoveries; a cut alone is exact."""
+
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A candidate, as laws see it.
+
+    Parameters
+    ----------
+    chain : canonical text
+    parts : of it
+    amount : what its cut removes in its own unit, after rounding; 0 without a cut
+    """
+
+    chain: str
+    parts: Parted
+    amount: float
+
+
+@dataclass(frozen=True)
+class Level:
+    """A quantity of the logarithm of damage that hardly depends on the model: mean and standard deviation."""
+
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a recovery leaves, on the logarithm of damage: intercept, slope, and standard deviation around the line."""
+
+    intercept: float
+    slope: float
+    sd: float
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """What is known of one metric.
+
+    Parameters
+    ----------
+    floor : what must hold of it
+    protocol, measure : what was measured; the measure's text
+    scale : of damages
+    base : of the dense model
+    assumed : whether `base` is the pool's typical value, since nobody measured this model
+    params : of the dense model
+    curves : learned from other models
+    own : points of this model
+    measured : values of this model by chain, and by what its cut leaves
+    quantizers, recoveries : by canonical text
+    level : of intervals
+    """
+
+    floor: Floor
+    protocol: str
+    measure: str
+    scale: Scale
+    base: float
+    assumed: bool
+    params: float
+    curves: Curves
+    own: tuple[Sample, ...]
+    measured: Mapping[str, float]
+    quantizers: Mapping[str, Level]
+    recoveries: Mapping[str, Line]
+    level: float
+
+    @property
+    def limit(self) -> float:
+        """The value that may just be reached."""
+        return self.floor.limit(self.base)
+
+    @property
+    def allowed(self) -> float:
+        """The damage that is allowed; infinite without a floor."""
+        if math.isinf(self.limit):
+            return math.inf
+        if self.scale.kind == "score" and self.limit <= self.scale.chance:
+            return math.inf
+        return max(self.scale.damage(self.base, self.limit), 0.0)
+
+    def knows(self, asked: Asked) -> bool:
+        """Whether anything can be said of a candidate."""
+        return self._value(asked) is not None or (
+            (not asked.parts.cut or asked.parts.cut in self.curves.methods)
+            and (not asked.parts.quantizer or asked.parts.quantizer in self.quantizers)
+            and (not asked.parts.recovery or asked.parts.recovery in self.recoveries)
+        )
+
+    def shots(self, cut: str) -> int:
+        """Points of this model on a cut's curve."""
+        return sum(sample.method == cut for sample in self.own)
+
+    def belief(self, cuts: Sequence[tuple[str, float]]) -> Posterior:
+        """Of the curves at these cuts, all together."""
+        return self.curves.posterior(self.params, cuts, self.own)
+
+    def widened(self, belief: Posterior, cuts: Sequence[tuple[str, float]], level: float | None = None) -> Array:
+        """Standard deviations as held-out models needed them, with the measure's resolution."""
+        level = level or self.level
+        normal = _NORMAL.inv_cdf(0.5 + level / 2)
+        wide_Q = np.array([self.curves.widening(self.shots(cut), level) / normal for cut, _ in cuts])
+        return belief.sd * wide_Q
+
+    def forecasts(self, candidates: Sequence[Asked]) -> list[Forecast]:
+        """What is expected of each candidate."""
+        cuts = [(asked.parts.cut, asked.amount) for asked in candidates]
+        known = [i for i, asked in enumerate(candidates) if asked.parts.cut and self._value(asked) is None]
+        means = np.full(len(cuts), -math.inf)
+        sds = np.zeros(len(cuts))
+        if known:
+            belief = self.belief([cuts[i] for i in known])
+            means[known], sds[known] = belief.mean_Q, self.widened(belief, [cuts[i] for i in known])
+        return [
+            self._forecast(asked, float(mean), float(sd))
+            for asked, mean, sd in zip(candidates, means, sds, strict=True)
+        ]
+
+    def _value(self, asked: Asked) -> float | None:
+        found = self.measured.get(asked.chain)
+        return found if found is not None else self.measured.get(place(asked.parts, asked.amount))
+
+    def _forecast(self, asked: Asked, mean: float, sd: float) -> Forecast:
+        value = self._value(asked)
+        if value is not None:
+            kept = self.keeps(value)
+            return self._said(value, value, value, float(kept), measured=True)
+        quantile = _NORMAL.inv_cdf(0.5 + self.level / 2)
+        if not asked.parts.quantizer and not asked.parts.recovery:
+            if not asked.parts.cut:
+                return self._said(self.base, self.base, self.base, 1.0)
+            low, middle, high = (float(v) for v in self.scale.damage_of(mean + sd * quantile * np.array([-1.0, 0, 1])))
+            return self._between(low, middle, high, self._probability(mean, sd))
+        damage_S = self._drawn(asked, mean, sd)
+        low, middle, high = (float(np.quantile(damage_S, q)) for q in (0.5 - self.level / 2, 0.5, 0.5 + self.level / 2))
+        return self._between(low, middle, high, float(np.mean(damage_S <= self.allowed)))
+
+    def _between(self, low: float, middle: float, high: float, probability: float) -> Forecast:
+        """The forecast of three damages; the measure's resolution lies beyond the outer ones."""
+        values = [
+            self.scale.value(self.base, d) for d in (low - self.scale.resolution, middle, high + self.scale.resolution)
+        ]
+        low_end, high_end = (0.0, 1.0) if self.scale.kind == "score" else (0.0, math.inf)
+        return self._said(values[1], max(min(values), low_end), min(max(values), high_end), probability)
+
+    def _said(self, mean: float, lo: float, hi: float, probability: float, measured: bool = False) -> Forecast:
+        return Forecast(
+            metric=self.floor.name,
+            protocol=self.protocol,
+            base=self.base,
+            mean=mean,
+            lo=lo,
+            hi=hi,
+            limit=None if math.isinf(self.limit) else self.limit,
+            probability=probability,
+            measured=measured,
+        )
+
+    def keeps(self, value: float) -> bool:
+        """Whether a measured value keeps the floor."""
+        return value <= self.limit if self.scale.kind == "loss" else value >= self.limit
+
+    def _probability(self, mean: float, sd: float) -> float:
+        if math.isinf(self.allowed):
+            return 1.0
+        allowed = self.allowed
+        if allowed < 1e-12:
+            return 0.0
+        # Not by `logarithm`, which takes what is below the resolution for the resolution.
+        ceiled = allowed if self.scale.kind == "score" else allowed / max(1 - allowed / 10.5, 0.05)
+        return _NORMAL.cdf((math.log(ceiled) - mean) / max(sd, 1e-9))
+
+    def _drawn(self, asked: Asked, mean: float, sd: float) -> Array:
+        """Draws of the damage of a cut with a quantizer or a recovery."""
+        steps_S = _stratified(0)
+        cut_S = self.scale.damage_of(mean + sd * steps_S) if asked.parts.cut else np.zeros(DRAWS)
+        if asked.parts.recovery:
+            line = self.recoveries[asked.parts.recovery]
+            z_S = np.log(np.maximum(cut_S, self.scale.resolution))
+            left_S = line.intercept + line.slope * z_S + line.sd * _stratified(1)
+            cut_S = np.minimum(np.exp(z_S + left_S), 2 * cut_S + self.scale.resolution)
+        if asked.parts.quantizer:
+            found = self.quantizers[asked.parts.quantizer]
+            cut_S = cut_S + self.scale.damage_of(found.mean + found.sd * _stratified(2))
+        return cut_S
+
+    def with_points(self, entries: Sequence[Entry], amounts: Mapping[str, float]) -> Quality:
+        """The same with new measurements of this model.
+
+        Parameters
+        ----------
+        entries : of this metric and protocol
+        amounts : of chains, what their cut removes after rounding
+        """
+        return replace(
+            self,
+            own=(*self.own, *own_samples(entries, self.params)),
+            measured={**self.measured, **measured_values(entries)},
+        )
+
+
+def place(parts: Parted, amount: float) -> str:
+    """What two chains share that leave the same: two amounts may round to one width."""
+    return f"{parts.cut} {amount:.6f} | {parts.quantizer} | {parts.recovery}"
+
+
+def measured_values(entries: Sequence[Entry]) -> dict[str, float]:
+    """Values by chain and by place."""
+    found: dict[str, float] = {}
+    for entry in entries:
+        if entry.dense or (parts := parted(entry.chain)) is None:
+            continue
+        found[entry.chain] = found[place(parts, entry.obtained)] = entry.value
+    return found
+
+
+def own_samples(entries: Sequence[Entry], params: float) -> list[Sample]:
+    """Points of cuts without more, each place once."""
+    found: dict[tuple[str, float], Sample] = {}
+    for entry in entries:
+        parts = None if entry.dense else parted(entry.chain)
+        if parts is None or not parts.cut or parts.quantizer or parts.recovery or not 0 < entry.obtained < 1:
+            continue
+        found[(parts.cut, round(entry.obtained, 6))] = Sample(
+            model=entry.model,
+            params=params,
+            method=parts.cut,
+            amount=entry.obtained,
+            base=entry.base,
+            value=entry.value,
+        )
+    return list(found.values())
+
+
+@functools.cache
+def _stratified(seed: int) -> Array:
+    """Standard normal numbers, evenly spread over their probabilities, in an order of their own."""
+    even = (np.arange(DRAWS) + 0.5) / DRAWS
+    numbers = np.array([_NORMAL.inv_cdf(float(p)) for p in even])
+    return np.random.default_rng(seed).permutation(numbers)
+
+
+def choose_protocol(floor: Floor, entries: Sequence[Entry], model: str, measure: str | None) -> str:
+    """The protocol in which a floor is judged: the measure that is asked for, else the one known best.
+
+    Known best is where the model's own dense value is, then where most numbers are, then by name.
+
+    Raises
+    ------
+    FitError
+        When nothing was measured of the metric, or nothing by this measure.
+    """
+    prefix = floor.metric.rpartition(".")[0]
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.metric != floor.name:
+            continue
+        if prefix and not (entry.measure == prefix or entry.measure.startswith((f"{prefix}:", f"{prefix}("))):
+            continue
+        found.setdefault(entry.protocol, []).append(entry)
+    if measure is not None:
+        named = {p: some for p, some in found.items() if some[0].measure == measure}
+        kind = measure.partition(":")[0]
+        if not named and any(some[0].measure.partition(":")[0] == kind for some in found.values()):
+            known = sorted({some[0].measure for some in found.values()})
+            raise FitError(
+                f"nothing was measured by {measure!r}: known are {', '.join(known)}; run a study with it first"
+            )
+        found = named or found
+    if not found:
+        known = sorted({f"{e.measure.partition(':')[0]}.{e.metric}" for e in entries})
+        raise FitError(
+            f"no number of {floor.metric!r} is known, which {floor.text!r} asks for; there are "
+            f"{', '.join(known[:12]) or 'none'}: give --store with measured models, or another metric"
+        )
+
+    def rank(item: tuple[str, list[Entry]]) -> tuple[bool, int, str]:
+        protocol, some = item
+        return not any(e.model == model for e in some), -len({e.model for e in some}) * 10**6 - len(some), protocol
+
+    return min(found.items(), key=rank)[0]
+
+
+def believe(
+    floor: Floor,
+    entries: Sequence[Entry],
+    *,
+    model: str,
+    params: float,
+    measure: str | None,
+    methods: Sequence[str],
+    level: float,
+) -> Quality:
+    """What is known of one metric of a model.
+
+    Parameters
+    ----------
+    floor : what must hold of it; an infinite number for nothing
+    entries : of all models
+    model, params : which
+    measure : by which it is judged; None chooses
+    methods : cuts of candidates, of which the pool may know nothing
+    level : of intervals
+
+    Raises
+    ------
+    FitError
+        When nothing was measured of the metric, or its fall cannot be predicted.
+    """
+    protocol = choose_protocol(floor, entries, model, measure)
+    same = [e for e in entries if e.protocol == protocol and e.metric == floor.name]
+    kind = metric_kind(floor.name)
+    if kind not in ("loss", "score"):
+        raise MariotteError(
+            f"a floor is of a loss or a score, and {floor.name!r} is a {kind}: use --speedup or --bytes"
+        )
+    scale = Scale(kind=kind, chance=next((e.chance for e in same if e.chance is not None), 0.0))
+    mine, others = [e for e in same if e.model == model], [e for e in same if e.model != model and not e.dense]
+    bases = {e.model: e.base for e in same}
+    base = bases.get(model)
+    assumed = base is None
+    if base is None:
+        base = float(np.median(list(bases.values())))
+    usable = [e for e in others if kind == "loss" or e.base - scale.chance >= 0.05]
+    pool = [
+        sample
+        for name in dict.fromkeys(e.model for e in usable)
+        for sample in own_samples(
+            [e for e in usable if e.model == name], next(e.params for e in usable if e.model == name)
+        )
+        if not methods or sample.method in methods
+    ]
+    own = own_samples(mine, params)
+    scale.damage(base, base)  # refuses a score at chance before anything is predicted
+    curves = learn(pool or own, scale, methods=methods, levels=(0.8, level) if level != 0.8 else (0.8,))
+    return Quality(
+        floor=floor,
+        protocol=protocol,
+        measure=same[0].measure,
+        scale=scale,
+        base=base,
+        assumed=assumed,
+        params=params,
+        curves=curves,
+        own=tuple(own),
+        measured=measured_values(mine),
+        quantizers=_quantizers(entries, floor.name, scale),
+        recoveries=_recoveries(same, scale),
+        level=level,
+    )
+
+
+def _quantizers(entries: Sequence[Entry], metric: str, scale: Scale) -> dict[str, Level]:
+    """Of quantizers alone, whatever the protocol: few were measured, and their damage is small."""
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        if entry.dense or entry.metric != metric or (parts := parted(entry.chain)) is None:
+            continue
+        if parts.quantizer and not parts.cut and not parts.recovery:
+            found.setdefault(parts.quantizer, []).append(scale.logarithm(scale.damage(entry.base, entry.value)))
+    return {
+        text: Level(float(np.mean(z)), max(float(np.std(z, ddof=1)), 0.5) if len(z) > 1 else 1.0)
+        for text, z in found.items()
+    }
+
+
+def _recoveries(entries: Sequence[Entry], scale: Scale) -> dict[str, Line]:
+    """What recoveries leave of the damage of the cut before them, on models that were measured before and after."""
+    before = {
+        (e.model, parts.cut, round(e.obtained, 6)): scale.damage(e.base, e.value)
+        for e in entries
+        if not e.dense and (parts := parted(e.chain)) is not None and not parts.recovery and not parts.quantizer
+    }
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for e in entries:
+        parts = None if e.dense else parted(e.chain)
+        if parts is None or not parts.recovery or parts.quantizer:
+            continue
+        cut = before.get((e.model, parts.cut, round(e.obtained, 6)))
+        if cut is None or cut < 5 * scale.resolution:
+            continue
+        left = max(scale.damage(e.base, e.value), scale.resolution)
+        pairs.setdefault(parts.recovery, []).append((math.log(cut), math.log(left / cut)))
+    return {text: _line(some) for text, some in pairs.items() if len(some) >= 3}
+
+
+def _line(pairs: Sequence[tuple[float, float]]) -> Line:
+    x, y = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+    # A ridge on the slope: a few pairs of nearly equal damage say nothing of it.
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred + 4.0))
+    intercept = float(y.mean() - slope * x.mean())
+    left = y - intercept - slope * x
+    return Line(intercept, slope, max(float(np.sqrt(np.mean(left**2))), 0.1))
+
+
+def amount_of_recovery(text: str) -> int:
+    """Tokens of a recovery's text."""
+    (link,) = parse(text).links
+    return int(link.amount) if isinstance(link.amount, int | float) else 0

@@ -1,0 +1,64 @@
+"""The winner made and measured: predicted beside measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mariotte.errors import MariotteError
+from mariotte.plan.answer import Plan, Verified
+from mariotte.plan.pool import of_records
+from mariotte.plan.probes import Bench
+from mariotte.plan.search import Planner
+
+
+def verify(planner: Planner, bench: Bench, *, told: Callable[[str], None] = lambda chain: None) -> Plan:
+    """Compress with the winner, measure, and put what was measured beside what was predicted.
+
+    Parameters
+    ----------
+    planner : what is known
+    bench : measures
+    told : of the winner before it is made
+
+    Raises
+    ------
+    MariotteError
+        When nothing meets the budget, so that there is no winner, or the bench refuses or fails.
+    """
+    plan = planner.plan()
+    if plan.winner is None:
+        likeliest = plan.options[0]
+        raise MariotteError(
+            f"nothing that is known keeps the budget's floors with probability {plan.budget.sure:g}: {likeliest.chain} "
+            f"does with {likeliest.probability:.2f}; allow more, lower --sure, or probe more"
+        )
+    chain = plan.winner.chain
+    told(chain)
+    measures = list(dict.fromkeys(quality.measure for quality in planner.qualities))
+    entries = of_records(bench([chain], measures), source="probe")
+    verified: list[Verified] = []
+    for quality, forecast in zip(planner.qualities, plan.winner.quality, strict=True):
+        found = [
+            e
+            for e in entries
+            if e.model == plan.model
+            and e.chain == chain
+            and e.protocol == quality.protocol
+            and e.metric == forecast.metric
+        ]
+        if not found:
+            raise MariotteError(
+                f"{forecast.metric} of {chain} was to be measured as {quality.protocol}, and came back otherwise: give "
+                "--measure, or a --store with numbers of this protocol"
+            )
+        value = found[0].value
+        verified.append(
+            Verified(
+                predicted=forecast,
+                measured=value,
+                inside=forecast.lo <= value <= forecast.hi,
+                kept=None if forecast.limit is None else quality.keeps(value),
+            )
+        )
+    return replace(plan, verified=tuple(verified))
