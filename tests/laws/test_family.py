@@ -14,10 +14,12 @@ from mariotte.laws import priors
 from mariotte.laws.base import Array, Inputs, Point, values
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
+from mariotte.laws.learning import learn
 from mariotte.laws.priors import DEFAULTS, Curve, Priors
 from mariotte.laws.published import points
+from mariotte.laws.result import Fit
 
-FROZEN = "5ebb45bf5de8d81a88500927f81a5e705ee697afea3bf9be0f70dc8c3c016bae"
+FROZEN = "ae6102763cebaaafd9221d029d3da3748304d82a8e760f28b6c4d9b93a0aeda0"
 """Of the defaults that ship. Whoever changes them changes what the documented hold-out figures stand for."""
 
 
@@ -89,7 +91,7 @@ def test_the_defaults_are_frozen():
 
 
 def test_the_defaults_are_learned_from_the_shipped_data():
-    learned = priors.learn(points())
+    learned = learn(points())
     frozen = priors.frozen()
     assert learned.data_hash == frozen.data_hash
     for scale, curves in frozen.curves.items():
@@ -97,6 +99,12 @@ def test_the_defaults_are_learned_from_the_shipped_data():
         for family, one in curves.items():
             np.testing.assert_allclose(learned.curves[scale][family].mean, one.mean, atol=1e-6)
             np.testing.assert_allclose(learned.curves[scale][family].covariance, one.covariance, atol=1e-6)
+    assert set(learned.calibration) == set(frozen.calibration) == {"perplexity", "score"}
+    for scale, found in frozen.calibration.items():
+        for name, bin_ in found.bins.items():
+            again = learned.calibration[scale].bins[name]
+            assert (again.points, again.clusters) == (bin_.points, bin_.clusters)
+            np.testing.assert_allclose(again.values, bin_.values, rtol=1e-4, atol=1e-6)
 
 
 def test_priors_survive_json():
@@ -112,7 +120,7 @@ def test_order_of_the_pool_is_irrelevant_and_a_left_out_cluster_is_not_learned_f
     assert one.data_hash == other.data_hash
     assert one.curves["perplexity"]["slice"].mean == pytest.approx(other.curves["perplexity"]["slice"].mean)
     without = priors.Pool(found).priors(lambda cluster: cluster.startswith("OPT-125M"))
-    direct = priors.learn([p for p in found if p.model != "OPT-125M"])
+    direct = priors.Pool([p for p in found if p.model != "OPT-125M"]).priors()
     assert without.curves["perplexity"]["slice"] == direct.curves["perplexity"]["slice"]
     with pytest.raises(FitError, match="no series is left"):
         priors.Pool(found).priors(lambda _cluster: True)
@@ -212,3 +220,58 @@ def test_standard_errors_make_small_damage_say_less():
         spread[name] = float(law.deviation(estimate.theta, estimate.covariance, asked)[0])
     assert spread["noisy"] > spread["exact"] > 0
     assert math.isfinite(spread["noisy"])
+
+
+def test_a_fit_has_calibrated_intervals_and_survives_json():
+    fitted = fit("family", series("slice", 2.0, {0.1: 2.1, 0.2: 2.3}))
+    near, far = fitted.predict(0.25, level=0.8), fitted.predict(0.5, level=0.8)
+    assert near.lo is not None
+    assert near.hi is not None
+    assert far.lo is not None
+    assert far.hi is not None
+    assert 2.1 < near.lo < near.mean < near.hi < far.mean < far.hi
+    assert near.hi - near.lo < far.hi - far.lo
+    wide = fitted.predict(0.25, level=0.9)
+    assert wide.lo is not None
+    assert wide.lo <= near.lo
+    again = Fit.from_json(fitted.to_json())
+    assert again == fitted
+    assert again.predict(0.5, level=0.8) == far
+    damaged = json.loads(fitted.to_json())
+    damaged["posterior"].pop()
+    with pytest.raises(FitError, match="has a posterior of 231 numbers"):
+        Fit.from_json(json.dumps(damaged))
+
+
+def test_no_interval_where_no_error_was_measured():
+    fitted = fit("family", series("unstructured", 2.0, {0.1: 2.1, 0.2: 2.3}, metric="loss_nats_math"))
+    said = fitted.predict(0.3, level=0.8)
+    assert said.lo is None
+    assert said.note.startswith("not calibrated: too few series of the scale answer")
+    fitted = fit("family", series("slice", 2.0, {0.01: 2.001, 0.02: 2.002}))
+    assert "no error was measured that far beyond 0.02" in fitted.predict(0.9, level=0.8).note
+    assert "needs errors from 99 clusters" in fitted.predict(0.03, level=0.99).note
+
+
+def test_the_critical_ratio_has_an_interval_and_a_status():
+    fitted = fit("family", series("slice", 2.0, {0.1: 2.1, 0.2: 2.25, 0.3: 2.45}))
+    inside, beyond = fitted.critical(1.1, level=0.8), fitted.critical(1.5, level=0.8)
+    assert (inside.status, beyond.status) == ("ok", "beyond_box")
+    for found, sigma in ((inside, 1.1), (beyond, 1.5)):
+        assert found.r is not None
+        assert found.lo is not None
+        assert found.hi is not None
+        assert 0 < found.lo < found.r < found.hi < 1
+        assert fitted.predict(found.r).mean == pytest.approx(sigma * 2.0)
+        at_lo = fitted.predict(found.lo, level=0.8).hi
+        assert at_lo is not None
+        assert at_lo <= sigma * 2.0 * 1.001
+    assert fitted.invert(40.0).status == "unreachable"
+
+
+def test_intervals_are_open_where_nothing_is_damaged():
+    fitted = fit("family", series("unstructured", 2.0, {0.1: 2.0, 0.2: 2.0}))
+    found = fitted.predict(0.1, level=0.8)
+    assert found.lo is not None
+    assert found.hi is not None
+    assert found.lo < 2.0 < found.hi

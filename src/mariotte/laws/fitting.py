@@ -13,6 +13,7 @@ from mariotte import __version__
 from mariotte.errors import FitError
 from mariotte.laws.base import Array, Estimate, Inputs, Law, Point, values
 from mariotte.laws.catalogue import find
+from mariotte.laws.posterior import PosteriorLaw
 from mariotte.laws.result import Coefficient, Fit, FitReport
 from mariotte.laws.uncertainty import calibrate
 from mariotte.store.record import canonical_json, digest
@@ -122,7 +123,10 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         search=estimate.search,
         recovered=bool(x.recovered_M.any()),
     )
-    return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool))
+    posterior: tuple[float, ...] | None = None
+    if isinstance(law, PosteriorLaw) and estimate.covariance is not None:
+        posterior = tuple(estimate.covariance[np.triu_indices(len(law.params))].tolist())
+    return Fit(law=law, facts=facts, calibration=calibrate(law, ordered, pool), posterior=posterior)
 
 
 def _median(column_M: Array) -> float | None:

@@ -23,7 +23,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from mariotte.errors import FitError
 from mariotte.laws.base import Array, Inputs, Point, Series, metric_kind, values
 from mariotte.laws.points import is_perplexity
+from mariotte.laws.posterior import Quantiles, Standardised
 from mariotte.store.record import canonical_json, digest
 
 Scale = Literal["perplexity", "answer", "score"]
@@ -179,16 +180,18 @@ class Priors:
     settings : one each for perplexity, answer, score and recovered
     curves : scale to family (with `RECOVERED` where trained after the cut) to its prior
     data_hash : SHA-256 over the points that they were learned from
+    calibration : scale to the errors of the law with such priors, each cluster predicted by priors without it
     """
 
     settings: Mapping[str, Settings]
     curves: Mapping[str, Mapping[str, Curve]]
     data_hash: str
+    calibration: Mapping[str, Standardised] = field(default_factory=dict[str, Standardised])
 
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of everything here."""
-        return digest({"settings": {k: asdict(v) for k, v in self.settings.items()}, "curves": self._plain_curves()})
+        return digest(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""
@@ -196,6 +199,7 @@ class Priors:
             "settings": {name: asdict(s) for name, s in self.settings.items()},
             "curves": self._plain_curves(),
             "data_hash": self.data_hash,
+            "calibration": {scale: asdict(found) for scale, found in self.calibration.items()},
         }
 
     @classmethod
@@ -224,6 +228,18 @@ class Priors:
             fields: dict[str, Any] = {k: triple(v) if isinstance(v, list | tuple) else v for k, v in s.items()}  # pyright: ignore[reportUnknownArgumentType]
             return Settings(**fields)
 
+        def calibration(c: Mapping[str, Any]) -> Standardised:
+            bins = {
+                name: Quantiles(
+                    values=tuple(map(float, q["values"])),
+                    points=int(q["points"]),
+                    clusters=int(q["clusters"]),
+                    reach=float(q["reach"]),
+                )
+                for name, q in c["bins"].items()
+            }
+            return Standardised(method=c["method"], bins=bins)
+
         try:
             return cls(
                 settings={name: settings(s) for name, s in stored["settings"].items()},
@@ -232,6 +248,7 @@ class Priors:
                     for scale, found in stored["curves"].items()
                 },
                 data_hash=str(stored["data_hash"]),
+                calibration={scale: calibration(c) for scale, c in stored["calibration"].items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FitError(
@@ -425,7 +442,7 @@ class Pool:
 
     def __init__(self, points: Iterable[Point], settings: Mapping[str, Settings] = DEFAULTS) -> None:
         self.settings = dict(settings)
-        points = list(points)
+        self.points = points = list(points)
         self.data_hash = digest(sorted(canonical_json(asdict(p)) for p in points))
         self._evidence: list[_Evidence] = []
         for curve in curves_of(points).values():
@@ -461,17 +478,6 @@ class Pool:
             [e for e in kept if e.scale == "recovered"], "recovered", self.settings["recovered"], False
         )
         return Priors(settings=self.settings, curves=curves, data_hash=self.data_hash)
-
-
-def learn(points: Iterable[Point], settings: Mapping[str, Settings] = DEFAULTS) -> Priors:
-    """Priors from points: the shipped ones, or these and a user's own.
-
-    Raises
-    ------
-    FitError
-        When nothing can be learned from them.
-    """
-    return Pool(points, settings).priors()
 
 
 def curves_of(points: Iterable[Point]) -> dict[Series, list[Point]]:

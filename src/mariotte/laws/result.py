@@ -13,6 +13,7 @@ import numpy as np
 from mariotte.errors import FitError
 from mariotte.laws.base import FALLING, LIMITS, Array, Inputs, Kind, Law, Search, collapsed
 from mariotte.laws.catalogue import find
+from mariotte.laws.posterior import PosteriorLaw, Standardised, bin_of, distance
 from mariotte.laws.uncertainty import Calibration, clusters_needed
 
 FORMAT = 1
@@ -155,7 +156,8 @@ class _Stored:
 
     format: int
     facts: FitReport
-    calibration: Calibration | str
+    calibration: Calibration | Standardised | str
+    posterior: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +169,13 @@ class Fit:
     law : the form
     facts : see `report`
     calibration : errors on points left out, or the reason why there are none
+    posterior : upper triangle of the parameters' covariance, row by row, for laws that have one
     """
 
     law: Law
     facts: FitReport
-    calibration: Calibration | str
+    calibration: Calibration | Standardised | str
+    posterior: tuple[float, ...] | None = None
 
     @property
     def theta(self) -> Array:
@@ -240,15 +244,10 @@ class Fit:
         hi: float | None = None
         notes: list[str] = []
         if level is not None:
-            width, note = self._half_width(level, ratio, base, tokens, [name for name in ignored if name != "bits"])
-            if width is not None and outside and outside[-1].startswith("bits"):
-                width, note = None, f"not calibrated for {outside[-1]}"
+            lo, hi, note = self._interval(level, ratio, mean, base, tokens, [n for n in ignored if n != "bits"])
+            if lo is not None and outside and outside[-1].startswith("bits"):
+                lo, hi, note = None, None, f"not calibrated for {outside[-1]}"
             notes += [note] if note else []
-            if width is not None:
-                lo, hi = (
-                    min(max(v, LIMITS[self.facts.kind][0]), LIMITS[self.facts.kind][1])
-                    for v in self._shift(mean, width)
-                )
         notes += [f"{self.law.name} ignores {_WORDS[name]}: any value gives the same prediction" for name in ignored]
         return Prediction(
             mean=mean,
@@ -295,7 +294,9 @@ class Fit:
         lo: float | None = None
         hi: float | None = None
         note = ""
-        if level is not None:
+        if level is not None and isinstance(self.law, PosteriorLaw):
+            lo, hi, note = self._reached(target, level, r, base, tokens, ignored)
+        elif level is not None:
             width, note = self._half_width(level, r, base, tokens, ignored)
             if width is not None:
                 # A prediction too low by the half width reaches the target earlier: solve at the two shifted targets.
@@ -347,9 +348,12 @@ class Fit:
     def to_json(self) -> str:
         """The fit as JSON; `from_json` gives one that predicts the same bits."""
         calibration = self.calibration if isinstance(self.calibration, str) else asdict(self.calibration)
+        stored: dict[str, Any] = {"format": FORMAT, "facts": asdict(self.facts), "calibration": calibration}
+        if self.posterior is not None:
+            stored["posterior"] = list(self.posterior)
         return (
             json.dumps(
-                {"format": FORMAT, "facts": asdict(self.facts), "calibration": calibration},
+                stored,
                 indent=1,
                 ensure_ascii=False,
                 allow_nan=False,
@@ -388,7 +392,12 @@ class Fit:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise FitError(f"the fit is incomplete or damaged ({where}: {first['msg']}): fit again") from error
-        fitted = cls(law=find(stored.facts.law), facts=stored.facts, calibration=stored.calibration)
+        fitted = cls(
+            law=find(stored.facts.law),
+            facts=stored.facts,
+            calibration=stored.calibration,
+            posterior=stored.posterior,
+        )
         if why := fitted._why_damaged():
             raise FitError(f"the fit is incomplete or damaged ({why}): fit again")
         return fitted
@@ -411,6 +420,14 @@ class Fit:
             return f"no fit has dense value {facts.base:g} and {facts.tokens:g} tokens"
         if facts.kind not in self.law.metric_kinds:
             return f"{self.law.name} does not describe a {facts.kind}"
+        n = len(facts.coefficients)
+        if isinstance(self.law, PosteriorLaw) and len(self.posterior or ()) != n * (n + 1) // 2:
+            return f"{self.law.name} has a posterior of {n * (n + 1) // 2} numbers"
+        if isinstance(calibration, Standardised) and not all(
+            len(q.values) == 100 and list(q.values) == sorted(q.values) and q.clusters >= 1
+            for q in calibration.bins.values()
+        ):
+            return "the calibration needs a hundred ascending quantiles in each bin"
         if isinstance(calibration, Calibration) and not (
             len(calibration.errors) == len(calibration.weights) >= calibration.clusters >= 1
             and list(calibration.errors) == sorted(calibration.errors)
@@ -506,6 +523,105 @@ class Fit:
             )
         return 0.5 * (low + high)
 
+    def _interval(
+        self, level: float, ratio: float, mean: float, base: float, tokens: float, ignored: Sequence[str]
+    ) -> tuple[float | None, float | None, str]:
+        """The interval of a prediction, clipped to what is possible, or the reason why there is none."""
+        low, high = LIMITS[self.facts.kind]
+        if isinstance(self.law, PosteriorLaw):
+            ends, note = self._band(level, ratio, base, tokens, ignored)
+            if ends is None:
+                return None, None, note
+        else:
+            width, note = self._half_width(level, ratio, base, tokens, ignored)
+            if width is None:
+                return None, None, note
+            ends = self._shift(mean, width)
+        lo, hi = (min(max(v, low), high) for v in sorted(ends))
+        return lo, hi, ""
+
+    def _band(
+        self, level: float, ratio: float, base: float, tokens: float, ignored: Sequence[str]
+    ) -> tuple[tuple[float, float] | None, str]:
+        """The ends of a law's own interval, the one with less damage first, or the reason why there are none."""
+        _check_level(level)
+        if isinstance(self.calibration, str):
+            return None, f"not calibrated: {self.calibration}"
+        if outside := self._outside(self.facts.box["ratio"][0], base, tokens, ignored):
+            return None, f"not calibrated for {', '.join(outside)}"
+        less_M, more_M, why = self._bands(level, np.array([ratio]), base, tokens)
+        return (None, f"not calibrated {why[0]}") if why[0] else ((float(less_M[0]), float(more_M[0])), "")
+
+    def _bands(self, level: float, ratio_M: Array, base: float, tokens: float) -> tuple[Array, Array, list[str]]:
+        """(M,) each: the ends of a law's own intervals, and why there is none; such ends are nan."""
+        law, facts, calibration = self.law, self.facts, self.calibration
+        assert isinstance(law, PosteriorLaw), law
+        assert isinstance(calibration, Standardised), calibration
+        lowest, highest = facts.box["ratio"]
+        # Of several series the fit is the curve of one more, of which no point is known.
+        known = 0 if facts.n_series != 1 else 1 if lowest == highest else 2
+        if known:
+            # More removed is no less damage: milder than all data the harmful end is at most that of the mildest point.
+            ratio_M = np.append(ratio_M, lowest)
+        x = self._at(base, ratio_M, tokens)
+        mean_M = law.f(self.theta, x)
+        deviations_M = np.full(len(ratio_M), np.nan)
+        why = [""] * len(ratio_M)
+        loss = facts.kind == "loss"
+        for i, (ratio, mean) in enumerate(zip(ratio_M.tolist(), mean_M.tolist(), strict=True)):
+            reach = distance(ratio, highest) if known else 0.0
+            name = bin_of(known, reach, collapsed=collapsed(mean, base, facts.kind, facts.chance), loss=loss)
+            own = calibration.bins.get(name)
+            where = f"where the answer rests on {name}" if "point" in name else f"for answers that are {name}"
+            if own is None:
+                why[i] = f"{where}: no error was measured there"
+            elif reach > own.reach + 1e-9:
+                why[i] = f"at ratio {ratio:.3g}: no error was measured that far beyond {highest:g}"
+            elif (found := own.at(level)) is None:
+                why[i] = f"{where}: {level:g} needs errors from {clusters_needed(level)} clusters, got {own.clusters}"
+            else:
+                deviations_M[i] = found
+        with np.errstate(all="ignore"):
+            spread_M = law.deviation(self.theta, self._covariance(), x)
+            less_M, more_M = (law.shifted(self.theta, x, side * deviations_M, spread_M) for side in (-1.0, 1.0))
+        if known:
+            rises = -1.0 if facts.kind in FALLING else 1.0
+            capped_M = rises * np.fmin(rises * more_M, rises * more_M[-1])
+            more_M = np.where((ratio_M < lowest) & np.isfinite(more_M), capped_M, more_M)[:-1]
+            less_M, why = less_M[:-1], why[:-1]
+        return less_M, more_M, why
+
+    def _reached(
+        self, target: float, level: float, r: float, base: float, tokens: float, ignored: Sequence[str]
+    ) -> tuple[float | None, float | None, str]:
+        """The ratios at which the ends of a law's own interval reach a target, the harmful end's first."""
+        ends, note = self._band(level, r, base, tokens, ignored)
+        if ends is None:
+            return None, None, note
+        rises = -1.0 if self.facts.kind in FALLING else 1.0
+        grid_M: Array = np.concatenate([np.linspace(0.0, 0.99, 100), [0.995, 0.999]])
+        lo, hi = 0.0, 1.0
+        for _ in range(3):  # a grid inside the cell that the last one found: to 1e-5
+            less_M, more_M, _why = self._bands(level, grid_M, base, tokens)
+            # What is not calibrated bounds nothing. More removed is no less damage, so that the last ratio at which the
+            # harmful end is within the target bounds from below, and the first at which the other is not from above.
+            within = np.flatnonzero(rises * (more_M - target) < 0)
+            beyond = np.flatnonzero(rises * (less_M - target) >= 0)
+            first = int(within[-1]) if len(within) else 0
+            last = int(beyond[0]) if len(beyond) else len(grid_M) - 1
+            lo, hi = float(grid_M[first]), float(grid_M[last]) if len(beyond) else 1.0
+            near = ((first, min(first + 1, len(grid_M) - 1)), (max(last - 1, 0), last))
+            cells: list[Array] = [np.linspace(grid_M[i], grid_M[j], 20) for i, j in near]
+            grid_M = np.sort(np.concatenate(cells))
+        return min(lo, r), max(hi, r), ""
+
+    def _covariance(self) -> Array:
+        """(P, P) of the parameters."""
+        n = len(self.facts.coefficients)
+        whole = np.zeros((n, n))
+        whole[np.triu_indices(n)] = self.posterior or ()
+        return whole + np.triu(whole, 1).T
+
     def _shift(self, value: float, width: float) -> tuple[float, float]:
         return (
             (value * math.exp(-width), value * math.exp(width)) if self.law.log_link else (value - width, value + width)
@@ -514,10 +630,10 @@ class Fit:
     def _half_width(
         self, level: float, ratio: float, base: float, tokens: float, ignored: Sequence[str]
     ) -> tuple[float | None, str]:
-        if not 0 < level < 1:
-            raise FitError(f"a level must lie in (0, 1), got {level:g}: 0.9 asks for a 90 % interval")
+        _check_level(level)
         if isinstance(self.calibration, str):
             return None, f"not calibrated: {self.calibration}"
+        assert isinstance(self.calibration, Calibration), self.calibration
         width = self.calibration.half_width(level)
         if width is None:
             needed = clusters_needed(level)
@@ -534,3 +650,8 @@ class Fit:
         if outside := self._outside(low, base, tokens, ignored):
             return None, f"not calibrated for {', '.join(outside)}"
         return width, ""
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise FitError(f"a level must lie in (0, 1), got {level:g}: 0.9 asks for a 90 % interval")

@@ -15,6 +15,7 @@ import numpy as np
 
 from mariotte.errors import FitError
 from mariotte.laws.base import Array, Law, Point, values
+from mariotte.laws.posterior import PosteriorLaw, Standardised
 from mariotte.laws.validation import folds, predicted
 
 Method = Literal["leave one cluster out", "rolling hold-out of other clusters"]
@@ -57,8 +58,10 @@ def clusters_needed(level: float) -> int:
     return int(np.ceil(level / (1.0 - level) - 1e-9))
 
 
-def calibrate(law: Law, points: Sequence[Point], pool: Sequence[Point] = ()) -> Calibration | str:
+def calibrate(law: Law, points: Sequence[Point], pool: Sequence[Point] = ()) -> Calibration | Standardised | str:
     """Errors of `law` on points left out, or the reason why there are none.
+
+    A law with a posterior brings the errors of the series that its priors were learned from.
 
     Parameters
     ----------
@@ -67,6 +70,8 @@ def calibrate(law: Law, points: Sequence[Point], pool: Sequence[Point] = ()) -> 
     pool : further points, used when `points` are one cluster: the law is fitted to the beginnings of the other
         clusters' series and predicts their ends, which is what will be asked of it here
     """
+    if isinstance(law, PosteriorLaw):
+        return law.standardised(points[0].metric)
     if len({p.group for p in points}) > 1:
         return _leave_out(law, points)
     own = {p.group for p in points}

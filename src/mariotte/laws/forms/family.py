@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from mariotte.errors import FitError
 from mariotte.laws import priors
-from mariotte.laws.base import Array, Estimate, Inputs, Kind, Law, Param
+from mariotte.laws.base import Array, Estimate, Inputs, Kind, Param
+from mariotte.laws.posterior import PosteriorLaw, Standardised
 from mariotte.laws.priors import CENTRES_S, N_LINE, N_WEIGHTS, Priors, Scale
 
 __all__ = ["Family"]
@@ -23,7 +24,7 @@ _LEAST_MARGIN = 0.05
 """A dense score nearer to chance than this cannot fall; no law describes it."""
 
 
-class Family(Law):
+class Family(PosteriorLaw):
     """Damage against the odds of what is removed, both as logarithms, about the curve of the pruning family.
 
     A Gaussian prior, learned from published series, says how the family behaves; the points of a series move it, each
@@ -127,7 +128,23 @@ class Family(Law):
             raise FitError(
                 f"{self.name} takes logarithms of recovered losses, got {float(np.min(y_M)):g}: leave such points out"
             )
-        family = _family(x)
+        return self._posterior(x, y_M, x, scale, recovered=recovered)
+
+    @override
+    def before(self, x: Inputs) -> Estimate:
+        """What is known of such a series before any point of it is: the curve of its family.
+
+        Raises
+        ------
+        FitError
+            When it is no series of a loss or a score.
+        """
+        none = _some(x, np.zeros(len(x.ratio_M), dtype=np.bool_))
+        return self._posterior(none, np.zeros(0), x, _scale(x), recovered=bool(x.recovered_M.any()))
+
+    def _posterior(self, x: Inputs, y_M: Array, like: Inputs, scale: Scale, *, recovered: bool) -> Estimate:
+        """The weights once these points are known, for a series of the family of `like`."""
+        family = _family(like)
         settings = self.known.setting(scale, recovered=recovered)
         mean_W, covariance_WW = self.known.series_prior(scale, family, recovered=recovered)
         numbers = sorted(set(x.series_M.tolist()))
@@ -172,6 +189,7 @@ class Family(Law):
             ),
         )
 
+    @override
     def deviation(self, theta: Array, covariance_PP: Array, x: Inputs) -> Array:
         """(M,) standard deviation of a measurement about the curve, in z, before any calibration."""
         scale, recovered = _scale(x), bool(theta[_RECOVERED] > 0.5)
@@ -186,6 +204,7 @@ class Family(Law):
             variance_M = variance_M + np.minimum((settings.floor / damage_M) ** 2, 1.0)
         return np.sqrt(variance_M)
 
+    @override
     def shifted(self, theta: Array, x: Inputs, by_M: Array, deviation_M: Array) -> Array:
         """(M,) the curve with z moved by that many standard deviations: the ends of an interval."""
         scale, recovered = _scale(x), bool(theta[_RECOVERED] > 0.5)
@@ -201,6 +220,35 @@ class Family(Law):
         # A damage below the floor is no different from none, or from a gain of as much.
         nothing_M = (by_M < 0) & (moved_M - x.base_M <= settings.floor)
         return np.where(nothing_M, np.minimum(moved_M, x.base_M - settings.floor), moved_M)
+
+    @override
+    def missed_by(self, theta: Array, covariance_PP: Array, x: Inputs, y_M: Array) -> Array:
+        scale, recovered = _scale(x), bool(theta[_RECOVERED] > 0.5)
+        settings = self.known.setting(scale, recovered=recovered)
+        deviation_M = self.deviation(theta, covariance_PP, x)
+        z_M = self._z(theta, x, scale, recovered=recovered)
+        if scale == "score":
+            slope_M = _slope(z_M, x, settings, scale, recovered=recovered)
+            return np.abs(y_M - self.f(theta, x)) / np.sqrt(0.01**2 + (deviation_M * slope_M) ** 2)
+        if recovered:
+            return np.abs(np.log(y_M / x.base_M) - z_M) / deviation_M
+        damage_M, ceiling_M = y_M - x.base_M, priors.ceiling(x, settings)
+        seen_M = np.maximum(damage_M, settings.floor)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            measured_M = np.where(seen_M < ceiling_M, np.log(seen_M / (1.0 - seen_M / ceiling_M)), np.inf)
+        # Below the floor the interval holds a value as soon as its lower end says that nothing is damaged.
+        floor_M = np.log(settings.floor / (1.0 - settings.floor / ceiling_M))
+        off_M = np.where(damage_M > settings.floor, np.abs(measured_M - z_M), np.maximum(z_M - floor_M, 0.0))
+        return np.where(damage_M < -settings.floor, np.inf, off_M / deviation_M)
+
+    @override
+    def standardised(self, metric: str) -> Standardised | str:
+        scale = priors.scale_of(metric)
+        if scale in self.known.calibration:
+            return self.known.calibration[scale]
+        if not self.known.calibration:
+            return "these priors were learned without a calibration"
+        return f"too few series of the scale {scale} were held out to say how far the law errs on another"
 
     @override
     def remarks(self, estimate: Estimate, x: Inputs, kind: Kind) -> list[str]:
