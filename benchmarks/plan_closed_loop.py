@@ -32,7 +32,7 @@ from mariotte.plan.locate import config_of
 from mariotte.plan.probes import probe
 from mariotte.plan.search import CUTS, candidates_of, planner
 from mariotte.plan.shapes import Sized
-from mariotte.plan.verify import verify
+from mariotte.plan.verify import execute
 from mariotte.store import open_store
 from mariotte.testbed.zoo import NAMES
 
@@ -93,7 +93,7 @@ def one(
     budget = read_budget(max_loss=target)
     first = planner(model, budget, pool=known, measure=MEASURE, step=STEP)
     before = first.plan(experiments=0)
-    found = verify(probe(first, probes, bench), bench)
+    found = execute(probe(first, probes, bench), bench)
     seconds = time.perf_counter() - started
     assert found.winner is not None
     (checked,) = found.verified

@@ -147,7 +147,7 @@ def _existing(store: str | None, made: bool) -> str | None:
 
 def _worked(known: Planner, bench: Workbench, probes: int, execute: bool, out: Path | None) -> Plan:
     from mariotte.plan.probes import probe
-    from mariotte.plan.verify import verify
+    from mariotte.plan.verify import execute as executed
 
     if out is not None:
         from mariotte.models.checkpoint import check_target
@@ -159,7 +159,7 @@ def _worked(known: Planner, bench: Workbench, probes: int, execute: bool, out: P
         found = known.plan()
         if not execute or found.winner is None:
             return found
-        found = verify(known, bench, told=lambda chain: update(1, text=f"execute {chain}"))
+        found = executed(known, bench, told=lambda chain: update(1, text=f"execute {chain}"))
         if out is not None and found.winner is not None:
             bench.save(found.winner.chain, out)
     return found

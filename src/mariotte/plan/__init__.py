@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mariotte.plan.search import Planner as Planner
     from mariotte.plan.search import plan as plan
     from mariotte.plan.search import planner as planner
-    from mariotte.plan.verify import verify as verify
+    from mariotte.plan.verify import execute as execute
 
 _HOME = {
     "Budget": "mariotte.plan.budget",
@@ -30,7 +30,7 @@ _HOME = {
     "planner": "mariotte.plan.search",
     "probe": "mariotte.plan.probes",
     "read_budget": "mariotte.plan.budget",
-    "verify": "mariotte.plan.verify",
+    "execute": "mariotte.plan.verify",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

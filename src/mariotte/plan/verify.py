@@ -12,7 +12,7 @@ from mariotte.plan.probes import Bench
 from mariotte.plan.search import Planner
 
 
-def verify(planner: Planner, bench: Bench, *, told: Callable[[str], None] = lambda chain: None) -> Plan:
+def execute(planner: Planner, bench: Bench, *, told: Callable[[str], None] = lambda chain: None) -> Plan:
     """Compress with the winner, measure, and put what was measured beside what was predicted.
 
     Parameters
