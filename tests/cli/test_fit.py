@@ -39,7 +39,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_hold_out_coefficients_and_critical_ratio_are_printed(table: Path):
-    result = run("fit", table, "--where", "protocol=ctx 2048")
+    result = run("fit", table, "--where", "protocol=ctx 2048", "--law", "best")
     assert result.exit_code == 0, result.output
     for expected in (
         "left out: 1 quantised",
@@ -58,12 +58,31 @@ def test_hold_out_coefficients_and_critical_ratio_are_printed(table: Path):
 
 
 def test_json_holds_everything(table: Path):
-    values = json.loads(run("fit", table, "--by", "model", "--json").output)
+    values = json.loads(run("fit", table, "--by", "model", "--law", "best", "--json").output)
     assert values["law"] == "pruning-law"
     assert values["skipped"] == {"quantised": 1}
     assert [f["group"] for f in values["fits"]] == [f"m{i}" for i in range(6)]
     assert values["fits"][0]["critical"]["r"] == pytest.approx(1 - 1.05 ** (-1 / 0.6))
-    assert {s["law"] for s in values["hold_out"]["next_step"]} == {"compression-law", "line", "persist", "pruning-law"}
+    held_out = {s["law"] for s in values["hold_out"]["next_step"]}
+    assert held_out >= {"compression-law", "family", "line", "persist", "pruning-law"}
+
+
+def test_auto_takes_the_family_law_and_says_what_beats_it_here(table: Path):
+    result = run("fit", table, "--by", "model")
+    assert result.exit_code == 0, result.output
+    for expected in (
+        "family (chosen: the default",
+        "but pruning-law has a smaller error here",
+        "slope",
+        "80% interval",
+    ):
+        assert expected in result.output
+    assert "smooth" not in result.output.replace("smooth residual", "")
+    values = json.loads(run("fit", table, "--by", "model", "--json").output)
+    assert values["law"] == "family"
+    found = values["fits"][0]["critical"]
+    assert found["r"] == pytest.approx(1 - 1.05 ** (-1 / 0.6), abs=0.02)
+    assert found["lo"] < found["r"] < found["hi"]
 
 
 def test_a_fit_is_stored_and_predicts(table: Path, tmp_path: Path):

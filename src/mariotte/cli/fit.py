@@ -21,7 +21,11 @@ def fit(
         str | None, typer.Option(help="Which metric; by default 'loss', or the only one there is.", show_default=False)
     ] = None,
     law: Annotated[
-        str, typer.Option(help="A law (see 'mariotte laws'), or auto: the winner of the hold-out.")
+        str,
+        typer.Option(
+            help="A law (see 'mariotte laws'); auto: the family law where it applies, else as best; best: the simplest "
+            "within one standard error of the best of the hold-out of all laws."
+        ),
     ] = "auto",
     by: Annotated[
         str | None,
@@ -120,7 +124,7 @@ def _print(found: Analysis) -> None:
     rows = [
         [*([group] if found.by else []), c.name, c.estimate, c.se, _interval(c.lo, c.hi), c.dropped or ""]
         for group, fitted in found.fits.items()
-        for c in fitted.report().coefficients
+        for c in fitted.shown()
     ]
     any_fit = next(iter(found.fits.values())).report()
     say(one_line(f"{found.law} ({found.why}): {any_fit.formula}"))

@@ -7,14 +7,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mariotte.errors import FitError
-from mariotte.laws.base import Kind, Point
-from mariotte.laws.catalogue import find
+from mariotte.laws.base import Inputs, Kind, Point, values
+from mariotte.laws.catalogue import applicable, find
 from mariotte.laws.fitting import fit
+from mariotte.laws.linear import LinearLaw
 from mariotte.laws.result import Fit, Ratio
 from mariotte.laws.validation import HoldOut, grouped, rolling
 
 AUTO = "auto"
-"""The name that asks for the winner of the hold-out."""
+"""The name that asks for `DEFAULT` where it applies, and for the winner of the hold-out elsewhere."""
+
+BEST = "best"
+"""The name that asks for the winner of the hold-out of all laws."""
+
+DEFAULT = "family"
+"""The law that predicts best on published series; what it describes it is the default for."""
 
 TOLERANCE: Mapping[Kind, float] = {"loss": 1.05, "score": 0.95, "speed": 1.05, "size": 0.95}
 """Of which the critical ratio is printed: 5 % more loss, 5 % less of a score, 5 % faster, or 5 % smaller."""
@@ -81,12 +88,14 @@ class Analysis:
 def analyse(
     points: Sequence[Point], *, law: str = AUTO, by: str | None = None, keep_collapsed: bool = False
 ) -> Analysis:
-    """Compare all laws by rolling hold-out, choose one, and fit it to the points or to each group of them.
+    """Compare laws by rolling hold-out, choose one, and fit it to the points or to each group of them.
 
     Parameters
     ----------
     points : of one metric
-    law : ``auto`` for the winner of the hold-out, or a name
+    law : ``auto`` for the family law where it applies and else as ``best``; ``best`` for the simplest within one
+        standard error of the best of all laws; or a name. Unless it is ``best`` the hold-out is of that law and of
+        those that are solved directly, so that it costs no search
     by : a field of the points; None pools them all into one fit
     keep_collapsed : fit to points beyond collapse too (a loss over twice the dense one), as the papers do. A model that
         has collapsed says nothing about mild cuts, and a few such points bend a curve away from all others; the
@@ -99,13 +108,18 @@ def analyse(
     UnknownNameError
         When no law has that name.
     """
-    chosen = None if law == AUTO else find(law).name  # a misspelt name must not wait for the hold-out
-    held_out = rolling(points)
-    if chosen is None:
+    chosen = None if law in (AUTO, BEST) else find(law).name  # a misspelt name must not wait for the hold-out
+    held_out = rolling(points, _screened(points, law))
+    if chosen is not None:
+        why = "as asked"
+    elif law == AUTO and points[0].kind in find(DEFAULT).metric_kinds and _can_fit(DEFAULT, points, by):
+        chosen, why = DEFAULT, "chosen: the default, which predicts published series best"
+        why += _against_others(held_out, chosen)
+    else:
+        if law == AUTO and points[0].kind in find(DEFAULT).metric_kinds:
+            held_out = rolling(points)  # the default refuses: the choice is among all others
         chosen, why = held_out.winner(), "chosen: the simplest within one standard error of the best mean"
         why += _against_baselines(held_out, chosen)
-    else:
-        why = "as asked"
     groups = grouped(points, by)
     fits: dict[str, Fit] = {}
     refused: dict[str, str] = {}
@@ -136,6 +150,38 @@ def analyse(
         refused=refused,
         left_out={group: n for group, n in left_out.items() if group in fits},
     )
+
+
+def _screened(points: Sequence[Point], law: str) -> list[str] | None:
+    """The laws to hold out: all for ``best``, else the one asked for and those that are solved directly."""
+    if law == BEST or not points:
+        return None
+    kind = points[0].kind
+    direct = [a for a in applicable(kind) if a.baseline or isinstance(a, LinearLaw) or a.name == DEFAULT]
+    asked = [] if law == AUTO else [find(law)]
+    asked = [a for a in asked if kind in a.metric_kinds]
+    return sorted({a.name for a in (*direct, *asked)})
+
+
+def _can_fit(law: str, points: Sequence[Point], by: str | None) -> bool:
+    """Whether the law describes any of the groups."""
+    for own in grouped(points, by).values():
+        try:
+            find(law).estimate(Inputs.of(own), values(own))
+        except FitError:
+            continue
+        return True
+    return False
+
+
+def _against_others(held_out: HoldOut, chosen: str) -> str:
+    """What held-out points of one's own say against the default, where they do."""
+    scores = {s.law: s for s in held_out.scores()}
+    if chosen not in scores:
+        return ""
+    own = scores[chosen]
+    better = [s for s in scores.values() if s.mean < own.mean - (s.se or 0.0)]
+    return f"; but {better[0].law} has a smaller error here ({better[0].mean:.3g})" if better else ""
 
 
 def _against_baselines(held_out: HoldOut, chosen: str) -> str:

@@ -64,19 +64,20 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     first = ordered[0]
     chances = {p.chance for p in ordered}
     remarks = [f"{name} is not identified and was left out: {why}" for name, why in estimate.dropped.items()]
-    remarks += [f"{name} has no interval: {why}" for name, why in estimate.given.items()]
+    bayesian = isinstance(law, PosteriorLaw)  # its smooth residual has no intervals, and nobody asks for them
+    remarks += [f"{name} has no interval: {why}" for name, why in estimate.given.items() if not bayesian]
     remarks += _searched(law, estimate)
     remarks += law.remarks(estimate, x, first.kind)
     remarks += _pooled(law, ordered)
     if correlation is not None and correlation > STRONG_CORRELATION:
         remarks.append(f"{pair} are correlated at {correlation:.3f}: neither means much alone")
     for c in coefficients:
-        if c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
+        if not bayesian and c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
             remarks.append(f"the interval of {c.name} is wider than twice its estimate")
     if n_collapsed := sum(not p.before_collapse for p in ordered):
         remarks.append(f"{n_collapsed} of {len(ordered)} points lie beyond collapse and pull the curve all the same")
     n_clusters = len({p.group for p in ordered})
-    if estimate.covariance is not None and 1 < n_clusters < len(ordered):
+    if not bayesian and estimate.covariance is not None and 1 < n_clusters < len(ordered):
         remarks.append(
             f"standard errors take the {len(ordered)} points as independent; they come from {n_clusters} clusters"
         )
@@ -202,7 +203,9 @@ def _coefficients(law: Law, estimate: Estimate) -> tuple[Coefficient, ...]:
         se = lo = hi = None
         if estimate.covariance is not None and param.name not in estimate.dropped and param.name not in estimate.given:
             spread = float(np.sqrt(estimate.covariance[i, i]))
-            half = float(stdtrit(estimate.dof, 0.5 + COVERAGE / 2)) * spread
+            # The spread of a posterior is known and not estimated from residuals: its quantile is the normal one.
+            dof = math.inf if isinstance(law, PosteriorLaw) else estimate.dof
+            half = float(stdtrit(dof, 0.5 + COVERAGE / 2)) * spread
             # A parameter estimated through its logarithm: the interval is exact there, the error by the delta method.
             se = value * spread if param.log else spread
             lo, hi = (value * np.exp(-half), value * np.exp(half)) if param.log else (value - half, value + half)

@@ -186,6 +186,11 @@ class Fit:
         """Coefficients, statistics, remarks and the recipe."""
         return self.facts
 
+    def shown(self) -> tuple[Coefficient, ...]:
+        """The coefficients that mean something to a reader: not the weights of a smooth residual, nor settings."""
+        bare = isinstance(self.law, PosteriorLaw)
+        return tuple(c for c in self.facts.coefficients if not bare or c.se is not None)
+
     def curve(
         self, ratio_M: Array, base: float | None = None, tokens: float | None = None, bits: float | None = None
     ) -> Array:

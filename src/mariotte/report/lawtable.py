@@ -142,7 +142,7 @@ def _report(measure: str, records: Sequence[Record], allowance: float) -> LawRep
                 formula=facts.formula,
                 coefficients=tuple(
                     Coefficient(name=c.name, value=c.estimate, low=c.lo, high=c.hi)
-                    for c in facts.coefficients
+                    for c in fitted.shown()
                     if not c.dropped
                 ),
                 centred=facts.adj_r2_centred,

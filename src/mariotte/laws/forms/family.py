@@ -177,8 +177,7 @@ class Family(PosteriorLaw):
         return Estimate(
             theta=np.array([*mean_W, exponent, share, float(recovered)]),
             covariance=covariance_PP,
-            # A Gaussian posterior: its spread is known and not estimated from residuals.
-            dof=_KNOWN_SPREAD,
+            dof=max(len(y_M) - N_LINE, 0),
             dropped={},
             given={p.name: why for p in self.params[N_LINE:]},
             condition=float(np.sqrt(eigenvalues[-1] / eigenvalues[0])),
@@ -244,7 +243,7 @@ class Family(PosteriorLaw):
     @override
     def standardised(self, metric: str) -> Standardised | str:
         scale = priors.scale_of(metric)
-        if scale in self.known.calibration:
+        if scale is not None and scale in self.known.calibration:
             return self.known.calibration[scale]
         if not self.known.calibration:
             return "these priors were learned without a calibration"
@@ -299,10 +298,6 @@ class Family(PosteriorLaw):
     def _z(self, theta: Array, x: Inputs, scale: Scale, *, recovered: bool) -> Array:
         rows_MW, beyond_M = self._rows(x, scale, recovered=recovered)
         return np.clip(rows_MW @ theta[:N_WEIGHTS] + beyond_M, -_LARGE, _LARGE)
-
-
-_KNOWN_SPREAD = 1_000_000
-"""Degrees of freedom of a t quantile that is the normal one."""
 
 
 def _scale(x: Inputs) -> Scale:
