@@ -358,21 +358,13 @@ def ask(model: Model, names: Sequence[str], items: int | None, include: str | No
             batch_size=BATCH,
         )
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
+    # Every task is loaded: none is looked for. `simple_evaluate` would spend seconds on asking the system what it is.
+    every = _manager((), False).load([*leaves.values()])
+    for task in every["tasks"].values():
+        task.set_config(key="num_fewshot", value=0)
     found = cast(
         "dict[str, Any]",
-        _module("lm_eval").simple_evaluate(
-            model=lm,
-            tasks=[*leaves.values()],
-            task_manager=_manager((), False),  # every task is loaded: none is looked for
-            num_fewshot=0,
-            limit=items,
-            bootstrap_iters=0,
-            log_samples=True,
-            # None leaves torch's generator as it is: lm-eval seeds it by default.
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        ),
+        _module("lm_eval").evaluate(lm=lm, task_dict=every, limit=items, bootstrap_iters=0, log_samples=True),
     )
     answers: dict[str, Answers] = {}
     for name, one in loaded.items():
