@@ -111,7 +111,8 @@ def test_every_reference_is_in_the_bibliography():
 
 
 def test_the_documentation_describes_every_law_and_defect():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    text = "".join(page.read_text(encoding="utf-8") for page in (docs / "laws.md", *(docs / "laws").glob("*.md")))
     for name in LAWS.names():
         assert f"`{name}`" in text
         assert find(name).formula in text
@@ -120,6 +121,10 @@ def test_the_documentation_describes_every_law_and_defect():
 
 def test_all_laws_of_a_kind_are_found():
     every = {kind: [law.name for law in applicable(kind)] for kind in ("loss", "score", "speed", "size")}
-    assert every["loss"] == every["score"] == [name for name in LAWS.names() if name != "runtime-law"]
+    # Slow and special forms are tried where they are named: a hold-out of all of them would take minutes.
+    unasked = [name for name in LAWS.names() if find(name).screened and name != "runtime-law"]
+    assert every["loss"] == every["score"] == unasked
+    assert {"compression-law", "line", "persist", "pruning-law"} <= set(unasked)
+    assert not {"odds", "quadratic", "p2", "recovery-curve"} & set(unasked)
     assert every["speed"] == ["line", "persist", "runtime-law"]
     assert every["size"] == ["line", "persist"]
