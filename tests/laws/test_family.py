@@ -19,7 +19,7 @@ from mariotte.laws.priors import DEFAULTS, Curve, Priors
 from mariotte.laws.published import points
 from mariotte.laws.result import Fit
 
-FROZEN = "ae6102763cebaaafd9221d029d3da3748304d82a8e760f28b6c4d9b93a0aeda0"
+FROZEN = "6fff0199f0bec8911009828c9a553c80e797649e54fceaadac60774cb727b7a0"
 """Of the defaults that ship. Whoever changes them changes what the documented hold-out figures stand for."""
 
 

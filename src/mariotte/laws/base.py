@@ -5,6 +5,7 @@ Shape legend: M points, P parameters of a law.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -45,6 +46,7 @@ _SIZE_WORDS = re.compile(r"(^|_)bytes(_|$)")
 _BITS_WORDS = re.compile(r"bits|bpb|log_?2")
 
 
+@functools.lru_cache(maxsize=1024)
 def metric_kind(metric: str) -> Kind:
     """Whether compression raises the metric (a loss, a speed) or lowers it (a score, a fraction; a size)."""
     if _SPEED_WORDS.search(metric.lower()):

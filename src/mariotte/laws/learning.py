@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mariotte.errors import FitError
-from mariotte.laws.base import COLLAPSE, Array, Inputs, Point, values
+from mariotte.laws.base import COLLAPSE, Array, Inputs, Law, Point, values
 from mariotte.laws.forms.family import Family
 from mariotte.laws.posterior import FEWEST_CLUSTERS, FEWEST_POINTS, Bin, Standardised, bin_of, distance, quantiles
 from mariotte.laws.priors import DEFAULTS, Pool, Priors, Settings, curves_of, scale_of
+from mariotte.laws.validation import Fold, HoldOut, rolling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,23 @@ def _missed(law: Family, curve: Sequence[Point]) -> Iterator[Missed]:
                 theta=estimate.theta,
                 covariance=estimate.covariance,
             )
+
+
+def strict(points: Sequence[Point], laws: Sequence[Law | str], pool: Pool) -> HoldOut:
+    """A rolling hold-out in which the family law knows nothing of the cluster that it predicts.
+
+    Parameters
+    ----------
+    points : of one kind of metric, of clusters of the pool
+    laws : laws or names; others than the family law are as they are
+    pool : what the family law is learned from, without the cluster of each fold
+    """
+    own = laws_without(pool, (p.group for p in points))
+
+    def prepare(law: Law, fold: Fold) -> Law:
+        return own[fold.train[0].group] if isinstance(law, Family) else law
+
+    return rolling(points, laws, prepare=prepare)
 
 
 def calibration(rows: Iterable[Missed]) -> dict[str, Standardised]:

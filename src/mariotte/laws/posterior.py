@@ -19,8 +19,8 @@ Bin = Literal["no point", "one point", "near", "far", "collapsed"]
 """How far an answer reaches: by the points that it rests on, then by the distance beyond the largest ratio of them, and
 apart from these where the law expects a collapsed model."""
 
-NEAR = 0.5
-"""The distance that ends "near", in ln(r/(1 - r)): from 0.30 to 0.41, or from 0.50 to 0.62."""
+NEAR = 0.45
+"""The distance that ends "near", in ln(r/(1 - r)): from 0.30 to 0.40, or from 0.50 to 0.61, one usual step."""
 
 FEWEST_POINTS, FEWEST_CLUSTERS = 100, 5
 """With fewer held-out points than this, or not more clusters, there is no calibration of a scale."""
@@ -32,7 +32,8 @@ class Quantiles:
 
     Parameters
     ----------
-    values : the hundred upper quantiles 0.01 to 1.00, ascending; a point weighs 1/√(points of its cluster)
+    values : the hundred upper quantiles 0.01 to 1.00, ascending, between which lines are drawn; a point weighs
+        1/√(points of its cluster)
     points, clusters : how many they come from
     reach : the farthest that one lay beyond the ratios trained on, in ln(r/(1 - r))
     """
@@ -51,7 +52,10 @@ class Quantiles:
         corrected = level * (1.0 + 1.0 / self.clusters)
         if corrected > 1.0 + 1e-12:
             return None
-        return self.values[min(math.ceil(100 * corrected - 1e-9), 100) - 1]
+        place = min(max(100 * corrected - 1, 0.0), 99.0)
+        below = math.floor(place)
+        low, high = self.values[below], self.values[min(below + 1, 99)]
+        return low + (place - below) * (high - low)
 
 
 @dataclass(frozen=True, kw_only=True)

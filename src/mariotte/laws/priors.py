@@ -285,6 +285,7 @@ def known_name(family: str | None) -> str:
     return _ALIASES.get(name, name)
 
 
+@functools.lru_cache(maxsize=1024)
 def scale_of(metric: str) -> Scale | None:
     """The scale of a metric; None for a speed or a size.
 

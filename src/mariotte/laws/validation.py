@@ -185,15 +185,25 @@ def predicted(law: Law, train: Sequence[Point], test: Sequence[Point]) -> Array:
     FitError
         When the law cannot be fitted, or gives no number.
     """
+    return _predicted(law, Inputs.of(train), values(train), Inputs.of(test), test[0].kind)
+
+
+def _predicted(law: Law, x: Inputs, y_M: Array, asked: Inputs, kind: Kind) -> Array:
     with np.errstate(all="ignore"):
-        theta = law.estimate(Inputs.of(train), values(train)).theta
-        found_M = np.clip(law.f(theta, Inputs.of(test)), *LIMITS[test[0].kind])
+        theta = law.estimate(x, y_M).theta
+        found_M = np.clip(law.f(theta, asked), *LIMITS[kind])
     if np.any(np.isnan(found_M)):
-        raise FitError(f"{law.name} fitted to {len(train)} points gives no number beyond them")
+        raise FitError(f"{law.name} fitted to {len(y_M)} points gives no number beyond them")
     return found_M
 
 
-def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *, min_train: int = 2) -> HoldOut:
+def rolling(
+    points: Iterable[Point],
+    laws: Sequence[Law | str] | None = None,
+    *,
+    min_train: int = 2,
+    prepare: Callable[[Law, Fold], Law] | None = None,
+) -> HoldOut:
     """Predict the end of every series from each of its beginnings.
 
     Parameters
@@ -201,6 +211,7 @@ def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *,
     points : of one kind of metric; series are kept apart, so that protocols may differ
     laws : laws or names; None for all that describe this kind of metric
     min_train : the fewest ratios trained on
+    prepare : gives the law to use in a fold, such as one that was learned without its cluster; None uses each as it is
 
     Raises
     ------
@@ -217,9 +228,11 @@ def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *,
     refusals: list[Refusal] = []
     for fold in folds(points, min_train):
         predictions: list[dict[str, float]] = [{} for _ in fold.test]
+        x, y_M, asked = Inputs.of(fold.train), values(fold.train), Inputs.of(fold.test)
         for law in chosen:
             try:
-                predicted_M = predicted(law, fold.train, fold.test)
+                own = law if prepare is None else prepare(law, fold)
+                predicted_M = _predicted(own, x, y_M, asked, kind)
             except FitError as error:
                 refusals.append(Refusal(law=law.name, series=fold.series, k=fold.k, reason=str(error)))
                 continue
@@ -229,6 +242,52 @@ def rolling(points: Iterable[Point], laws: Sequence[Law | str] | None = None, *,
         for point, row in zip(fold.test, predictions, strict=True):
             rows.append(HeldOut(point=point, k=fold.k, step=steps[point.ratio], predictions=row))
     return HoldOut(kind=kind, laws=tuple(law.name for law in chosen), rows=tuple(rows), refusals=tuple(refusals))
+
+
+def protocol_series(points: Iterable[Point], fewest: int = 4) -> list[list[Point]]:
+    """The curves that the published hold-out is made of: those with at least `fewest` different ratios."""
+    curves: dict[Series, list[Point]] = {}
+    for point in points:
+        curves.setdefault(point.series, []).append(point)
+    return [curves[s] for s in sorted(curves) if len({p.ratio for p in curves[s]}) >= fewest]
+
+
+def cluster_ratio(
+    held_out: HoldOut, law: str, other: str, *, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """One law's mean error before collapse over another's, with the ends of its bootstrap interval over clusters.
+
+    Parameters
+    ----------
+    held_out : with both laws, on folds that both cover
+    law, other : numerator and denominator
+    draws, seed : of the bootstrap
+    level : of the percentile interval
+
+    Raises
+    ------
+    FitError
+        When no fold has both.
+    """
+    errors: dict[str, list[tuple[float, float]]] = {}
+    folds: dict[tuple[Series, int], list[HeldOut]] = {}
+    for row in held_out.rows:
+        if row.point.before_collapse and law in row.predictions and other in row.predictions:
+            folds.setdefault((row.point.series, row.k), []).append(row)
+    for rows in folds.values():
+        misses = [
+            float(np.sqrt(np.mean([(r.predictions[name] - r.point.value) ** 2 for r in rows]))) for name in (law, other)
+        ]
+        errors.setdefault(rows[0].point.group, []).append((misses[0], misses[1]))
+    if not errors:
+        raise FitError(f"no fold has predictions of both {law} and {other}: hold both out on the same points")
+    sums = np.array([np.sum(own, axis=0) for _, own in sorted(errors.items())])
+    generator = np.random.default_rng(seed)
+    drawn = sums[generator.integers(len(sums), size=(draws, len(sums)))].sum(axis=1)
+    tail = (1.0 - level) / 2
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [tail, 1 - tail])
+    total = sums.sum(axis=0)
+    return float(total[0] / total[1]), float(low), float(high)
 
 
 def field_of(point: Point, by: str | None) -> str:

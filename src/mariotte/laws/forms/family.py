@@ -301,7 +301,7 @@ class Family(PosteriorLaw):
 
 
 def _scale(x: Inputs) -> Scale:
-    found: set[Scale | None] = {priors.scale_of(metric) for metric in x.metrics}
+    found: set[Scale | None] = {priors.scale_of(metric) for metric in set(x.metrics)}
     scale = found.pop() if len(found) == 1 else None
     if scale is None:
         raise FitError(f"family describes one loss or score, got {', '.join(sorted(set(x.metrics)))}: keep one metric")
