@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from mariotte.chain import parse_number
 from mariotte.errors import ChainError, MariotteError
 
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)
+}
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _SIZE = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>%|[kKMGT]?i?B|)\s*")
 _TIMES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*[xX×]\s*")
-_CHANGE = re.compile(rf"\s*(?P<number>[+\-\N{{MINUS SIGN}}]\s*{_NUMBER})\s*(?P<unit>%|pp)?\s*")
+_CHANGE = re.compile(rf"\s*(?P<number>[+\-\u2212]\s*{_NUMBER})\s*(?P<unit>%|pp)?\s*")
 _FLOOR = re.compile(r"\s*(?P<metric>[^\s<>=]+)\s*(?P<sign><=|>=|<|>)\s*(?P<change>.+)")
 
 
