@@ -127,3 +127,58 @@ def test_wrong_signs_are_reported():
     fitted = fit("compression-law", points)
     assert any("requires β to be positive" in r for r in fitted.report().remarks)
     assert fitted.critical(1.05).status == "not_identified"
+
+
+def drawn(metric: str, n: int = 2000) -> list[tuple[float, float, float, float, float, float]]:
+    """α, β, γ, L0, r, D at random: of an accuracy (β, γ < 0) or of a loss (β, γ > 0)."""
+    generator = np.random.default_rng(20250404)
+    sign = -1.0 if metric == "extrinsic" else 1.0
+    found: list[tuple[float, float, float, float, float, float]] = []
+    for _ in range(n):
+        alpha = generator.uniform(-0.7, 1.7)
+        beta, gamma = sign * generator.uniform(0.05, 2.5), sign * generator.uniform(0.02, 2.0)
+        base = generator.uniform(0.2, 0.95) if metric == "extrinsic" else generator.uniform(1.2, 4.0)
+        tokens = 0.0 if generator.uniform() < 0.1 else float(np.exp(generator.uniform(-5, 20)))
+        found.append((alpha, beta, gamma, base, generator.uniform(0.001, 0.999), tokens))
+    return found
+
+
+@pytest.mark.parametrize("metric", ["extrinsic", "intrinsic"])
+def test_theorem_31_is_an_equivalence_for_any_parameters(metric: str):
+    """L within σ of L0^α if and only if 1/(D + 1) ≤ (σ (1 + r)^(-β))^(1/γ) - 1, of accuracies and (D.4) of losses."""
+    generator = np.random.default_rng(31)
+    sides = {True: 0, False: 0}
+    for alpha, beta, gamma, base, ratio, tokens in drawn(metric):
+        # Near the value itself, so that both sides of the theorem occur.
+        share = kept((alpha, beta, gamma), base, ratio, tokens)
+        sigma = share * math.exp(generator.uniform(-0.3, 0.3))
+        if not (0 < sigma < 1 if metric == "extrinsic" else sigma > 1) or math.isclose(share, sigma, rel_tol=1e-9):
+            continue
+        within = share >= sigma if metric == "extrinsic" else share <= sigma
+        room = (sigma * (1 + ratio) ** -beta) ** (1 / gamma) - 1
+        assert within == (1 / (tokens + 1) <= room), (alpha, beta, gamma, ratio, tokens, sigma)
+        # And `tokens_needed` is the least such D.
+        assert within == (tokens >= CompressionLaw.tokens_needed(beta, gamma, ratio, sigma))
+        sides[within] += 1
+    assert min(sides.values()) > 200
+
+
+@pytest.mark.parametrize("metric", ["extrinsic", "intrinsic"])
+def test_corollary_32_for_any_parameters(metric: str):
+    """Up to 2^β every ratio can be recovered with some D; beyond, exactly those below σ^(1/β) - 1."""
+    generator = np.random.default_rng(32)
+    seen = {"always": 0, "below": 0, "beyond": 0}
+    for _, beta, gamma, _, ratio, _ in drawn(metric):
+        easy = 2**beta
+        sigma = generator.uniform(0.001, 0.999) if metric == "extrinsic" else 1 + generator.uniform(0.001, 4)
+        critical = CompressionLaw.critical_ratio(beta, sigma)
+        recoverable = math.isfinite(CompressionLaw.tokens_needed(beta, gamma, ratio, sigma))
+        if sigma < easy if metric == "extrinsic" else sigma > easy:
+            assert critical > 1
+            assert recoverable
+            seen["always"] += 1
+        else:
+            assert 0 < critical <= 1
+            assert recoverable == (ratio < critical)
+            seen["below" if recoverable else "beyond"] += 1
+    assert min(seen.values()) > 100
