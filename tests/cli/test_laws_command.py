@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from typer.testing import CliRunner
 
 from mariotte.cli.main import app
 from mariotte.laws.catalogue import LAWS, find
+from mariotte.laws.priors import frozen
 
 
 def run(*words: str):
@@ -56,3 +58,34 @@ def test_shipped_measurements_are_listed_with_sources_and_licences():
         result = run(*words)
         assert result.exit_code == 0
         assert "Published measurements" in result.output
+
+
+def test_priors_are_learned_and_used(tmp_path: Path):
+    rows = ["model,method,family,ratio,metric,base_value,value,source,protocol"]
+    rows += [f"own{i},fold,slice,{r},loss,2.0,{2.0 + 6.0 * r**1.3},here,p" for i in range(4) for r in (0.1, 0.2, 0.3)]
+    table, learned = tmp_path / "own.csv", tmp_path / "priors.json"
+    table.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    result = run("--learn", str(table), "--out", str(learned))
+    assert result.exit_code == 0, result.output
+    assert "with 12 points of your own" in result.output
+    assert "mariotte fit --priors" in result.output
+    values = json.loads(run("--learn", "shipped", "--json").output)
+    assert values["hash"] == frozen().hash
+    fitted = [
+        CliRunner().invoke(app, ["fit", str(table), "--where", "model=own1", "--json", *words])
+        for words in ([], ["--priors", str(learned)])
+    ]
+    levels = [json.loads(f.output)["fits"][0]["coefficients"][0]["estimate"] for f in fitted]
+    assert levels[0] != levels[1]
+
+
+def test_what_cannot_be_learned_is_one_sentence(tmp_path: Path):
+    for words, said in (
+        (["--out", "x.json"], "--out keeps what --learn learned"),
+        (["--learn", "shipped", "--out", ""], "--out needs the name of a file"),
+        (["--learn", str(tmp_path / "no.csv")], "no table at"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1

@@ -54,6 +54,12 @@ def fit(
         bool,
         typer.Option("--keep-collapsed", help="Fit to points beyond collapse too (loss over twice the dense one)."),
     ] = False,
+    priors: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="What the family law starts from, of 'mariotte laws --learn'.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="Write the fit here, for 'mariotte predict'.", show_default=False),
@@ -71,6 +77,7 @@ def fit(
     from mariotte.errors import FitError
     from mariotte.laws import points
     from mariotte.laws.analysis import analyse
+    from mariotte.laws.priors import read as read_priors
 
     reading = points.read(source, metric=metric, covariate=covariate)
     conditions: dict[str, str] = {}
@@ -82,7 +89,8 @@ def fit(
     kept = points.where(reading.points, conditions)
     if out == "":  # as a path it would be the working folder
         raise FitError("--out needs the name of a file, got an empty one: give one, such as fit.json")
-    found = analyse(kept, law=law, by=by, keep_collapsed=keep_collapsed)
+    known = None if priors is None else read_priors(Path(priors))
+    found = analyse(kept, law=law, by=by, keep_collapsed=keep_collapsed, priors=known)
     if out is not None:
         if len(found.fits) > 1:
             raise FitError(f"--out keeps one fit, --by {by} gives {len(found.fits)}: choose one with --where {by}=...")

@@ -19,13 +19,35 @@ def laws(
     measurements: Annotated[
         bool, typer.Option("--measurements", help="List the tables of other people's measurements that are shipped.")
     ] = False,
+    learn: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--learn",
+            metavar="TABLE|STORE",
+            help="Learn what the family law knows beforehand from the shipped series and this table or store; "
+            "repeatable. 'shipped' stands for the shipped series alone.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Write what was learned here, for 'mariotte fit --priors'.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the laws with their formulas and sources, or show one with its known defects."""
     from mariotte.cli.console import print_json, print_table, say
+    from mariotte.errors import FitError
     from mariotte.laws.catalogue import LAWS, find
     from mariotte.laws.published import coefficients
 
+    if learn:
+        _learn(learn, out, as_json)
+        return
+    if out is not None:
+        raise FitError(f"--out keeps what --learn learned, got {out!r} without --learn: say from what to learn")
     if measurements:
         _measurements(as_json)
         return
@@ -94,3 +116,38 @@ def _measurements(as_json: bool) -> None:
         for t in tables
     ]
     print_table("Published measurements", ["table", "rows", "what", "sources", "licence", "as printed"], rows)
+
+
+def _learn(sources: list[str], out: str | None, as_json: bool) -> None:
+    from pathlib import Path
+
+    from mariotte.cli.console import one_line, print_json, print_table, say
+    from mariotte.errors import FitError
+    from mariotte.laws.transfer import learn_with, own_pool
+
+    if out == "":  # as a path it would be the working folder
+        raise FitError("--out needs the name of a file, got an empty one: give one, such as priors.json")
+    own = own_pool(source for source in sources if source != "shipped")
+    found = learn_with(own)
+    if out is not None:
+        Path(out).write_text(found.to_json(), encoding="utf-8")
+    if as_json:
+        print_json({"hash": found.hash, **found.to_dict()})
+        return
+    rows = [
+        [scale, family, *curve.mean, curve.covariance[0][0] ** 0.5, curve.covariance[1][1] ** 0.5, curve.clusters]
+        for scale, curves in found.curves.items()
+        for family, curve in curves.items()
+    ]
+    columns = ["scale", "family", "level", "slope", "bend", "s.d. level", "s.d. slope", "clusters"]
+    print_table(f"What the family law knows beforehand, with {len(own)} points of your own", columns, rows)
+    rows = [
+        [scale, name, q.points, q.clusters, q.at(0.8), q.at(0.9)]
+        for scale, calibration in found.calibration.items()
+        for name, q in calibration.bins.items()
+    ]
+    columns = ["scale", "answers", "points", "clusters", "80 %", "90 %"]
+    print_table("Calibration: standard deviations on each side, a cluster left out at a time", columns, rows)
+    say(f"hash {found.hash}")
+    if out is not None:
+        say(one_line(f"priors written to {out}: use them with mariotte fit --priors {out}"))

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mariotte.errors import FitError
-from mariotte.laws.base import Inputs, Kind, Point, values
+from mariotte.laws.base import Inputs, Kind, Law, Point, values
 from mariotte.laws.catalogue import applicable, find
 from mariotte.laws.fitting import fit
+from mariotte.laws.forms.family import Family
 from mariotte.laws.linear import LinearLaw
+from mariotte.laws.priors import Priors
 from mariotte.laws.result import Fit, Ratio
-from mariotte.laws.validation import HoldOut, grouped, rolling
+from mariotte.laws.validation import Fold, HoldOut, grouped, rolling
 
 AUTO = "auto"
 """The name that asks for `DEFAULT` where it applies, and for the winner of the hold-out elsewhere."""
@@ -86,7 +88,12 @@ class Analysis:
 
 
 def analyse(
-    points: Sequence[Point], *, law: str = AUTO, by: str | None = None, keep_collapsed: bool = False
+    points: Sequence[Point],
+    *,
+    law: str = AUTO,
+    by: str | None = None,
+    keep_collapsed: bool = False,
+    priors: Priors | None = None,
 ) -> Analysis:
     """Compare laws by rolling hold-out, choose one, and fit it to the points or to each group of them.
 
@@ -100,6 +107,7 @@ def analyse(
     keep_collapsed : fit to points beyond collapse too (a loss over twice the dense one), as the papers do. A model that
         has collapsed says nothing about mild cuts, and a few such points bend a curve away from all others; the
         hold-out always sees them
+    priors : what the family law starts from; None for what ships
 
     Raises
     ------
@@ -109,7 +117,11 @@ def analyse(
         When no law has that name.
     """
     chosen = None if law in (AUTO, BEST) else find(law).name  # a misspelt name must not wait for the hold-out
-    held_out = rolling(points, _screened(points, law))
+
+    def prepare(one: Law, _fold: Fold | None = None) -> Law:
+        return Family(priors) if isinstance(one, Family) else one
+
+    held_out = rolling(points, _screened(points, law), prepare=prepare)
     if chosen is not None:
         why = "as asked"
     elif law == AUTO and points[0].kind in find(DEFAULT).metric_kinds and _can_fit(DEFAULT, points, by):
@@ -117,7 +129,7 @@ def analyse(
         why += _against_others(held_out, chosen)
     else:
         if law == AUTO and points[0].kind in find(DEFAULT).metric_kinds:
-            held_out = rolling(points)  # the default refuses: the choice is among all others
+            held_out = rolling(points, prepare=prepare)  # the default refuses: the choice is among all others
         chosen, why = held_out.winner(), "chosen: the simplest within one standard error of the best mean"
         why += _against_baselines(held_out, chosen)
     groups = grouped(points, by)
@@ -129,7 +141,7 @@ def analyse(
         if len(own) < len(whole):
             left_out[group] = len(whole) - len(own)
         try:
-            fits[group] = fit(chosen, own, pool=points)
+            fits[group] = fit(prepare(find(chosen)), own, pool=points)
         except FitError as error:
             # One group of many that is too small is told and passed over; a single fit that fails is an error.
             if len(groups) == 1:

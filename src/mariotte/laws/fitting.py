@@ -48,10 +48,10 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     x, y_M = Inputs.of(ordered), values(ordered)
     with np.errstate(all="ignore"):  # what overflows is refused below, in words
         estimate = law.estimate(x, y_M)
-        coefficients = _coefficients(law, estimate)
+        found = coefficients(law, estimate)
         residual_sd, uncentred, centred, log_ratio = _goodness(law, estimate, x, y_M)
         correlation, pair = _strongest_correlation(law, estimate)
-    numbers = [n for c in coefficients for n in (c.estimate, c.se, c.lo, c.hi)]
+    numbers = [n for c in found for n in (c.estimate, c.se, c.lo, c.hi)]
     if estimate.search is not None:
         numbers += [estimate.search.gradient, estimate.search.spread]
     numbers += [residual_sd, uncentred, centred, log_ratio, estimate.f_statistic, estimate.condition, correlation]
@@ -71,7 +71,7 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     remarks += _pooled(law, ordered)
     if correlation is not None and correlation > STRONG_CORRELATION:
         remarks.append(f"{pair} are correlated at {correlation:.3f}: neither means much alone")
-    for c in coefficients:
+    for c in found:
         if not bayesian and c.lo is not None and c.hi is not None and c.hi - c.lo > 2 * abs(c.estimate):
             remarks.append(f"the interval of {c.name} is wider than twice its estimate")
     if n_collapsed := sum(not p.before_collapse for p in ordered):
@@ -104,7 +104,7 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         base=float(np.median(x.base_M)),
         tokens=float(x.tokens_M[0]) if np.ptp(x.tokens_M) == 0.0 else 0.0,
         chance=chances.pop() if len(chances) == 1 else None,
-        coefficients=coefficients,
+        coefficients=found,
         dof=estimate.dof,
         residual_sd=residual_sd,
         adj_r2_uncentred=uncentred,
@@ -195,7 +195,8 @@ def _check(law: Law, points: Sequence[Point]) -> None:
         )
 
 
-def _coefficients(law: Law, estimate: Estimate) -> tuple[Coefficient, ...]:
+def coefficients(law: Law, estimate: Estimate) -> tuple[Coefficient, ...]:
+    """The parameters with their errors and intervals."""
     from scipy.special import stdtrit  # the t quantile alone; scipy.stats costs ten times its import
 
     found: list[Coefficient] = []

@@ -7,6 +7,7 @@ A table exported from a store has a record's fields besides, its chain among the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from mariotte.store.record import Record
+
+
+class NoPointsError(FitError):
+    """A metric that no compressed model has."""
+
 
 Covariate = Literal["removed", "ratio", "amount", "obtained", "sparsity"]
 
@@ -90,6 +96,38 @@ def read(source: str, *, metric: str | None = None, covariate: str | None = None
 
     with open_store(source) as store:
         return from_records(store.records(), metric=metric, covariate=covariate or "removed")
+
+
+def read_all(source: str) -> list[Point]:
+    """The points of every metric in a table or a store; see `read`.
+
+    Raises
+    ------
+    FitError
+        When a row is not what its table says.
+    StoreError
+        When the table or the store cannot be read.
+    """
+    found: list[Point] = []
+    if source.lower().endswith(SUFFIXES):
+        from mariotte.store.tables import read_table
+
+        table = read_table(source)
+        cells = cast("list[object]", table["metric"].tolist())
+        names = sorted({cell for cell in cells if isinstance(cell, str) and cell})
+        for name in names:
+            with contextlib.suppress(NoPointsError):  # of one metric of several that is no reason to refuse the others
+                found += from_table(table, metric=name).points
+        return found
+    from mariotte.store.sql import open_store
+
+    with open_store(source) as store:
+        records = list(store.records())
+    errors = {f"{name}_se" for r in records for name in r.metrics}
+    for name in sorted({name for r in records for name in r.metrics} - errors):
+        with contextlib.suppress(NoPointsError):
+            found += from_records(records, metric=name).points
+    return found
 
 
 def from_records(records: Iterable[Record], *, metric: str | None = None, covariate: str = "removed") -> Reading:
@@ -322,7 +360,7 @@ def row_point(
 def _reading(points: list[Point], metric: str, skipped: Mapping[str, int]) -> Reading:
     if not points:
         why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "nothing has it"
-        raise FitError(f"no compressed model with {metric!r} to fit ({why}): run a study or choose another metric")
+        raise NoPointsError(f"no compressed model with {metric!r} to fit ({why}): run a study or choose another metric")
     return Reading(points=tuple(points), metric=metric, skipped=dict(skipped))
 
 

@@ -39,6 +39,9 @@ from mariotte.store.record import canonical_json, digest
 Scale = Literal["perplexity", "answer", "score"]
 """How damage is measured: ln of a perplexity (or any loss over text), loss of answers in nats, score over chance."""
 
+FORMAT = 1
+"""Number of the layout of a file of priors."""
+
 UNKNOWN = "?"
 """The family whose curve is that of all families together: the prior where none is stated or known."""
 
@@ -192,6 +195,10 @@ class Priors:
     def hash(self) -> str:
         """SHA-256 of everything here."""
         return digest(self.to_dict())
+
+    def to_json(self) -> str:
+        """The text of a file of priors; `read` reads it."""
+        return json.dumps({"format": FORMAT, "priors": self.to_dict()}, indent=1, ensure_ascii=False) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them."""
@@ -576,4 +583,23 @@ FROZEN = Path(__file__).parent / "published" / "family.json"
 @functools.cache
 def frozen() -> Priors:
     """The priors that ship with the package."""
-    return Priors.from_dict(cast("dict[str, Any]", json.loads(FROZEN.read_text(encoding="utf-8")))["priors"])
+    return read(FROZEN)
+
+
+def read(path: Path) -> Priors:
+    """The priors in a file that ``mariotte laws --learn`` wrote.
+
+    Raises
+    ------
+    FitError
+        When there is no file, or it holds something else.
+    """
+    try:
+        stored: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FitError(f"priors are a JSON file written by 'mariotte laws --learn', {path} is none: {error}") from error
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or "priors" not in stored:  # pyright: ignore[reportUnknownMemberType]
+        raise FitError(
+            f"priors of layout {FORMAT} are written by 'mariotte laws --learn', {path} has none: learn again"
+        )
+    return Priors.from_dict(cast("dict[str, Any]", stored)["priors"])
