@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -194,3 +195,18 @@ def test_searched_laws_are_not_tried_unasked():
     searched = [name for name in LAWS.names() if isinstance(find(name), NonlinearLaw)]
     assert len(searched) >= 9
     assert not any(find(name).screened for name in searched)
+
+
+def test_a_fit_written_before_searches_were_told_is_still_read():
+    fitted = fit("line", [odds(r) for r in RATIOS])
+    stored = json.loads(fitted.to_json())
+    for name in ("params", "bits", "family", "search"):
+        del stored["facts"][name]
+    again = Fit.from_json(json.dumps(stored))
+    assert again.predict(0.35) == fitted.predict(0.35)
+    assert again.report().search is None
+
+
+def test_repeated_points_count_as_weights_and_change_no_exact_fit():
+    once = [odds(r) for r in RATIOS]
+    assert theta([*once, *once, once[0]]) == pytest.approx([A, G], rel=1e-10)
