@@ -307,7 +307,10 @@ def test_help_is_as_wide_as_the_terminal_up_to_a_limit_and_cuts_no_line() -> Non
 
 
 def test_the_first_page_promises_no_command_that_is_not_there() -> None:
-    assert "plan" not in CliRunner().invoke(app, ["--help"]).output
+    page = CliRunner().invoke(app, ["--help"]).output
+    named = set(re.findall(r"mariotte ([a-z]+)", page))
+    assert named <= set(command_files())
+    assert set(re.findall(r"^  ([a-z]+) {2,}", page, flags=re.M)) >= {"plan", "doctor", "run"}
 
 
 def test_json_is_json_whatever_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,7 @@ def _root(  # pyright: ignore[reportUnusedFunction]
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """The compression laws of language models: compress, recover, measure what was lost, fit the law, predict by it.
+    """The compression laws of language models: compress, recover, measure what was lost, fit the law, plan by it.
 
     `mariotte COMMAND --help` explains a command; `mariotte quickstart` shows the whole on models that come with it.
     """
