@@ -28,6 +28,15 @@ def test_one_law_is_shown_with_all_its_defects():
     assert "7. " in result.output
 
 
+def test_one_law_is_shown_with_its_known_coefficients_and_their_marks():
+    shown = run("precision-law").output
+    assert "0.3439" in shown
+    assert "secondary = from notes about the paper: check it before you quote it." in " ".join(shown.split())
+    assert "30 published fits: mariotte laws compression-law --published" in run("compression-law").output
+    (values,) = json.loads(run("odds-pooled", "--json").output)
+    assert {row["mark"] for row in values["published"]} == {"ours"}
+
+
 def test_json():
     values = json.loads(run("--json").output)
     assert [v["name"] for v in values] == LAWS.names()

@@ -42,6 +42,7 @@ def laws(
     from mariotte.errors import FitError
     from mariotte.laws.catalogue import LAWS, find
     from mariotte.laws.published import coefficients
+    from mariotte.laws.published.constants import constants
 
     if learn:
         _learn(learn, out, as_json)
@@ -75,6 +76,7 @@ def laws(
                     "anchored": law.anchored,
                     "baseline": law.baseline,
                     "defects": list(law.defects),
+                    "published": constants(law.name),
                 }
                 for law in chosen
             ]
@@ -91,6 +93,22 @@ def laws(
         say("What is wrong with it:")
         for i, defect in enumerate(law.defects, 1):
             say(f"{i}. {defect}")
+        _known(law.name)
+
+
+def _known(law: str) -> None:
+    """Print what papers and we know of a law's coefficients, each with its mark."""
+    from mariotte.cli.console import print_table, say
+    from mariotte.laws.published import coefficients
+    from mariotte.laws.published.constants import MARKS, constants
+
+    columns = ["parameter", "value", "scope", "source", "mark", "note"]
+    if known := constants(law):
+        print_table("Known coefficients", columns, [[row[c] or "-" for c in columns] for row in known])
+        marks = sorted({row["mark"] for row in known})
+        say("mark: " + "; ".join(f"{mark} = {MARKS[mark]}" for mark in marks) + ".")
+    if n := sum(row["law"] == law for row in coefficients()):
+        say(f"{n} published fits: mariotte laws {law} --published")
 
 
 def _measurements(as_json: bool) -> None:
