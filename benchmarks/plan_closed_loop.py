@@ -103,6 +103,8 @@ def one(
     chains = set(chains_of(model))
     saved = {c: 1 - r.n_params / r.base_params for c, r in truth.items() if c in chains and r.metrics["loss"] <= limit}
     best = max(saved, key=lambda c: saved[c], default="dense")
+    # What was said of the same chain before anything of this model was measured.
+    blind = next(option.quality[0] for option in before.options if option.chain == found.winner.chain)
     row = {
         "model": model,
         "target": target,
@@ -121,6 +123,8 @@ def one(
         "inside": checked.inside,
         "kept": checked.kept,
         "probed_itself": f.measured,
+        "blind_half_width": (blind.hi - blind.lo) / 2 / base,
+        "blind_inside": blind.lo <= checked.measured <= blind.hi,
         "seconds": seconds,
     }
     return row | {"shortfall": row["best_saving"] - row["saving"]}
@@ -170,6 +174,8 @@ def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: flo
         "winner_not_probed": len(fresh),
         "inside_of_these": sum(row["inside"] for row in fresh),
         "median_half_width_of_these": statistics.median(row["half_width"] for row in fresh) if fresh else None,
+        "blind_inside": sum(row["blind_inside"] for row in rows),
+        "blind_median_half_width": statistics.median(row["blind_half_width"] for row in rows),
         "seconds_a_loop": seconds / len(rows),
         "pairs": len(ladder),
         "pairs_agree": sum(row["agrees"] for row in ladder),
@@ -181,14 +187,17 @@ def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: flo
         "# Does a plan keep what it promises?",
         "",
         f"`plan --probe {probes} --execute` on eight decoders of the testbed, each held out of the pool in turn, three",
-        f"targets each. Loss: `{MEASURE}`. Candidates: {', '.join(CUTS)} at steps of {STEP}; the best is that of all",
-        "candidates measured. Savings are shares of the dense parameters; losses are relative to the dense model's.",
+        f"targets each. Loss: `{MEASURE}`. Candidates: {', '.join(CUTS)}",
+        f"at steps of {STEP}; the best is that of all candidates, measured. Savings are shares of the dense parameters; losses are relative to the dense model's.",
         f"Python {platform.python_version()}, one thread, a shared machine of two cores.",
         "",
-        f"* the 90 % interval held in {inside} of {len(rows)} loops; its median half-width was {widths:.4f} of L0",
+        f"* the 90 % interval held in {inside} of {len(rows)} loops; its median half-width was {widths:.4f} of L0, as most",
+        "  winners had been measured by a probe, and of these nothing is left to predict",
         f"* {summary['winner_not_probed']} winners had not been probed themselves: the interval held in "
         f"{summary['inside_of_these']} of these, median half-width "
         + ("-" if not fresh else f"{summary['median_half_width_of_these']:.4f}"),
+        f"* the 90 % interval that was given for the same chains before anything of the model was measured held in "
+        f"{summary['blind_inside']}, median half-width {summary['blind_median_half_width']:.4f}",
         f"* the saving was within 3 points of the best candidate's in {near} of {len(rows)}; the target was kept in "
         f"{summary['kept']}",
         f"* {summary['seconds_a_loop']:.1f} s a loop, probes and execution included",

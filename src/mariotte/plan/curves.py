@@ -4,12 +4,12 @@ The one place where a plan predicts; it knows nothing of chains, budgets and sto
 
 The damage of a loss is d = L - L0 in nats; of a score d = -ln((s - chance) / (s0 - chance)). Against
 x = ln(a / (1 - a)) + .8, with a the share that a cut removes in its own unit, the logarithm of the damage is nearly a
-straight line with a bend, whose level, slope and bend differ between methods, and whose level and slope differ between
-models. Both are learned from the pool: the method's mean by Bayesian least squares (its level moves with the logarithm
-of the model's parameters), the spread between models as a Gaussian process whose scales maximise the likelihood of the
-pool. A model that is fragile under one cut is so under another: a share of the spread is common to all methods of a
-model, so that a point of one method tells of the others. A new model's points condition the process; with none the
-answer is the method's mean with the whole spread between models.
+straight line with a bend. Level, slope and bend differ between methods, level and slope between models. Both are
+learned from the pool: a method's mean by Bayesian least squares (level and slope move with the logarithm of the model's
+parameters), the spread between models as a Gaussian process whose scales maximise the likelihood of the pool. A model
+that is fragile under one cut is so under another: a share of the spread is common to all methods of a model, so that a
+point of one method tells of the others. A new model's points condition the process; with none the answer is the
+method's mean with the whole spread between models.
 
 Shapes: M points, Q questions, P coefficients.
 """
@@ -35,13 +35,20 @@ CEILING = 10.5
 RESOLUTION: Mapping[str, float] = {"loss": 0.004, "score": 0.02}
 """Damage below which a point says only that the damage is small."""
 
-COLUMNS = 4
-"""Coefficients of a method's mean: level, slope, bend, and the logarithm of the model's parameters."""
+MILD = 0.3
+"""Expected damage up to which intervals are calibrated: of the dense loss, or of the logarithm of a score."""
+
+MOST_SHOTS = 2
+"""Points on a curve that widths of intervals distinguish; with more they are as with so many."""
+
+COLUMNS = 5
+"""Coefficients of a method's mean: level, slope, bend, and how level and slope move with the logarithm of the model's
+parameters: larger models bear mild cuts better, and then fall more steeply."""
 
 _CENTRE = 0.8
 _REACH = 0.8  # of the smooth part, in x
-_PRIOR_MEAN = np.array([-1.5, 1.6, 0.0, -0.3])
-_PRIOR_SD = np.array([3.0, 1.0, 0.3, 0.5])
+_PRIOR_MEAN = np.array([-1.5, 1.6, 0.0, -0.3, 0.0])
+_PRIOR_SD = np.array([3.0, 1.0, 0.3, 0.5, 0.3])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +110,11 @@ class Scale:
 
     def logarithm(self, damage: float) -> float:
         """The damage as the process sees it."""
-        d = max(damage, self.resolution)
-        return math.log(d if self.kind == "score" else d / max(1 - d / CEILING, 0.05))
+        return self.ceiled(max(damage, self.resolution))
+
+    def ceiled(self, damage: float) -> float:
+        """The logarithm of a positive damage, however small, with the ceiling taken out."""
+        return math.log(damage if self.kind == "score" else damage / max(1 - damage / CEILING, 0.05))
 
     def damage_of(self, z: Array) -> Array:
         """The damage where the process says `z`."""
@@ -154,10 +164,10 @@ class _Points:
 
 def _design(x_M: Array, method_M: NDArray[np.int64], size_M: Array, methods: int) -> Array:
     """(M, P) with a block of columns a method."""
-    basis_M4 = np.stack([np.ones_like(x_M), x_M, x_M**2, size_M], axis=1)
+    basis_MC = np.stack([np.ones_like(x_M), x_M, x_M**2, size_M, size_M * x_M], axis=1)
     design = np.zeros((len(x_M), COLUMNS * methods))
     for column in range(COLUMNS):
-        design[np.arange(len(x_M)), COLUMNS * method_M + column] = basis_M4[:, column]
+        design[np.arange(len(x_M)), COLUMNS * method_M + column] = basis_MC[:, column]
     return design
 
 
@@ -207,7 +217,7 @@ class Curves:
     size : mean logarithm of the parameters of the pool's models
     models : of the pool
     coefficients, covariance : of the methods' means, (P,) and (P, P)
-    inflation : by shots (0, and 1 or more), by level: how many standard deviations a held-out interval needed
+    inflation : by shots (0, 1, and 2 or more) and level: how many standard deviations a held-out interval needed
     clusters : models on which `inflation` was measured
     """
 
@@ -262,7 +272,7 @@ class Curves:
     def widening(self, shots: int, level: float) -> float:
         """Standard deviations on either side of an interval: as held-out models needed, else the normal's."""
         normal = NormalDist().inv_cdf(0.5 + level / 2)
-        return self.inflation.get((min(shots, 1), level), normal)
+        return self.inflation.get((min(shots, MOST_SHOTS), level), normal)
 
 
 def _places(amounts: Sequence[float]) -> Array:
@@ -394,6 +404,17 @@ def _prior_of(scale: Scale) -> tuple[float, float, float]:
     return (-1.5, 1.6, 0.0) if scale.kind == "loss" else (-1.5, 1.7, 0.0)
 
 
+def _standard(scale: Scale, damage: float, mean: float, sd: float) -> float:
+    """The least number of standard deviations with which an interval would have held a damage.
+
+    A gain counts as no damage: no curve of damage reaches it, and no floor is broken by it.
+    """
+    e = scale.resolution
+    above = (scale.ceiled(damage - e) - mean) / sd if damage > e else 0.0
+    below = (mean - scale.ceiled(max(damage, 0.0) + e)) / sd
+    return max(above, below, 0.0)
+
+
 def _calibrated(
     curves: Curves,
     by_model: Mapping[str, Sequence[Sample]],
@@ -402,37 +423,32 @@ def _calibrated(
     precision: Array,
     levels: Sequence[float],
 ) -> dict[tuple[int, float], float]:
-    """How many standard deviations held-out models' points lay away: without own points, and with one mild one or more.
+    """How many standard deviations held-out models' points lay away, by the number of points of the same curve.
 
-    Every model is left out of the methods' means in turn. Points count where the loss is at most twice the dense one,
-    the region of plans; each model has the same weight.
+    Every model is left out of the methods' means in turn. Points count where the prediction says that they are `MILD`,
+    the region of plans; each model has the same weight. What is asked of an interval is what is printed of it: the
+    measure's resolution lies beyond its ends.
     """
-    far: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    far: dict[int, list[tuple[float, float]]] = {shots: [] for shots in range(MOST_SHOTS + 1)}
     for name, samples in by_model.items():
         others = [i for m, i in found.items() if m != name]
         shift, covariance, _ = _combined(others, precision)
         left = replace(curves, coefficients=prior + shift, covariance=covariance)
         methods = list(dict.fromkeys(s.method for s in samples))
-        for shots in (0, 1):
+        for shots in far:
             scores: list[float] = []
             for method in methods:
                 curve = sorted((s for s in samples if s.method == method), key=lambda s: s.amount)
-                # The second mildest, the mildest being often below the resolution.
-                own = [] if shots == 0 else [curve[min(1, len(curve) - 1)]]
-                asked = [
-                    s
-                    for s in curve
-                    if s not in own
-                    and 0 < curves.scale.damage(s.base, s.value) <= (s.base if curves.scale.kind == "loss" else 0.7)
-                ]
+                # The second mildest, the mildest being often below the resolution; then one from the middle on.
+                own = [curve[min(place, len(curve) - 1)] for place in (1, len(curve) // 2 + 1)[:shots]]
+                asked = [s for s in curve if s not in own]
                 if not asked:
                     continue
                 belief = left.posterior(asked[0].params, [(s.method, s.amount) for s in asked], own)
-                for place, s in enumerate(asked):
-                    damage = curves.scale.damage(s.base, s.value)
-                    noise = curves.scale.noise(damage, s.se, curves.spread.jitter)
-                    sd = math.sqrt(max(belief.covariance_QQ[place, place], 0.0) + noise)
-                    scores.append(abs(curves.scale.logarithm(damage) - float(belief.mean_Q[place])) / sd)
+                predicted = curves.scale.damage_of(belief.mean_Q)
+                for s, mean, sd, expected in zip(asked, belief.mean_Q, belief.sd, predicted, strict=True):
+                    if expected <= MILD * (s.base if curves.scale.kind == "loss" else 1.0):
+                        scores.append(_standard(curves.scale, curves.scale.damage(s.base, s.value), mean, sd))
             far[shots] += [(score, 1 / len(scores)) for score in scores]
     found_by: dict[tuple[int, float], float] = {}
     clusters = len(by_model)

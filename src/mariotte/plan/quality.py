@@ -196,9 +196,7 @@ class Quality:
         allowed = self.allowed
         if allowed < 1e-12:
             return 0.0
-        # Not by `logarithm`, which takes what is below the resolution for the resolution.
-        ceiled = allowed if self.scale.kind == "score" else allowed / max(1 - allowed / 10.5, 0.05)
-        return _NORMAL.cdf((math.log(ceiled) - mean) / max(sd, 1e-9))
+        return _NORMAL.cdf((self.scale.ceiled(allowed) - mean) / max(sd, 1e-9))
 
     def _drawn(self, asked: Asked, mean: float, sd: float) -> Array:
         """Draws of the damage of a cut with a quantizer or a recovery."""

@@ -17,7 +17,7 @@ from mariotte.plan.answer import Experiment, Forecast, Option, Plan, Rival, Verd
 from mariotte.plan.budget import Budget, Floor
 from mariotte.plan.curves import Array
 from mariotte.plan.locate import config_of
-from mariotte.plan.pool import Entry, of_records, parted, shipped, usable
+from mariotte.plan.pool import Entry, of_records, parted, published, shipped, usable
 from mariotte.plan.quality import Asked, Quality, amount_of_recovery, believe
 from mariotte.plan.shapes import Left, Sized, left_by, memory_bytes
 
@@ -26,6 +26,9 @@ CUTS = ("ffn", "slice", "slicegpt", "shortgpt", "prunenet-random")
 
 QUANTIZERS = ("rtn@4", "rtn@3")
 """Considered where bytes or memory are asked for, as far as something is known of them."""
+
+NEARLY = 0.02
+"""Of experiments whose gain is this near to the best's the mildest is made."""
 
 CALIBRATION_TOKENS = 256 * 64
 """Read by a cut, about."""
@@ -297,6 +300,11 @@ class Planner:
                     f"{metric} of {self.model.name} itself was not measured by {quality.measure}: {quality.base:.4g}, "
                     "the median of other models, stands for it"
                 )
+            if any(e.source == "published" and e.protocol == quality.protocol for e in self.entries):
+                said.append(
+                    f"{metric} is predicted from published tables, whose methods and protocols are only like ours: two "
+                    "people's runs of one method differ by about a fifth in damage"
+                )
             if not quality.own:
                 said.append(
                     f"no cut of {self.model.name} was measured for {metric}: intervals are those between models"
@@ -306,6 +314,9 @@ class Planner:
                     f"intervals of {metric} are not calibrated: that takes curves of three other models, there are "
                     f"{len(quality.curves.models)}"
                 )
+        sizes = self.budget.bytes is not None or self.budget.memory is not None
+        if sizes and not any(c.asked.parts.quantizer for c in self.candidates):
+            said.append("what quantizing costs such a model: nothing was measured, so that no chain here quantizes")
         if self.calibration is None:
             said.append("speed is not calibrated on this machine: 'mariotte doctor --bench' measures what it takes")
         if winner is not None:
@@ -344,7 +355,7 @@ class Planner:
             best = max(gains[i] for i in tried)
             if found and best <= 1e-3:
                 break  # further ones would tell next to nothing
-            near = [i for i in tried if gains[i] >= best - 0.1 * abs(best) - 1e-12]
+            near = [i for i in tried if gains[i] >= best - NEARLY * abs(best) - 1e-12]
             if best <= 1e-6:
                 # Nothing would change the decision: make sure of it, by what narrows its interval most.
                 near = sorted(tried, key=lambda i: -decision.narrows(i, winner))[:1]
@@ -403,7 +414,7 @@ class _Decision:
         else:
             done = max((o.saving for o in kept), default=0.0)
         allowed = quality.allowed
-        log_allowed = math.inf if math.isinf(allowed) else quality.scale.logarithm(allowed)
+        log_allowed = math.inf if math.isinf(allowed) else quality.scale.ceiled(max(allowed, 1e-12))
         mild = tuple(
             quality.shots(cut) > 0 or float(mean) <= log_allowed
             for (cut, _), mean in zip(places, belief.mean_Q, strict=True)
@@ -432,7 +443,7 @@ class _Decision:
         good = self.fits_O * (probability >= self.sure)
         worth = -np.exp(np.minimum(mean, 5.0)) if self.by_damage else np.broadcast_to(self.saving_O, mean.shape)
         best = np.where(good, worth, -np.inf).max(axis=-1)
-        floor = -10.0 if self.by_damage else 0.0
+        floor = -1.0 if self.by_damage else 0.0  # of a budget that nothing meets: as bad as a nat
         return np.maximum(np.maximum(best, self.done), floor)
 
     def gains(self) -> Array:
@@ -447,7 +458,9 @@ class _Decision:
             total = float(column[place]) + noise
             gain = column / total
             variance = np.maximum(np.diag(self.covariance_OO) - gain * column, 0.0)
-            surprise = nodes * math.sqrt(total) * float(self.wide_O[place])
+            # Half-way (in logarithms) between what is believed and what held-out models needed: imagined too wide,
+            # results send probes too far, and imagined too narrow not far enough.
+            surprise = nodes * math.sqrt(total * float(self.wide_O[place]))
             mean_NO = self.mean_O + surprise[:, None] * gain
             sd_NO = np.sqrt(variance + self.jitter**2) * self.wide_O
             sd_NO = np.broadcast_to(sd_NO, mean_NO.shape).copy()
@@ -572,6 +585,7 @@ def planner(
     if not testbed and pool is None:
         # Other models' language and damage are of another kind: nothing of a testbed is said of real models.
         entries = [e for e in entries if not e.model.startswith("testbed/")]
+        entries += _also_published(entries, model)
     known = [e.chain for e in entries]
     cuts = {p.cut for chain in known if (p := parted(chain)) is not None and p.cut}
     if methods is None:
@@ -648,6 +662,25 @@ def plan(
     return planner(
         model, budget, store=store, measure=measure, methods=methods, step=step, level=level, device=device
     ).plan()
+
+
+def _also_published(entries: Sequence[Entry], model: str) -> list[Entry]:
+    """Published numbers, in the protocol in which this model was measured if it was.
+
+    Damages in nats hardly depend on the protocol, which the dense value does; so a model's own numbers are predicted
+    from published damages, and never mixed with published values.
+    """
+    own = {e.protocol: e for e in entries if e.metric == "loss" and e.model == model}
+    if not own:
+        return list(published())
+    target = max(own.values(), key=lambda e: sum(x.protocol == e.protocol for x in entries))
+    return [
+        replace(
+            e, protocol=target.protocol, measure=target.measure, base=target.base, value=target.base + e.value - e.base
+        )
+        for e in published()
+        if e.value - e.base > -0.5 * target.base
+    ]
 
 
 def _stored(store: str | Path | None) -> list[Entry]:
