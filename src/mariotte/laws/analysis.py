@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mariotte.errors import FitError
+from mariotte.laws import published
 from mariotte.laws.base import Inputs, Kind, Law, Point, values
 from mariotte.laws.catalogue import applicable, find
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.linear import LinearLaw
-from mariotte.laws.priors import Priors
+from mariotte.laws.priors import Pool, Priors, known_name
 from mariotte.laws.result import Fit, Ratio
 from mariotte.laws.validation import Fold, HoldOut, grouped, rolling
 
@@ -118,10 +119,13 @@ def analyse(
     """
     chosen = None if law in (AUTO, BEST) else find(law).name  # a misspelt name must not wait for the hold-out
 
-    def prepare(one: Law, _fold: Fold | None = None) -> Law:
-        return Family(priors) if isinstance(one, Family) else one
+    def prepare(one: Law, fold: Fold | None = None) -> Law:
+        if not isinstance(one, Family):
+            return one
+        return Family(priors) if fold is None or priors is not None else without(fold.train[0])
 
-    held_out = rolling(points, _screened(points, law), prepare=prepare)
+    without = _strict(points)
+    held_out = _living(rolling(points, _screened(points, law), prepare=prepare))
     if chosen is not None:
         why = "as asked"
     elif law == AUTO and points[0].kind in find(DEFAULT).metric_kinds and _can_fit(DEFAULT, points, by):
@@ -129,7 +133,7 @@ def analyse(
         why += _against_others(held_out, chosen)
     else:
         if law == AUTO and points[0].kind in find(DEFAULT).metric_kinds:
-            held_out = rolling(points, prepare=prepare)  # the default refuses: the choice is among all others
+            held_out = _living(rolling(points, prepare=prepare))  # the default refuses: the choice is among all laws
         chosen, why = held_out.winner(), "chosen: the simplest within one standard error of the best mean"
         why += _against_baselines(held_out, chosen)
     groups = grouped(points, by)
@@ -162,6 +166,35 @@ def analyse(
         refused=refused,
         left_out={group: n for group, n in left_out.items() if group in fits},
     )
+
+
+def _strict(points: Sequence[Point]) -> Callable[[Point], Family]:
+    """The family law for the hold-out of a point: one that has not learned from its cluster, if that was published."""
+    shipped: set[str] = set()
+    if any(p.source for p in points):
+        shipped = {s for table in published.TABLES for s in published.sources(table.name)}
+    own = {p.source.partition(" ")[0] for p in points} & shipped
+    if not own:
+        return lambda _point: Family()
+    pool = Pool(published.points())
+    laws: dict[str, Family] = {}
+
+    def without(point: Point) -> Family:
+        if point.source.partition(" ")[0] not in own:
+            return Family()
+        cluster = f"{published.base_model(point.model)} × {known_name(point.family)}"
+        if cluster not in laws:
+            laws[cluster] = Family(pool.priors(lambda other: other == cluster))
+        return laws[cluster]
+
+    return without
+
+
+def _living(held_out: HoldOut) -> HoldOut:
+    """The hold-out without the default law where that refuses every fold: scores are of folds that all laws cover."""
+    if any(DEFAULT in row.predictions for row in held_out.rows):
+        return held_out
+    return replace(held_out, laws=tuple(law for law in held_out.laws if law != DEFAULT))
 
 
 def _screened(points: Sequence[Point], law: str) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from mariotte import __version__
 from mariotte.errors import FitError
-from mariotte.laws.base import Array, Estimate, Inputs, Law, Point, values
+from mariotte.laws.base import FALLING, Array, Estimate, Inputs, Law, Point, Series, values
 from mariotte.laws.catalogue import find
 from mariotte.laws.posterior import PosteriorLaw
 from mariotte.laws.result import Coefficient, Fit, FitReport
@@ -69,6 +70,7 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     remarks += _searched(law, estimate)
     remarks += law.remarks(estimate, x, first.kind)
     remarks += _pooled(law, ordered)
+    remarks += _suspicious(ordered)
     if correlation is not None and correlation > STRONG_CORRELATION:
         remarks.append(f"{pair} are correlated at {correlation:.3f}: neither means much alone")
     for c in found:
@@ -169,6 +171,31 @@ def _pooled(law: Law, points: Sequence[Point]) -> list[str]:
     if recoveries := sorted({r for found in by_tokens.values() if len(found) > 1 for r in found}):
         names = _some([r or "none" for r in recoveries])
         said.append(f"one curve for {len(recoveries)} recoveries ({names}): fit each alone with --by recovery")
+    return said
+
+
+def _suspicious(points: Sequence[Point]) -> list[str]:
+    """What looks wrong with the points themselves: repeated, against the direction of their metric, below a guess."""
+    said: list[str] = []
+    if repeated := len(points) - len(set(points)):
+        said.append(f"{repeated} of {len(points)} points repeat another and count again: give each once")
+    falls = points[0].kind in FALLING
+    curves: dict[Series, dict[float, list[float]]] = {}
+    for p in points:
+        curves.setdefault(p.series, {}).setdefault(p.ratio, []).append(p.value)
+    steps = against = 0
+    for curve in curves.values():
+        means = [float(np.mean(curve[ratio])) for ratio in sorted(curve)]
+        steps += len(means) - 1
+        # Two percent: less is the noise of an evaluation.
+        against += sum((b > a * 1.02) if falls else (b < a / 1.02) for a, b in itertools.pairwise(means))
+    if against:
+        said.append(
+            f"{points[0].metric} {'rises' if falls else 'falls'} in {against} of {steps} steps to a larger ratio, by "
+            "more than 2 %: a law that goes one way describes it badly"
+        )
+    if below := sum(p.kind == "score" and p.chance is not None and p.value < p.chance for p in points):
+        said.append(f"{below} of {len(points)} scores are below chance, as of a collapsed model")
     return said
 
 

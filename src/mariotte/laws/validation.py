@@ -27,7 +27,7 @@ class HeldOut:
     Parameters
     ----------
     point : with the measured value
-    k : how many ratios were trained on
+    k : how many ratios of its series were trained on
     step : 1 for the next larger ratio, 2 for the one after it ...
     predictions : law to clipped prediction; a law that could not be fitted is absent
     """
@@ -227,20 +227,73 @@ def rolling(
     rows: list[HeldOut] = []
     refusals: list[Refusal] = []
     for fold in folds(points, min_train):
-        predictions: list[dict[str, float]] = [{} for _ in fold.test]
-        x, y_M, asked = Inputs.of(fold.train), values(fold.train), Inputs.of(fold.test)
-        for law in chosen:
-            try:
-                own = law if prepare is None else prepare(law, fold)
-                predicted_M = _predicted(own, x, y_M, asked, kind)
-            except FitError as error:
-                refusals.append(Refusal(law=law.name, series=fold.series, k=fold.k, reason=str(error)))
-                continue
-            for row, value in zip(predictions, predicted_M, strict=True):
-                row[law.name] = float(value)
-        steps = {ratio: step for step, ratio in enumerate(sorted({p.ratio for p in fold.test}), 1)}
-        for point, row in zip(fold.test, predictions, strict=True):
-            rows.append(HeldOut(point=point, k=fold.k, step=steps[point.ratio], predictions=row))
+        kept, refused = _held_out(fold, chosen, prepare, kind)
+        rows += kept
+        refusals += refused
+    return HoldOut(kind=kind, laws=tuple(law.name for law in chosen), rows=tuple(rows), refusals=tuple(refusals))
+
+
+def _held_out(
+    fold: Fold, laws: Sequence[Law], prepare: Callable[[Law, Fold], Law] | None, kind: Kind
+) -> tuple[list[HeldOut], list[Refusal]]:
+    """The test points of a fold with the predictions of all laws, and the laws that gave none."""
+    rows: list[HeldOut] = []
+    refusals: list[Refusal] = []
+    predictions: list[dict[str, float]] = [{} for _ in fold.test]
+    x, y_M, asked = Inputs.of(fold.train), values(fold.train), Inputs.of(fold.test)
+    for law in laws:
+        try:
+            own = law if prepare is None else prepare(law, fold)
+            predicted_M = _predicted(own, x, y_M, asked, kind)
+        except FitError as error:
+            refusals.append(Refusal(law=law.name, series=fold.series, k=fold.k, reason=str(error)))
+            continue
+        for row, value in zip(predictions, predicted_M, strict=True):
+            row[law.name] = float(value)
+    steps = {ratio: step for step, ratio in enumerate(sorted({p.ratio for p in fold.test}), 1)}
+    for point, row in zip(fold.test, predictions, strict=True):
+        rows.append(HeldOut(point=point, k=fold.k, step=steps[point.ratio], predictions=row))
+    return rows, refusals
+
+
+def leave_one_out(
+    points: Iterable[Point],
+    by: str,
+    laws: Sequence[Law | str] | None = None,
+    *,
+    prepare: Callable[[Law, Fold], Law] | None = None,
+) -> HoldOut:
+    """Predict each model, method or other group from all the others, none of its own points being known.
+
+    Parameters
+    ----------
+    points : of one metric, protocol and kind of ratio, as for one fit
+    by : field of a point whose values are left out in turn, one of `BY`
+    laws, prepare : as in `rolling`; a fold trains on the points of all other groups
+
+    Raises
+    ------
+    FitError
+        When points are no one fit, or there are fewer than two groups.
+    """
+    points = list(points)
+    for name in ("metric", "protocol", "ratio_kind"):
+        if len({getattr(p, name) for p in points}) != 1:
+            raise FitError(f"to leave out by {by} needs points of one {name}: keep one with --where {name}=...")
+    groups = grouped(points, by)
+    if len(groups) < 2:
+        raise FitError(f"to leave out by {by} needs two groups, there is one: give points of another {by}")
+    kind = points[0].kind
+    chosen = applicable(kind) if laws is None else [find(law) if isinstance(law, str) else law for law in laws]
+    rows: list[HeldOut] = []
+    refusals: list[Refusal] = []
+    for group in groups:
+        train = tuple(p for p in points if field_of(p, by) != group)
+        for test in protocol_series(groups[group], fewest=1):
+            fold = Fold(series=test[0].series, k=0, train=train, test=tuple(sorted(test, key=lambda p: p.ratio)))
+            kept, refused = _held_out(fold, chosen, prepare, kind)
+            rows += kept
+            refusals += refused
     return HoldOut(kind=kind, laws=tuple(law.name for law in chosen), rows=tuple(rows), refusals=tuple(refusals))
 
 
