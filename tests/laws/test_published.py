@@ -10,9 +10,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mariotte.laws import published
+from mariotte.laws.names import chance_of, family_of
+from mariotte.laws.points import from_table
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "published"
 
@@ -74,3 +77,39 @@ def test_reading_them_is_quick_and_needs_no_pandas():
     start = time.process_time()
     published.points()
     assert time.process_time() - start < 0.15
+
+
+def test_names_tell_the_family_and_chance_that_the_tables_state():
+    for table in published.TABLES:
+        for row in published.measurements(table.name):
+            assert family_of(row["method"]) == row["family"], row["method"]
+            assert (chance_of(row["metric"]) is None) == (row["chance"] == ""), row["metric"]
+            assert not row["chance"] or chance_of(row["metric"]) == pytest.approx(float(row["chance"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("SliceGPT", "slice"),
+        ("Wanda-sp", "width"),
+        ("Wanda 2:4", "unstructured"),
+        ("SparseGPT+GPTQ4", "unstructured"),
+        ("GPTQ", "quantization"),
+        ("LLM_Pruner w/o", "width"),
+        ("ShortGPT", "depth"),
+        ("ours", None),
+    ],
+)
+def test_the_family_of_a_method(method: str, family: str | None):
+    assert family_of(method) == family
+
+
+def test_a_table_without_families_and_chances_gets_them_by_name():
+    rows = [
+        {"model": "m", "method": "SLEB", "ratio": r, "metric": "piqa", "base_value": 0.8, "value": 0.7, "protocol": "p"}
+        for r in (0.1, 0.2)
+    ]
+    for p in from_table(pd.DataFrame(rows)).points:
+        assert (p.family, p.chance) == ("depth", 0.5)
+    stated = from_table(pd.DataFrame([{**r, "family": "width", "chance": 0.4} for r in rows])).points
+    assert {(p.family, p.chance) for p in stated} == {("width", 0.4)}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from mariotte import chain
 from mariotte.errors import FitError, unknown
 from mariotte.laws.base import Point, metric_kind
+from mariotte.laws.names import chance_of, family_of
 from mariotte.store.tables import REQUIRED, SUFFIXES
 
 if TYPE_CHECKING:
@@ -179,8 +180,9 @@ def from_records(records: Iterable[Record], *, metric: str | None = None, covari
 def from_table(table: DataFrame, *, metric: str | None = None, covariate: str | None = None) -> Reading:
     """The points of one metric in a table: of published numbers, or exported from a store (it has a column chain).
 
-    Perplexities become losses by their logarithm. Rows without a dense value are left out, and so are quantised
-    ones (bits below 16), which no law of the ratio describes.
+    Perplexities become losses by their logarithm. A family or a chance that a published table does not say is that of
+    the method's or the task's name, where these are known. Rows without a dense value are left out, and so are
+    quantised ones (bits below 16), which no law of the ratio describes.
 
     Parameters
     ----------
@@ -330,7 +332,10 @@ def _chance(protocol: Mapping[str, Any], metric: str) -> float | None:
 def row_point(
     row: Mapping[str, Any], *, metric: str, base: float, value: float, ratio: float, bits: float | None
 ) -> Point:
-    """The point of one row of a table of published numbers; perplexities become losses by their logarithm."""
+    """The point of one row of a table of published numbers; perplexities become losses by their logarithm.
+
+    Where the row does not say them, the family is that of the method's name and chance that of the task's.
+    """
     recovery = _text(row.get("recovery_tokens"))
     tokens = _number(row.get("recovery_tokens"))
     se = _number(row.get("stderr"))
@@ -347,11 +352,11 @@ def row_point(
         params=None if params_b is None else params_b * 1e9,
         bits=bits,
         se=None if se is None else (se / value if is_perplexity(metric) else se),
-        chance=_number(row.get("chance")),
+        chance=chance_of(metric) if (chance := _number(row.get("chance"))) is None else chance,
         cluster=_text(row.get("cluster")) or None,
         model=_text(row["model"]),
         method=_text(row["method"]),
-        family=_text(row.get("family")) or None,
+        family=_text(row.get("family")) or family_of(_text(row["method"])),
         recovery="" if tokens == 0 else recovery,
         source=_text(row.get("source")),
     )
