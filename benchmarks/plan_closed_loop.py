@@ -188,11 +188,12 @@ def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: flo
         "",
         f"`plan --probe {probes} --execute` on eight decoders of the testbed, each held out of the pool in turn, three",
         f"targets each. Loss: `{MEASURE}`. Candidates: {', '.join(CUTS)}",
-        f"at steps of {STEP}; the best is that of all candidates, measured. Savings are shares of the dense parameters; losses are relative to the dense model's.",
+        f"at steps of {STEP}; the best is that of all candidates, measured. Savings are shares of the dense",
+        "parameters; losses are relative to the dense model's.",
         f"Python {platform.python_version()}, one thread, a shared machine of two cores.",
         "",
-        f"* the 90 % interval held in {inside} of {len(rows)} loops; its median half-width was {widths:.4f} of L0, as most",
-        "  winners had been measured by a probe, and of these nothing is left to predict",
+        f"* the 90 % interval held in {inside} of {len(rows)} loops; its median half-width was {widths:.4f} of L0, as",
+        "  most winners had been measured by a probe, and of these nothing is left to predict",
         f"* {summary['winner_not_probed']} winners had not been probed themselves: the interval held in "
         f"{summary['inside_of_these']} of these, median half-width "
         + ("-" if not fresh else f"{summary['median_half_width_of_these']:.4f}"),

@@ -162,8 +162,13 @@ class Quality:
             low, middle, high = (float(v) for v in self.scale.damage_of(mean + sd * quantile * np.array([-1.0, 0, 1])))
             return self._between(low, middle, high, self._probability(mean, sd))
         damage_S = self._drawn(asked, mean, sd)
-        low, middle, high = (float(np.quantile(damage_S, q)) for q in (0.5 - self.level / 2, 0.5, 0.5 + self.level / 2))
+        ordered_S = np.sort(damage_S)
+        low, middle, high = (float(ordered_S[round(q * (DRAWS - 1))]) for q in self._quantiles)
         return self._between(low, middle, high, float(np.mean(damage_S <= self.allowed)))
+
+    @property
+    def _quantiles(self) -> tuple[float, float, float]:
+        return 0.5 - self.level / 2, 0.5, 0.5 + self.level / 2
 
     def _between(self, low: float, middle: float, high: float, probability: float) -> Forecast:
         """The forecast of three damages; the measure's resolution lies beyond the outer ones."""

@@ -17,7 +17,7 @@ from mariotte.plan.answer import Experiment, Forecast, Option, Plan, Rival, Verd
 from mariotte.plan.budget import Budget, Floor
 from mariotte.plan.curves import Array
 from mariotte.plan.locate import config_of
-from mariotte.plan.pool import Entry, of_records, parted, published, shipped, usable
+from mariotte.plan.pool import Entry, Parted, of_records, parted, published, shipped, usable
 from mariotte.plan.quality import Asked, Quality, amount_of_recovery, believe
 from mariotte.plan.shapes import Left, Sized, left_by, memory_bytes
 
@@ -511,6 +511,8 @@ def candidates_of(
     methods, quantizers, recoveries : as links of a chain, the methods without amount
     """
     found: dict[tuple[str, int, float], Candidate] = {}
+    lefts: dict[str, Left | None] = {}
+    tokens_of = {recovery: amount_of_recovery(recovery) for recovery in recoveries}
     amounts = [round(step * k, 6) for k in range(1, int(0.9 / step + 1e-9) + 1)]
     for method in methods:
         link = parse(method).links[0]
@@ -518,17 +520,18 @@ def candidates_of(
             cut = str(Link(link.name, amount, link.scope, link.fields))
             for recovery in ("", *recoveries):
                 for quantizer in ("", *quantizers):
-                    chain = " | ".join(part for part in (cut, recovery, quantizer) if part)
-                    left = left_by(model, parse(chain))
+                    sizes = " | ".join(part for part in (cut, quantizer) if part)  # recoveries leave sizes as they are
+                    if sizes not in lefts:
+                        lefts[sizes] = left_by(model, parse(sizes))
+                    left = lefts[sizes]
                     if left is None or left.obtained <= 0:
                         continue
-                    parts = parted(chain)
-                    assert parts is not None, chain
+                    chain = " | ".join(part for part in (cut, recovery, quantizer) if part)
+                    parts = Parted(method, quantizer, recovery)
                     key = (f"{method} | {recovery} | {quantizer}", left.n_params, round(left.obtained, 6))
                     if key not in found:
                         asked = Asked(chain=chain, parts=parts, amount=left.obtained)
-                        tokens = amount_of_recovery(recovery) if recovery else 0
-                        found[key] = Candidate(asked=asked, left=left, tokens=tokens)
+                        found[key] = Candidate(asked=asked, left=left, tokens=tokens_of.get(recovery, 0))
     for quantizer in quantizers:
         left, parts = left_by(model, parse(quantizer)), parted(quantizer)
         if left is not None and parts is not None:
@@ -612,11 +615,7 @@ def planner(
         if budget.bytes is not None or budget.memory is not None
         else []
     )
-    recoveries = [
-        text
-        for text in (qualities[0].recoveries if budget.recovery_tokens else ())
-        if amount_of_recovery(text) <= budget.recovery_tokens and all(text in q.recoveries for q in qualities)
-    ]
+    recoveries = _recoveries(qualities, budget.recovery_tokens)
     found = candidates_of(sized, chosen, step=step, quantizers=quantizers, recoveries=recoveries)
     found = [c for c in found if all(quality.knows(c.asked) for quality in qualities)]
     return Planner(
@@ -628,6 +627,17 @@ def planner(
         calibration=calibration,
         level=level,
     )
+
+
+def _recoveries(qualities: Sequence[Quality], tokens: int) -> list[str]:
+    """Recoveries within so many tokens, one text each: that of the measure's own corpus, if it is among those known."""
+    found: dict[tuple[str, int], str] = {}
+    for text in sorted(set.intersection(*(set(quality.recoveries) for quality in qualities))):
+        link, amount = parse(text).links[0], amount_of_recovery(text)
+        corpus = str(link.fields.get("corpus", ""))
+        if amount <= tokens and ((link.name, amount) not in found or corpus in qualities[0].measure):
+            found[(link.name, amount)] = text
+    return list(found.values())
 
 
 def plan(

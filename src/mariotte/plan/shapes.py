@@ -105,6 +105,8 @@ def left_by(model: Sized, chain: Chain) -> Left | None:
         shape, share, zeroed = cut
         zeros += zeroed
         obtained, first = (share if first else obtained), False
+    if bits is not None and shape.shortcuts:
+        return None
     counts = accounting.count_shape(shape, bytes_per_param=BYTES[model.dtype])
     n_bytes = counts.n_bytes
     if bits is not None:
