@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mariotte.errors import FitError
-from mariotte.laws import fit
+from mariotte.laws import fit, published
 from mariotte.laws.base import Inputs, Point, values
 from mariotte.laws.catalogue import LAWS, find
 from mariotte.laws.forms.odds import Odds
@@ -210,3 +210,41 @@ def test_a_fit_written_before_searches_were_told_is_still_read():
 def test_repeated_points_count_as_weights_and_change_no_exact_fit():
     once = [odds(r) for r in RATIOS]
     assert theta([*once, *once, once[0]]) == pytest.approx([A, G], rel=1e-10)
+
+
+def ladders() -> dict[str, list[Point]]:
+    """The shipped bit ladders of models that were quantised and not pruned, by model."""
+    found: dict[str, list[Point]] = {}
+    for p in published.points(quantised=True):
+        plain = p.ratio_kind.startswith(("file-size", "1 - nominal"))
+        if p.bits is not None and p.metric == "wikitext2_ppl" and plain:
+            found.setdefault(p.model, []).append(p)
+    return found
+
+
+def test_bits_below_three_are_predicted_from_those_above_better_than_by_a_power():
+    """The figures of the documentation, on ladders that ship."""
+    ours, power = [], []
+    for ladder in ladders().values():
+        low, high = ([p for p in ladder if (p.bits < 3) == below] for below in (True, False))
+        if not low or len(high) < 3:
+            continue
+        law = find("kbits")
+        damage_M = values(low) - np.array([p.base for p in low])
+        theta_P = law.estimate(Inputs.of(high), values(high)).theta
+        ours.append(float(np.median(np.abs((law.f(theta_P, Inputs.of(low)) - values(low)) / damage_M))))
+        logs = np.log([max(p.value - p.base, 0.005) for p in high])
+        slope, level = np.polyfit(np.log([p.bits for p in high]), logs, 1)
+        guess_M = np.exp(level + slope * np.log([p.bits for p in low]))
+        power.append(float(np.median(np.abs(guess_M / damage_M - 1))))
+    assert len(ours) == 12
+    assert round(float(np.median(ours)), 2) == 0.21
+    assert round(float(np.median(power)), 2) == 0.5
+
+
+def test_bits_from_five_on_say_nothing_of_two():
+    ladder = ladders()["Llama-3-8B"]
+    low, high = ([p for p in ladder if a <= p.bits < b] for a, b in ((0, 3), (4.9, 99)))
+    law = find("kbits")
+    found_M = law.f(law.estimate(Inputs.of(high), values(high)).theta, Inputs.of(low))
+    assert np.min(np.abs(found_M - values(low)) / (values(low) - low[0].base)) > 30

@@ -36,7 +36,7 @@ class NonlinearLaw(Law):
 
     loss: ClassVar[Literal["linear", "soft_l1", "huber"]] = "soft_l1"
     scale: ClassVar[float] = 0.1
-    """Residual, in nats, from which a point's pull stops growing with it."""
+    """Weighted residual (nats where the weights are 1) from which a point's pull stops growing with it."""
     searched: ClassVar[int] = 6
     """From how many of the starts, the best ones, a search is begun."""
     log_link: ClassVar[bool] = False
@@ -50,6 +50,11 @@ class NonlinearLaw(Law):
         """(M,) what f is fitted to; a form that cannot improve on the dense value takes the worse of the two."""
         del x
         return y_M
+
+    def weigh(self, x: Inputs, y_M: Array) -> tuple[Array, str]:
+        """(M,) weights of the residuals, and what they are in a word or two."""
+        del y_M
+        return weights(x), "weighted by standard errors" if np.all(x.se_M >= 0) else "unweighted"
 
     def refuse(self, x: Inputs) -> None:
         """Refuse points that cannot determine the parameters, by raising `FitError`."""
@@ -111,6 +116,12 @@ def weights(x: Inputs) -> Array:
     return weight_M / np.sqrt(np.mean(weight_M**2))
 
 
+def relative(x: Inputs, y_M: Array, floor: float) -> Array:
+    """(M,) weights by which every damage counts by its share missed, down to a floor in nats or two standard errors."""
+    floor_M = np.maximum(floor, np.where(np.isnan(x.se_M), 0.0, 2 * x.se_M))
+    return 1.0 / np.maximum(np.abs(y_M - x.base_M), floor_M)
+
+
 def minimise(law: NonlinearLaw, x: Inputs, target_M: Array, starts: Sequence[Array]) -> Estimate:
     """Robust least squares of `law` to `target_M` from the best of `starts`, within the bounds of its parameters.
 
@@ -129,7 +140,8 @@ def minimise(law: NonlinearLaw, x: Inputs, target_M: Array, starts: Sequence[Arr
 
     log_P = np.array([p.log for p in law.params])
     censored_M = censored(x, target_M)
-    problem = _Problem(law, x, np.where(censored_M, x.chance_M, target_M), weights(x), censored_M, log_P)
+    weight_M, weighted = law.weigh(x, target_M)
+    problem = _Problem(law, x, np.where(censored_M, x.chance_M, target_M), weight_M, censored_M, log_P)
     lo_P, hi_P = (problem.inner(np.array([side(p) for p in law.params])) for side in (_lo, _hi))
     inners: list[Array] = []
     costs: list[float] = []
@@ -195,7 +207,7 @@ def minimise(law: NonlinearLaw, x: Inputs, target_M: Array, starts: Sequence[Arr
         f"{_WORDS[law.loss]} of L"
         + (f", scale {law.scale:g}" if law.loss != "linear" else "")
         + f", from the best {len(found)} of {len(starts)} starts"
-        + (", weighted by standard errors" if np.all(x.se_M >= 0) else ", unweighted")
+        + f", {weighted}"
         + (f", {n_censored} points worse than a guesser censored" if n_censored else "")
     )
     return Estimate(

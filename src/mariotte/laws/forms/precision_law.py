@@ -10,13 +10,17 @@ from typing_extensions import override
 
 from mariotte.errors import FitError
 from mariotte.laws.base import Array, Inputs, Kind, Param
-from mariotte.laws.nonlinear import NonlinearLaw
+from mariotte.laws.nonlinear import NonlinearLaw, relative
 
 __all__ = ["PrecisionLaw"]
 
 
+FLOOR = 0.005
+"""Nats: a damage below this is noise of the measurement."""
+
+
 class PrecisionLaw(NonlinearLaw):
-    r"""L = L0 + C N^(-γN) e^(-b/γP), by soft-L1 least squares of L.
+    r"""L = L0 + C N^(-γN) e^(-b/γP), by soft-L1 least squares of the relative damage.
 
     Notes
     -----
@@ -42,7 +46,7 @@ class PrecisionLaw(NonlinearLaw):
     )
     anchored: ClassVar[bool] = True
     ratio_param: ClassVar[str | None] = None
-    scale: ClassVar[float] = 0.02
+    scale: ClassVar[float] = 0.3  # of the damage
     defects: ClassVar[tuple[str, ...]] = (
         "Tokens of pre-training are not known of a point: their factor is folded into C, and models must share them.",
         "The paper's fit and its plots are of the same runs, none held out.",
@@ -64,6 +68,11 @@ class PrecisionLaw(NonlinearLaw):
     @override
     def target(self, x: Inputs, y_M: Array) -> Array:
         return np.maximum(y_M, x.base_M)
+
+    @override
+    def weigh(self, x: Inputs, y_M: Array) -> tuple[Array, str]:
+        # Damage runs over four powers of ten from 8 bits to 2: in nats the lowest precision alone would be fitted.
+        return relative(x, y_M, FLOOR), f"each damage by its share missed, at least {FLOOR:g} nats"
 
     @override
     def grid(self, x: Inputs, y_M: Array) -> Sequence[Sequence[float]]:
