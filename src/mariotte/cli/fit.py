@@ -136,8 +136,10 @@ def _print(found: Analysis) -> None:
     ]
     any_fit = next(iter(found.fits.values())).report()
     say(one_line(f"{found.law} ({found.why}): {any_fit.formula}"))
+    posterior = next(iter(found.fits.values())).posterior is not None
+    errors = "of the posterior" if posterior else "classical errors, points taken as independent"
     print_table(
-        "Coefficients (classical errors, points taken as independent; 95 % intervals)",
+        f"Coefficients ({errors}; 95 % intervals)",
         [*label, "parameter", "estimate", "s.e.", "interval", "left out because"],
         rows,
     )
