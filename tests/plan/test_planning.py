@@ -13,6 +13,7 @@ import pytest
 import mariotte
 from mariotte.errors import MariotteError, UnknownNameError
 from mariotte.plan import execute, planner, probe, read_budget
+from mariotte.plan.locate import config_of
 from mariotte.plan.pool import Entry, parted, shipped, without
 from mariotte.plan.search import Planner
 from mariotte.plan.speed import Calibration, write_calibration
@@ -132,7 +133,8 @@ def test_probes_narrow_the_choice_and_are_not_repeated(replay) -> None:  # type:
     bench, asked = replay
     before = held_out()
     after = probe(before, 3, bench)
-    assert len(set(asked)) == 3
+    assert 2 <= len(asked) <= 3  # fewer where nothing would change the decision
+    assert len(set(asked)) == len(asked)
     first, last = before.plan().winner, after.plan().winner
     assert first is not None
     assert last is not None
@@ -272,3 +274,39 @@ def test_chains_have_parts_in_one_order() -> None:
     assert found is not None
     assert (found.cut, found.recovery, found.quantizer) == ("ffn(criterion=norm)", "lora@64k", "rtn@4")
     assert parted("ffn@0.3 | slice@0.2") is None
+
+
+def folder_of(name: str, tmp_path: Path) -> Path:
+    folder = tmp_path / "somewhere"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(config_of(name))))
+    return folder
+
+
+def test_a_model_from_elsewhere_is_planned_from_published_tables(tmp_path: Path) -> None:
+    found = planner(str(folder_of(MODEL, tmp_path)), read_budget(max_loss="+20%")).plan()
+    assert found.measures == ("loss:wikitext2",)
+    said = " ".join(found.unknowns)
+    assert "published tables" in said
+    assert "the median of other models" in said
+    assert "far from the" in said
+    assert {option.chain.partition("@")[0] for option in found.options} == {"ffn", "slice", "slicegpt", "shortgpt"}
+
+
+def test_what_is_measured_goes_before_what_is_published(tmp_path: Path, replay) -> None:  # type: ignore[no-untyped-def]
+    bench, _ = replay
+    folder = str(folder_of(MODEL, tmp_path))
+
+    def renamed(chains: list[str], measures: list[str]) -> list[Record]:
+        return [replace(record, model=folder) for record in bench(chains, measures)]
+
+    before = planner(folder, read_budget(max_loss="+20%"), measure=LOSS, step=0.1)
+    after = probe(before, 1, renamed)
+    (quality,) = after.qualities
+    base = next(e.base for e in shipped() if (e.model, e.measure) == (MODEL, LOSS))
+    assert before.qualities[0].assumed
+    assert not quality.assumed
+    assert quality.base == base
+    assert quality.protocol != before.qualities[0].protocol
+    (one,) = execute(before, renamed).verified
+    assert one.predicted.base == base

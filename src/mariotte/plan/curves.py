@@ -38,6 +38,9 @@ RESOLUTION: Mapping[str, float] = {"loss": 0.004, "score": 0.02}
 MILD = 0.3
 """Expected damage up to which intervals are calibrated: of the dense loss, or of the logarithm of a score."""
 
+NEAR_SIZE = 3.0
+"""How many times larger or smaller than the pool's a model may be for its size to count; beyond, it counts as that."""
+
 MOST_SHOTS = 2
 """Points on a curve that widths of intervals distinguish; with more they are as with so many."""
 
@@ -215,6 +218,7 @@ class Curves:
     methods : names of the curves, in the order of the coefficients
     spread : between models
     size : mean logarithm of the parameters of the pool's models
+    sizes : parameters of the smallest and of the largest of them
     models : of the pool
     coefficients, covariance : of the methods' means, (P,) and (P, P)
     inflation : by shots (0, 1, and 2 or more) and level: how many standard deviations a held-out interval needed
@@ -225,6 +229,7 @@ class Curves:
     methods: tuple[str, ...]
     spread: Spread
     size: float
+    sizes: tuple[float, float]
     models: tuple[str, ...]
     coefficients: Array
     covariance: Array
@@ -250,12 +255,13 @@ class Curves:
             raise FitError(f"no curve of {strange[0]!r} is known: known are {', '.join(self.methods)}")
         x_Q = _places([amount for _, amount in questions])
         method_Q = np.array([index[name] for name, _ in questions], dtype=np.int64)
+        params = min(max(params, self.sizes[0] / NEAR_SIZE), self.sizes[1] * NEAR_SIZE)
         size = math.log(params) - self.size
         asked_QP = _design(x_Q, method_Q, np.full_like(x_Q, size), len(self.methods))
         mean_Q = asked_QP @ self.coefficients
         covariance = asked_QP @ self.covariance @ asked_QP.T
         covariance += _covariance(self.spread, x_Q, x_Q, method_Q[:, None] == method_Q[None, :])
-        known = [sample for sample in own if sample.method in index]
+        known = [replace(sample, params=params) for sample in own if sample.method in index]
         if not known:
             return Posterior(mean_Q, covariance, self.spread.jitter)
         points = _points(known, index, self.scale, self.size)
@@ -389,6 +395,7 @@ def learn(
         methods=names,
         spread=spread,
         size=size,
+        sizes=(min(s.params for s in samples), max(s.params for s in samples)),
         models=tuple(points),
         coefficients=prior + shift,
         covariance=covariance,

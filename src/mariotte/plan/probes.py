@@ -49,7 +49,7 @@ def probe(
 def _of_model(planner: Planner, records: Sequence[Record], chain: str) -> list[Entry]:
     found = [e for e in of_records(records, source="probe") if e.model == planner.model.name]
     wanted = {quality.protocol for quality in planner.qualities}
-    if not any(e.chain == chain and e.protocol in wanted for e in found):
+    if not all(any(e.chain == chain and quality.accepts(e) for e in found) for quality in planner.qualities):
         measured = ", ".join(sorted({e.protocol for e in found})) or "nothing"
         raise MariotteError(
             f"{chain} was to be measured by {', '.join(sorted(wanted))}, and {measured} came back: the pool's numbers "

@@ -21,7 +21,7 @@ from mariotte.laws.base import metric_kind
 from mariotte.plan.answer import Forecast
 from mariotte.plan.budget import Floor
 from mariotte.plan.curves import Array, Curves, Posterior, Sample, Scale, learn
-from mariotte.plan.pool import Entry, Parted, parted
+from mariotte.plan.pool import STANDS, Entry, Parted, parted
 
 DRAWS = 400
 """Of quantizers and recoveries; a cut alone is exact."""
@@ -108,6 +108,11 @@ class Quality:
         if self.scale.kind == "score" and self.limit <= self.scale.chance:
             return math.inf
         return max(self.scale.damage(self.base, self.limit), 0.0)
+
+    def accepts(self, entry: Entry) -> bool:
+        """Whether a number is of this metric and protocol; published ones give way to any of the same measure."""
+        stands = self.protocol.endswith(STANDS) and entry.measure == self.measure
+        return entry.metric == self.floor.name and (entry.protocol == self.protocol or stands)
 
     def knows(self, asked: Asked) -> bool:
         """Whether anything can be said of a candidate."""
@@ -217,16 +222,15 @@ class Quality:
             cut_S = cut_S + self.scale.damage_of(found.mean + found.sd * _stratified(2))
         return cut_S
 
-    def with_points(self, entries: Sequence[Entry], amounts: Mapping[str, float]) -> Quality:
-        """The same with new measurements of this model.
-
-        Parameters
-        ----------
-        entries : of this metric and protocol
-        amounts : of chains, what their cut removes after rounding
-        """
+    def with_points(self, entries: Sequence[Entry]) -> Quality:
+        """The same with new measurements of this model, which `accepts` takes; their dense value is the model's."""
+        if not entries:
+            return self
         return replace(
             self,
+            protocol=entries[0].protocol,
+            base=entries[0].base,
+            assumed=False,
             own=(*self.own, *own_samples(entries, self.params)),
             measured={**self.measured, **measured_values(entries)},
         )

@@ -15,9 +15,9 @@ from mariotte.errors import MariotteError, unknown
 from mariotte.plan import speed
 from mariotte.plan.answer import Experiment, Forecast, Option, Plan, Rival, Verdict
 from mariotte.plan.budget import Budget, Floor
-from mariotte.plan.curves import Array
+from mariotte.plan.curves import NEAR_SIZE, Array
 from mariotte.plan.locate import config_of
-from mariotte.plan.pool import Entry, Parted, of_records, parted, published, shipped, usable
+from mariotte.plan.pool import PUBLISHED, STANDS, Entry, Parted, of_records, parted, published, shipped, usable
 from mariotte.plan.quality import Asked, Quality, amount_of_recovery, believe
 from mariotte.plan.shapes import Left, Sized, left_by, memory_bytes
 
@@ -79,16 +79,10 @@ class Planner:
     def learned(self, measured: Sequence[Entry]) -> Planner:
         """The planner that knows more of this model."""
         name = self.model.name
-        qualities: list[Quality] = []
-        for quality in self.qualities:
-            new = [
-                e
-                for e in measured
-                if e.model == name and e.protocol == quality.protocol and e.metric == quality.floor.name
-            ]
-            if new and (quality.assumed or abs(new[0].base - quality.base) > 1e-9):
-                quality = replace(quality, base=new[0].base, assumed=False)
-            qualities.append(quality.with_points(new, {}))
+        qualities = [
+            quality.with_points([e for e in measured if e.model == name and quality.accepts(e)])
+            for quality in self.qualities
+        ]
         probes = tuple(dict.fromkeys([*self.probes, *(e.chain for e in measured if not e.dense)]))
         return replace(self, qualities=tuple(qualities), entries=(*self.entries, *measured), probes=probes)
 
@@ -305,6 +299,12 @@ class Planner:
                     f"{metric} is predicted from published tables, whose methods and protocols are only like ours: two "
                     "people's runs of one method differ by about a fifth in damage"
                 )
+            low, high = quality.curves.sizes
+            if not low / NEAR_SIZE <= quality.params <= high * NEAR_SIZE:
+                said.append(
+                    f"{self.model.name} has {quality.params:,.0f} parameters, far from the {low:,.0f} to {high:,.0f} "
+                    f"of the models that {metric} is predicted from"
+                )
             if not quality.own:
                 said.append(
                     f"no cut of {self.model.name} was measured for {metric}: intervals are those between models"
@@ -357,6 +357,8 @@ class Planner:
                 break  # further ones would tell next to nothing
             near = [i for i in tried if gains[i] >= best - NEARLY * abs(best) - 1e-12]
             if best <= 1e-6:
+                if winner is not None and winner.quality[0].measured:
+                    break  # nothing would change the decision, and nothing of it is left to predict
                 # Nothing would change the decision: make sure of it, by what narrows its interval most.
                 near = sorted(tried, key=lambda i: -decision.narrows(i, winner))[:1]
             chosen = min(near, key=lambda i: (cuts[open_[i]].asked.amount, cuts[open_[i]].chain))
@@ -588,7 +590,7 @@ def planner(
     if not testbed and pool is None:
         # Other models' language and damage are of another kind: nothing of a testbed is said of real models.
         entries = [e for e in entries if not e.model.startswith("testbed/")]
-        entries += _also_published(entries, model)
+        entries += _also_published(entries, model, measure)
     known = [e.chain for e in entries]
     cuts = {p.cut for chain in known if (p := parted(chain)) is not None and p.cut}
     if methods is None:
@@ -632,7 +634,7 @@ def planner(
 def _recoveries(qualities: Sequence[Quality], tokens: int) -> list[str]:
     """Recoveries within so many tokens, one text each: that of the measure's own corpus, if it is among those known."""
     found: dict[tuple[str, int], str] = {}
-    for text in sorted(set.intersection(*(set(quality.recoveries) for quality in qualities))):
+    for text in sorted(text for text in qualities[0].recoveries if all(text in q.recoveries for q in qualities)):
         link, amount = parse(text).links[0], amount_of_recovery(text)
         corpus = str(link.fields.get("corpus", ""))
         if amount <= tokens and ((link.name, amount) not in found or corpus in qualities[0].measure):
@@ -674,15 +676,18 @@ def plan(
     ).plan()
 
 
-def _also_published(entries: Sequence[Entry], model: str) -> list[Entry]:
-    """Published numbers, in the protocol in which this model was measured if it was.
+def _also_published(entries: Sequence[Entry], model: str, measure: str | None) -> list[Entry]:
+    """Published numbers, in the protocol in which this model was measured if it was, else for the measure asked for.
 
     Damages in nats hardly depend on the protocol, which the dense value does; so a model's own numbers are predicted
     from published damages, and never mixed with published values.
     """
     own = {e.protocol: e for e in entries if e.metric == "loss" and e.model == model}
+    if measure is not None:
+        own = {protocol: e for protocol, e in own.items() if e.measure == measure}
     if not own:
-        return list(published())
+        asked = measure if measure is not None and measure.startswith("loss:") else PUBLISHED
+        return [replace(e, measure=asked, protocol=f"{asked}{STANDS}") for e in published()]
     target = max(own.values(), key=lambda e: sum(x.protocol == e.protocol for x in entries))
     return [
         replace(
