@@ -122,9 +122,10 @@ def analyse(
     def prepare(one: Law, fold: Fold | None = None) -> Law:
         if not isinstance(one, Family):
             return one
-        return Family(priors) if fold is None or priors is not None else without(fold.train[0])
+        return default if fold is None or priors is not None else without(fold.train[0])
 
-    without = _strict(points)
+    default = Family(priors)
+    without = _strict(points, default)
     held_out = _living(rolling(points, _screened(points, law), prepare=prepare))
     if chosen is not None:
         why = "as asked"
@@ -168,20 +169,20 @@ def analyse(
     )
 
 
-def _strict(points: Sequence[Point]) -> Callable[[Point], Family]:
+def _strict(points: Sequence[Point], default: Family) -> Callable[[Point], Family]:
     """The family law for the hold-out of a point: one that has not learned from its cluster, if that was published."""
     shipped: set[str] = set()
     if any(p.source for p in points):
         shipped = {s for table in published.TABLES for s in published.sources(table.name)}
     own = {p.source.partition(" ")[0] for p in points} & shipped
     if not own:
-        return lambda _point: Family()
+        return lambda _point: default
     pool = Pool(published.points())
     laws: dict[str, Family] = {}
 
     def without(point: Point) -> Family:
         if point.source.partition(" ")[0] not in own:
-            return Family()
+            return default
         cluster = f"{published.base_model(point.model)} × {known_name(point.family)}"
         if cluster not in laws:
             laws[cluster] = Family(pool.priors(lambda other: other == cluster))
