@@ -310,3 +310,9 @@ def test_what_is_measured_goes_before_what_is_published(tmp_path: Path, replay) 
     assert quality.protocol != before.qualities[0].protocol
     (one,) = execute(before, renamed).verified
     assert one.predicted.base == base
+
+
+def test_decoders_say_nothing_of_encoders() -> None:
+    for model in ("testbed/bert-181k", "testbed/t5-265k"):
+        with pytest.raises(MariotteError, match="no number of 'loss' is known for such models"):
+            planner(model, read_budget(max_loss="+5%"))

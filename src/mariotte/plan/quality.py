@@ -307,8 +307,8 @@ def choose_protocol(floor: Floor, entries: Sequence[Entry], model: str, measure:
     if not found:
         known = sorted({f"{e.measure.partition(':')[0]}.{e.metric}" for e in entries})
         raise FitError(
-            f"no number of {floor.metric!r} is known, which {floor.text!r} asks for; there are "
-            f"{', '.join(known[:12]) or 'none'}: give --store with measured models, or another metric"
+            f"no number of {floor.metric!r} is known for such models, which {floor.text or 'every plan'!r} asks for; "
+            f"there are {', '.join(known[:12]) or 'none'}: give --store with measured models, or another metric"
         )
 
     def rank(item: tuple[str, list[Entry]]) -> tuple[bool, int, str]:

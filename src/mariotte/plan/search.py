@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from mariotte import architectures
+from mariotte.architectures import Kind
 from mariotte.chain import Link, parse
 from mariotte.errors import MariotteError, unknown
 from mariotte.plan import speed
@@ -591,6 +594,8 @@ def planner(
         # Other models' language and damage are of another kind: nothing of a testbed is said of real models.
         entries = [e for e in entries if not e.model.startswith("testbed/")]
         entries += _also_published(entries, model, measure)
+    # A loss of an encoder is another quantity than a decoder's, and so is its damage.
+    entries = [e for e in entries if e.model == model or _kind(e.family) == sized.entry.kind]
     known = [e.chain for e in entries]
     cuts = {p.cut for chain in known if (p := parted(chain)) is not None and p.cut}
     if methods is None:
@@ -674,6 +679,12 @@ def plan(
     return planner(
         model, budget, store=store, measure=measure, methods=methods, step=step, level=level, device=device
     ).plan()
+
+
+@functools.cache
+def _kind(family: str) -> Kind:
+    """What models of a family predict; published ones, which do not say it, are decoders."""
+    return architectures.find(family).kind if family in architectures.FAMILIES else "causal"
 
 
 def _also_published(entries: Sequence[Entry], model: str, measure: str | None) -> list[Entry]:

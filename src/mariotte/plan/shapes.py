@@ -159,7 +159,7 @@ _Cut = tuple[Shape, float, int]
 
 
 def _neurons(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
-    if shape.ffns is not None or shape.encoder is not None:
+    if shape.ffns is not None or entry.lacking(["causal", "linear"]) is not None:
         return None
     multiple = rounding(shape.ffn, _whole(link, "round_to"), at=shape.hidden)
     width = cut_width(shape.ffn, _amount(link), multiple)
