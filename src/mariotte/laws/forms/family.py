@@ -165,7 +165,7 @@ class Family(PosteriorLaw):
             drawn = priors.draw(
                 _some(x, informative_M), y_M[informative_M], settings, scale, recovered=recovered, family=family
             )
-            mean_W, covariance_WW = priors.condition(mean_W, covariance_WW + priors.spread(settings), drawn)
+            mean_W, covariance_WW = priors.adapted(mean_W, covariance_WW + priors.spread(settings), drawn, settings)
         exponent, share = 0.0, 0.0
         if scale == "score" and np.count_nonzero(informative_M) >= 2:
             exponent, share = _exponent(_some(x, informative_M), y_M[informative_M]), settings.mix
