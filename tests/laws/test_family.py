@@ -151,6 +151,29 @@ def test_a_standard_error_of_a_loss_is_mostly_shared_with_the_dense_model_s():
     assert expected(Family(), noisy, [0.34]) == pytest.approx(expected(Family(), exact, [0.34]), rel=1e-3)
 
 
+def test_the_mixture_of_scales_is_that_of_single_solutions():
+    generator = np.random.default_rng(3)
+    n, w = 5, 4
+    root = generator.standard_normal((w, w))
+    mean_W, covariance_WW = generator.standard_normal(w), root @ root.T
+    drawn = priors.Drawn(generator.standard_normal((n, w)), 5 * generator.standard_normal(n), generator.random(n) + 0.1)
+    settings = priors.DEFAULTS["perplexity"]
+    logs, found = [], []
+    for scale in priors.SCALES:
+        total = drawn.design_MW @ (scale * covariance_WW) @ drawn.design_MW.T + np.diag(drawn.variance_M)
+        off = drawn.z_M - drawn.design_MW @ mean_W
+        density = -0.5 * (off @ np.linalg.solve(total, off) + np.linalg.slogdet(total)[1])
+        logs.append(density - settings.tail * math.log(scale))
+        found.append(priors.condition(mean_W, scale * covariance_WW, drawn))
+    share = np.exp(np.array(logs) - max(logs))
+    share /= share.sum()
+    mean = sum(p * m for p, (m, _) in zip(share, found, strict=True))
+    covariance = sum(p * (c + np.outer(m - mean, m - mean)) for p, (m, c) in zip(share, found, strict=True))
+    got_W, got_WW = priors.adapted(mean_W, covariance_WW, drawn, settings)
+    np.testing.assert_allclose(got_W, mean, rtol=1e-9)
+    np.testing.assert_allclose(got_WW, covariance, rtol=1e-7, atol=1e-9)
+
+
 def test_an_unknown_family_is_marked():
     known = series("origami", 2.0, {0.1: 2.1, 0.2: 2.3})
     assert any("'origami' has no published series" in r for r in fit("family", known).report().remarks)

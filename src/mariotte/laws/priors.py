@@ -422,25 +422,25 @@ def adapted(mean_W: Array, covariance_WW: Array, drawn: Drawn, settings: Setting
     """
     if not len(drawn.z_M):
         return mean_W, covariance_WW
-    off_M = drawn.z_M - drawn.design_MW @ mean_W
-    whole_MM = drawn.design_MW @ covariance_WW @ drawn.design_MW.T
-    noise_MM = np.diag(drawn.variance_M)
-    logs: list[float] = []
-    found: list[tuple[Array, Array]] = []
-    for scale in SCALES:
-        total_MM = scale * whole_MM + noise_MM
-        logs.append(
-            -0.5 * float(off_M @ np.linalg.solve(total_MM, off_M) + np.linalg.slogdet(total_MM)[1])
-            - settings.tail * math.log(scale)
-        )
-        found.append(condition(mean_W, scale * covariance_WW, drawn))
-    weights = np.exp(np.array(logs) - max(logs))
-    weights /= weights.sum()
-    mixed_W = sum((w * own_W for w, (own_W, _) in zip(weights, found, strict=True)), np.zeros_like(mean_W))
-    mixed_WW = np.zeros_like(covariance_WW)
-    for w, (own_W, own_WW) in zip(weights, found, strict=True):
-        mixed_WW += w * (own_WW + np.outer(own_W - mixed_W, own_W - mixed_W))
-    return mixed_W, mixed_WW
+    # On the axes of the covariance between points over their noise all scales are solved at once.
+    weight_M = 1 / np.sqrt(drawn.variance_M)
+    seen_MW = weight_M[:, None] * drawn.design_MW
+    cross_WM = covariance_WW @ seen_MW.T
+    sizes_M, axes_MM = np.linalg.eigh(seen_MW @ cross_WM)
+    along_WM = cross_WM @ axes_MM
+    off_M = axes_MM.T @ (weight_M * (drawn.z_M - drawn.design_MW @ mean_W))
+    scales_S = np.array(SCALES)
+    whole_SM = 1 + scales_S[:, None] * np.maximum(sizes_M, 0.0)
+    logs_S = -0.5 * np.sum(off_M**2 / whole_SM + np.log(whole_SM), axis=1) - settings.tail * np.log(scales_S)
+    shares_S = np.exp(logs_S - np.max(logs_S))
+    shares_S /= np.sum(shares_S)
+    steps_SM = scales_S[:, None] * off_M / whole_SM
+    step_M = shares_S @ steps_SM
+    apart_SM = steps_SM - step_M
+    known_M = shares_S @ (scales_S[:, None] ** 2 / whole_SM)
+    between_MM = apart_SM.T @ (shares_S[:, None] * apart_SM) - np.diag(known_M)
+    found_WW = float(shares_S @ scales_S) * covariance_WW + along_WM @ between_MM @ along_WM.T
+    return mean_W + along_WM @ step_M, 0.5 * (found_WW + found_WW.T)
 
 
 def information(drawn: Drawn, settings: Settings, columns: int = N_LINE) -> tuple[Array, Array]:

@@ -501,7 +501,10 @@ class Fit:
         slope = next(c for c in self.facts.coefficients if c.name == self.law.ratio_param)
         if slope.dropped:
             return f"{slope.name} was left out: {slope.dropped}"
-        if slope.lo is not None and slope.hi is not None and slope.lo <= 0 <= slope.hi:
+        # Where a law knows beforehand that damage rises, its smooth residual may do what the slope leaves: the interval
+        # of the answer says how sure it is, not that of one weight.
+        known = isinstance(self.law, PosteriorLaw)
+        if not known and slope.lo is not None and slope.hi is not None and slope.lo <= 0 <= slope.hi:
             return f"the 95 % interval of {slope.name}, {slope.lo:.3g} to {slope.hi:.3g}, contains 0"
         rises = -1.0 if self.facts.kind in FALLING else 1.0
         if rises * (self._raw(0.5, base, tokens) - self._raw(0.0, base, tokens)) <= 0:
