@@ -4,6 +4,7 @@
 
     chain  := link (" | " link)*
     link   := name [ "@" amount ] [ ":" scope ] [ "(" field=value, ... ")" ]
+    value  := 0.3 | 1M | 1% (0.01) | true | a word | a JSON string
     amount := 0.3 | 4 | 1M | auto
     scope  := all | attention | ffn | embeddings | head | layers=3-8 | a corpus, where the link is a measure
 
@@ -28,6 +29,7 @@ Value = int | float | bool | str
 _SUFFIX = {"k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_PERCENT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%")
 _WORD = re.compile(r"[A-Za-z0-9_.+%/~-][A-Za-z0-9_.+%/~:-]*")
 _SCOPE = re.compile(r"[A-Za-z0-9_.+%/~:-][A-Za-z0-9_.+%/~:=,-]*")
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
@@ -178,9 +180,13 @@ def _read_word(word: str) -> Value:
     if word in ("true", "false"):
         return word == "true"
     try:
-        return parse_number(word)
+        return _hundredths(word[:-1]) if _PERCENT.fullmatch(word) else parse_number(word)
     except ChainError:
         return word
+
+
+def _hundredths(digits: str) -> int | float:
+    return parse_number(f"{digits}e-2")  # read at once: 0.7 / 100 is not 0.007
 
 
 class _Reader:

@@ -461,7 +461,8 @@ class _Recorder:
             sparsity=zeros / in_scope if scopes else 0.0,
             zeroed=zeros / base_params,
             recovery=None if recovery is None else recovery.step.name(),
-            recovery_tokens=sum(int(part.amount) for part in parts if part.recovers),
+            # As the history says: a recovery may have chosen its amount itself.
+            recovery_tokens=sum(int(done.amount or 0) for part, done in zip(parts, own, strict=True) if part.recovers),
             tokens_seen=sum(done.tokens for done in own),
             steps=tuple(asdict(done) for done in own),
             cost=dict(built.cost),

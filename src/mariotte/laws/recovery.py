@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mariotte.errors import FitError
+from mariotte.gains import continued
 from mariotte.laws.base import Array, Inputs
 from mariotte.laws.catalogue import find
 
@@ -159,14 +160,7 @@ def hold_out(curves: Sequence[Curve], seen: int = SEEN) -> list[HeldOutCurve]:
 
 
 def _continued(curve: Curve, tokens_M: Array, scale: float, exponent: float) -> Array:
-    """(M,) the curve of one shape, its two ends by least squares."""
-
-    def terms(d_M: Array) -> Array:
-        left_M = (1.0 + d_M / scale) ** -exponent
-        return np.column_stack([1.0 - left_M, left_M])
-
-    ends = np.linalg.lstsq(terms(curve.tokens_M), curve.value_M, rcond=None)[0]
-    return terms(tokens_M) @ np.asarray(ends, dtype=np.float64)
+    return continued(curve.tokens_M, curve.value_M, tokens_M, scale, exponent)
 
 
 def _errors(curve: Curve, seen: int) -> Array:

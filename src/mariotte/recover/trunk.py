@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mariotte.chain import print_number
+from mariotte.chain import AUTO, Link, print_number
 from mariotte.data import tokens
 from mariotte.errors import ChainError, DataError, ModelError
+from mariotte.gains import STOPPING
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
 from mariotte.models.step import MANIFEST, Context, Prepared, Step, not_finite
+from mariotte.recover import stopping
 from mariotte.recover.learner import Learner
+from mariotte.recover.stopping import Levels
 from mariotte.recover.stream import Course, Source, Stream, course, find_source
 from mariotte.training.loop import DivergedError, Progress, TrainState, causal_loss, train
 from mariotte.training.schedule import ConstantThenLinear
@@ -77,6 +80,8 @@ class Recovery(Step):
     keep_best : true keeps the state with the lowest loss on the validation split, of the model as it came, the point
         where the decay begins and four points of the decay; studies of recovery leave it off
     repeats : true allows D beyond the training text, which then repeats, shuffled anew
+    gain : with the amount auto, the share of the held-out loss under which the expected gain of a doubling ends it
+    most : with the amount auto, tokens that it may see at most; None takes 1M
 
     Notes
     -----
@@ -86,6 +91,15 @@ class Recovery(Step):
     bits whatever other D were asked for, in which order, and however often the work was interrupted (on one machine
     with one number of threads). D counts every token seen, decay included, rounded down to whole rows; the last batch
     holds the rows that are left.
+
+    With the amount auto, D is doubled from 15 batches or a little more (4k tokens with four rows of 64) until the loss
+    on 64 rows of the validation split is expected to fall by less than `gain` of itself with the next doubling, or
+    `most` or the end of the training text is reached, or training no longer gives numbers. The loss, not the damage
+    that remains, is what the gain is a share of: a model recovered on the text that it is scored on can end below the
+    dense one. What is expected is a curve of recovery through all amounts so far, none among them, whose shape was
+    learned from the testbed (`mariotte.gains`); it is asked from the second amount on. The result is that of the
+    amount with the lowest loss, to the bit what the recovery gives when asked for this amount; the record says it as
+    its tokens, and its facts all losses, what was expected, and why it ended (``stopped``).
 
     A loss or a gradient that is no number ends the trunk: the D that left it before are served, the others fail.
 
@@ -105,6 +119,8 @@ class Recovery(Step):
     trunk: bool | None = None
     keep_best: bool | None = None
     repeats: bool | None = None
+    gain: float | None = None
+    most: int | None = None
 
     @override
     def __post_init__(self) -> None:
@@ -120,6 +136,12 @@ class Recovery(Step):
             raise ChainError(f"{who}: block must be at least 2 tokens, got {self.block}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ChainError(f"{who}: lr must be positive, got {self.lr}")
+        if self.gain is not None and not 0 < self.gain < 1:
+            raise ChainError(f"{who}: gain must be a share of the loss in (0, 1), such as 1%, got {self.gain}")
+        if self.most is not None and self.gain is None:
+            raise ChainError(f"{who}: most goes with a gain, got none: write {who}@auto(gain=1%, most=...)")
+        if self.most is not None and self.most < 1:
+            raise ChainError(f"{who}: most must be at least 1 token, got {self.most}")
 
     # -- what a recovery says of itself -------------------------------------------------------------------------------
 
@@ -142,7 +164,26 @@ class Recovery(Step):
     # -- the contract of a step ---------------------------------------------------------------------------------------
 
     @override
+    def accepted(self, amount: int | float | str | None) -> int | float:
+        """The amount; of a recovery that chooses it, what it may be at most."""
+        who = self.name()
+        if amount == AUTO:
+            if self.gain is None:
+                raise ChainError(f"{who}@auto needs the gain under which it stops, got none: write {who}@auto(gain=1%)")
+            return self.most or stopping.MOST
+        if self.gain is not None:
+            came = "none" if amount is None else amount if isinstance(amount, str) else print_number(amount)
+            raise ChainError(f"{who} with a gain chooses its amount, got {came}: write {who}@auto, or leave gain out")
+        return super().accepted(amount)
+
+    @override
+    def link(self, amount: int | float | None = None) -> Link:
+        link = super().link(amount)
+        return link if self.gain is None else dataclasses.replace(link, amount=AUTO)
+
+    @override
     def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
+        amounts = self._trunk_amounts(amounts, prepared.facts["run"]["block"])
         missing = self._missing(prepared.folder, amounts, prepared.facts["run"]["block"], prepared.facts["rows_held"])
         broken = prepared.facts["broken"]
         return all(broken is not None and leave > broken["step"] for leave in missing)
@@ -162,7 +203,11 @@ class Recovery(Step):
             "tokenizer": source.tokenizer_sha256,
             "block": str(self._block(context)),
         }
-        return found | ({"held_out": source.corpus.fingerprint("valid")} if self.keep_best else {})
+        if self.keep_best or self.gain is not None:
+            found["held_out"] = source.corpus.fingerprint("valid")
+        if self.gain is not None:
+            found["law"] = json.dumps(dataclasses.asdict(STOPPING), sort_keys=True)
+        return found
 
     @override
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
@@ -185,6 +230,7 @@ class Recovery(Step):
         folder = context.scratch
         _settle(folder, run)
         block: int = run["block"]
+        amounts = self._trunk_amounts(amounts, block)
         # Read as far as the last branch will go, once, rather than again when it does.
         rows = max(1, int(max(amounts, default=0)) // block)
         stream = self._stream(model, context, rows)
@@ -218,6 +264,8 @@ class Recovery(Step):
         DivergedError
             When the loss stopped being a number before this amount was reached, or what was reached computes none.
         """
+        if self.gain is not None:
+            return self._until(self.gain, int(amount), model, dataclasses.replace(context, scratch=prepared.folder))
         run = self._run(model, context)
         block: int = run["block"]
         plan = self._course(amount, block)
@@ -278,6 +326,76 @@ class Recovery(Step):
             raise DivergedError(said, plan.steps)
         seen = plan.rows * block
         return recovered.after(self.done(amount, seen, tokens=seen, **facts))
+
+    # -- an amount of its own choice ----------------------------------------------------------------------------------
+
+    def _trunk_amounts(self, amounts: Sequence[int | float], block: int) -> Sequence[int | float]:
+        """The amounts that the trunk must serve before any result is known."""
+        if self.gain is None:
+            return amounts
+        return [min(amount, stopping.first_amount(self.batch, block)) for amount in amounts]
+
+    def _until(self, gain: float, most: int, model: Model, context: Context) -> Model:
+        """The model after doublings of the amount, until the next is expected to bring less than `gain`.
+
+        Raises
+        ------
+        DataError
+            When there is no validation split to decide by.
+        DivergedError
+            When the loss is no number already at the first amount.
+        """
+        plain = dataclasses.replace(self, gain=None, most=None)
+        source, block = self._source(model, context), self._block(context)
+        try:
+            held_NT = source.held_out(block, stopping.HELD_ROWS)
+        except DataError as error:
+            raise DataError(f"{self.name()}@auto needs a validation split to decide by: {error}") from error
+        levels = Levels.open(context.scratch, source.corpus.fingerprint("valid"))
+        if 0 not in levels.loss:
+            levels.add(0, token_nll(model, held_NT).double().mean().item())
+        seen: dict[int, float] = {0: levels.loss[0]}
+        expected: dict[str, float] = {}
+        result: tuple[int, Model] | None = None
+        while True:
+            last = max(seen)
+            if (found := stopping.expected_gain(seen)) is not None:
+                expected[str(2 * last)] = found
+                if found < gain:
+                    stopped = "gain"
+                    break
+            following = min(most, 2 * last or stopping.first_amount(self.batch, block))
+            if not self.repeats:
+                rows = max(1, following // block)
+                following = min(following, len(self._stream(model, context, rows).tokens_NT) * block)
+            if last and following // block <= last // block:
+                stopped = "most" if most // block <= last // block else "text"
+                break
+            if following not in levels.loss:
+                try:
+                    recovered = plain.apply(model, plain.prepare(model, context, [following]), following, context)
+                except DivergedError:
+                    if not last:
+                        raise
+                    stopped = "diverged"
+                    break
+                levels.add(following, token_nll(recovered, held_NT).double().mean().item())
+                result = (following, recovered)
+            seen[following] = levels.loss[following]
+        best = min((amount for amount in seen if amount), key=lambda amount: (seen[amount], amount))
+        if result is None or result[0] != best:
+            result = (best, plain.apply(model, plain.prepare(model, context, [best]), best, context))
+        done = result[1].done[-1]
+        facts = {
+            "chain": done.step,
+            "gain": gain,
+            "stopped": stopped,
+            "law": dataclasses.asdict(STOPPING),
+            "held_rows": len(held_NT),
+            "held_loss": {str(amount): loss for amount, loss in seen.items()},
+            "expected_gain": expected,
+        }
+        return result[1].rewritten(dataclasses.replace(done, step=str(self.link(most)), facts={**done.facts, **facts}))
 
     # -- the trunk and its branches -----------------------------------------------------------------------------------
 
@@ -396,6 +514,8 @@ class Recovery(Step):
 
     @override
     def training_tokens(self, amounts: Sequence[int]) -> float:
+        if self.gain is not None:  # at most: the doublings before the last are as much as the last
+            return (2.0 if self.trunk is not None else 1.1) * sum(amounts)
         if self.trunk is not None:
             return float(sum(amounts))
         # The trunk goes as far as the largest amount needs it, and every amount ends with a tenth of its own.
@@ -438,7 +558,9 @@ class Recovery(Step):
         source = self._source(model, context)
         block = self._block(context)
         tokens.check_block(block, model, self.name())
-        return dataclasses.asdict(self) | {
+        fields = dataclasses.asdict(self)
+        del fields["gain"], fields["most"]  # they say how far to go, and change no step
+        return fields | {
             "format": _FORMAT,
             "block": block,
             "corpus": source.name,
@@ -532,6 +654,7 @@ def _settle(folder: Path, run: dict[str, Any]) -> None:
     if told.is_file() and json.loads(told.read_text(encoding="utf-8")) == run:
         return
     (folder / MANIFEST).unlink(missing_ok=True)
+    Levels.forget(folder)
     for state in [*folder.glob("step-*"), *folder.glob("rows-*"), folder / _LATEST]:
         _forget(state)
     draft = folder / f".{_RUN}"

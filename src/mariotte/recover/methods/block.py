@@ -84,7 +84,7 @@ class BlockLocal(Recovery):
     adapters : true trains low-rank adapters as lora does, false all weights of the blocks
     rank, alpha : of the adapters
     lr : learning rate of the trunk; None takes 2e-3 for adapters, 1e-3 for weights, less beyond a hidden size of 128
-    batch, block, warmup, corpus, trunk, keep_best, repeats : see `Recovery`
+    batch, block, warmup, corpus, trunk, keep_best, repeats, gain, most : see `Recovery`
 
     Notes
     -----

@@ -44,7 +44,7 @@ class Distill(Recovery):
     adapters : true trains low-rank adapters as lora does, false all weights as full does
     rank, alpha : of the adapters
     lr : learning rate of the trunk; None takes that of lora or of full
-    batch, block, warmup, corpus, trunk, keep_best, repeats : see `Recovery`
+    batch, block, warmup, corpus, trunk, keep_best, repeats, gain, most : see `Recovery`
 
     Notes
     -----

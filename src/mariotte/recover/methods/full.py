@@ -22,7 +22,7 @@ class Full(Recovery):
     Parameters
     ----------
     lr : learning rate of the trunk; None takes 2e-4, less beyond a hidden size of 128, see Notes
-    batch, block, warmup, corpus, trunk, keep_best, repeats : see `Recovery`
+    batch, block, warmup, corpus, trunk, keep_best, repeats, gain, most : see `Recovery`
 
     Notes
     -----

@@ -26,7 +26,7 @@ class LoRA(Recovery):
     alpha : the change of a matrix is alpha / R · B A
     lr : learning rate of the trunk; None takes 2e-3, less beyond a hidden size of 128, see Notes
     dropout : of the adapters' input, in [0, 1)
-    batch, block, warmup, corpus, trunk, keep_best, repeats : see `Recovery`
+    batch, block, warmup, corpus, trunk, keep_best, repeats, gain, most : see `Recovery`
 
     Notes
     -----
