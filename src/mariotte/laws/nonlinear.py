@@ -122,6 +122,36 @@ def relative(x: Inputs, y_M: Array, floor: float) -> Array:
     return 1.0 / np.maximum(np.abs(y_M - x.base_M), floor_M)
 
 
+def needs_two_ratios(law: NonlinearLaw, x: Inputs) -> None:
+    """Refuse points of one ratio: its first two parameters could not be told apart.
+
+    Raises
+    ------
+    FitError
+        When all points have the same.
+    """
+    if np.ptp(x.ratio_M) == 0.0:
+        first, second, *_ = (param.name for param in law.params)
+        raise FitError(
+            f"{law.name} needs at least two ratios to tell {first} from {second}, "
+            f"all points have {x.ratio_M[0]:g}: measure another ratio"
+        )
+
+
+def needs_two_bits(law: NonlinearLaw, x: Inputs) -> None:
+    """Refuse points of one number of bits, or of none.
+
+    Raises
+    ------
+    FitError
+        When there are fewer than two.
+    """
+    known = x.bits_M[np.isfinite(x.bits_M)]
+    if len(known) == 0 or np.ptp(known) == 0.0:
+        came = "no point says its bits" if len(known) == 0 else f"all points have {known[0]:g}"
+        raise FitError(f"{law.name} needs at least two numbers of bits a weight, {came}: measure another")
+
+
 def minimise(law: NonlinearLaw, x: Inputs, target_M: Array, starts: Sequence[Array]) -> Estimate:
     """Robust least squares of `law` to `target_M` from the best of `starts`, within the bounds of its parameters.
 

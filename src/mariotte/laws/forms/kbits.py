@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from mariotte.errors import FitError
 from mariotte.laws.base import Array, Inputs, Kind, Param
-from mariotte.laws.nonlinear import NonlinearLaw, relative
+from mariotte.laws.nonlinear import NonlinearLaw, needs_two_bits, relative
 
 __all__ = ["KBits"]
 
@@ -72,10 +71,7 @@ class KBits(NonlinearLaw):
 
     @override
     def refuse(self, x: Inputs) -> None:
-        known = x.bits_M[np.isfinite(x.bits_M)]
-        if len(known) == 0 or np.ptp(known) == 0.0:
-            came = "no point says its bits" if len(known) == 0 else f"all points have {known[0]:g}"
-            raise FitError(f"{self.name} needs at least two numbers of bits a weight, {came}: measure another")
+        needs_two_bits(self, x)
 
 
 def _left(theta: Array, x: Inputs) -> Array:

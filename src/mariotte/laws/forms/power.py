@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from mariotte.errors import FitError
 from mariotte.laws.base import Array, Inputs, Kind, Param
-from mariotte.laws.nonlinear import NonlinearLaw
+from mariotte.laws.nonlinear import NonlinearLaw, needs_two_ratios
 
 __all__ = ["Power"]
 
@@ -63,11 +62,7 @@ class Power(NonlinearLaw):
 
     @override
     def refuse(self, x: Inputs) -> None:
-        if np.ptp(x.ratio_M) == 0.0:
-            raise FitError(
-                f"{self.name} needs at least two ratios to tell A from g, "
-                f"all points have {x.ratio_M[0]:g}: measure another ratio"
-            )
+        needs_two_ratios(self, x)
 
     @override
     def invert(self, theta: Array, target: float, base: float, tokens: float) -> float | None:

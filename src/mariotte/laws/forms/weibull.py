@@ -9,9 +9,8 @@ from typing import ClassVar
 import numpy as np
 from typing_extensions import override
 
-from mariotte.errors import FitError
 from mariotte.laws.base import Array, Inputs, Kind, Param
-from mariotte.laws.nonlinear import NonlinearLaw
+from mariotte.laws.nonlinear import NonlinearLaw, needs_two_ratios
 
 __all__ = ["Weibull"]
 
@@ -67,11 +66,7 @@ class Weibull(NonlinearLaw):
 
     @override
     def refuse(self, x: Inputs) -> None:
-        if np.ptp(x.ratio_M) == 0.0:
-            raise FitError(
-                f"{self.name} needs at least two ratios to tell λ from k, "
-                f"all points have {x.ratio_M[0]:g}: measure another ratio"
-            )
+        needs_two_ratios(self, x)
 
 
 def _removed(x: Inputs) -> Array:
