@@ -457,7 +457,7 @@ def test_a_law_that_cannot_be_fitted_is_recorded_not_hidden():
 
 
 def test_the_true_law_wins():
-    assert rolling(many_clusters(4)).winner() == "pruning-law"
+    assert rolling(many_clusters(4)).winners() == ("pruning-law",)
     assert analyse(many_clusters(4), law="best").law == "pruning-law"
 
 

@@ -197,37 +197,20 @@ def test_odds_are_the_published_ones_within_two_percent(folds: pd.DataFrame, sea
 def test_pooled_odds_are_the_published_ones_within_two_percent(
     folds: pd.DataFrame, losses: list[int], series_of: dict[int, list[Point]]
 ):
-    """With exponents of our own on perplexities; of answers and width pruning the published ones are retraced instead.
-
-    There the protocol's text leaves open which series were pooled: the exponent is read from two published predictions
-    of a fold, and the amplitude that least squares finds with it must give all of the fold.
-    """
     texts = published(folds, "odds_pooled")
     about = {r.sid: (r.kind, r.family, r.model, r.method) for r in folds.itertuples()}
-    n_learned = n_retraced = 0
+    n = 0
     for sid in losses:
-        kind, family, *_ = about[sid]
-        others = [series_of[s] for s in losses if about[s][:2] == (kind, family) and about[s][2:] != about[sid][2:]]
+        kind_and_family = about[sid][:2]
+        others = [series_of[s] for s in losses if about[s][:2] == kind_and_family and about[s][2:] != about[sid][2:]]
         if sum(exponent(points) is not None for points in others) < 3:
             continue
-        learned = OddsPooled.of(others)
+        law = OddsPooled.of(others)
         for fold in cut(series_of[sid]):
-            test = [(p, float(texts[sid, fold.k, round(p.ratio, 6)])) for p in fold.test]
-            if kind == "ppl" and family != "width":
-                law = learned
-                n_learned += len(test)
-            else:
-                inner = [(p, value) for p, value in test if value - p.base > 0.01 and value < 29]
-                if len(inner) < 2:
-                    continue
-                (p, low), (q, high) = inner[0], inner[-1]
-                steps = math.log(q.ratio / (1 - q.ratio)) - math.log(p.ratio / (1 - p.ratio))
-                law = OddsPooled(math.log((high - q.base) / (low - p.base)) / steps)
-                n_retraced += len(test)
-            found_M = predicted(law, fold.train, fold.test)
-            assert found_M == pytest.approx([value for _, value in test], rel=0.02)
-    assert n_learned == 489
-    assert n_retraced == 330
+            theirs = [float(texts[sid, fold.k, round(p.ratio, 6)]) for p in fold.test]
+            assert predicted(law, fold.train, fold.test) == pytest.approx(theirs, rel=0.02)
+            n += len(theirs)
+    assert n == len(texts) == 1058
 
 
 def test_chance_adjusted_scores_are_the_published_ones_within_two_percent(

@@ -10,6 +10,7 @@ from mariotte.errors import FitError
 from mariotte.laws import published
 from mariotte.laws.base import Inputs, Kind, Law, Point, values
 from mariotte.laws.catalogue import applicable, find
+from mariotte.laws.ensemble import JOIN
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.linear import LinearLaw
@@ -102,8 +103,9 @@ def analyse(
     ----------
     points : of one metric
     law : ``auto`` for the family law where it applies and else as ``best``; ``best`` for the simplest within one
-        standard error of the best of all laws; or a name. Unless it is ``best`` the hold-out is of that law and of
-        those that are solved directly, so that it costs no search
+        standard error of the best of all laws, or the ensemble of those that are equally simple; or a name, such as
+        ``weibull`` or ``odds + weibull``. Unless it is ``best`` the hold-out is of that law and of those that are
+        solved directly, so that it costs no search
     by : a field of the points; None pools them all into one fit
     keep_collapsed : fit to points beyond collapse too (a loss over twice the dense one), as the papers do. A model that
         has collapsed says nothing about mild cuts, and a few such points bend a curve away from all others; the
@@ -135,7 +137,12 @@ def analyse(
     else:
         if law == AUTO and points[0].kind in find(DEFAULT).metric_kinds:
             held_out = _living(rolling(points, prepare=prepare))  # the default refuses: the choice is among all laws
-        chosen, why = held_out.winner(), "chosen: the simplest within one standard error of the best mean"
+        winners = held_out.winners()
+        why = "chosen: the simplest within one standard error of the best mean"
+        if len(winners) > 1:
+            held_out = held_out.joined(winners)
+            why += ", several of which are equally simple: their ensemble"
+        chosen = find(JOIN.join(winners)).name
         why += _against_baselines(held_out, chosen)
     groups = grouped(points, by)
     fits: dict[str, Fit] = {}

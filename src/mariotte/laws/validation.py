@@ -8,13 +8,14 @@ folds. It is the only thing that laws are chosen by here; R² and the like are p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mariotte.errors import FitError
 from mariotte.laws.base import LIMITS, Array, Inputs, Kind, Law, Point, Series, values
 from mariotte.laws.catalogue import applicable, find
+from mariotte.laws.ensemble import ensemble
 
 BY = ("model", "method", "family", "source", "metric", "protocol", "ratio_kind", "recovery", "cluster", "series")
 """Fields of a point by which folds and fits can be grouped."""
@@ -125,11 +126,12 @@ class HoldOut:
             found.setdefault(refusal.law, []).append(refusal)
         return [(law, len(own), own[0].reason) for law, own in found.items()]
 
-    def winner(self) -> str:
-        """The law chosen by hold-out before collapse: the simplest within one standard error of the best mean.
+    def winners(self) -> tuple[str, ...]:
+        """The laws chosen by hold-out before collapse: the simplest within one standard error of the best mean.
 
+        Several where they are equally simple, the one of the smallest mean first: the errors do not tell them apart.
         Baselines without a ratio are never chosen, since they cannot answer what a law is asked; `Score` shows
-        whether the winner beats them. Among equally simple laws the smaller mean wins.
+        whether a winner beats them.
 
         Raises
         ------
@@ -143,8 +145,20 @@ class HoldOut:
                 "measure more ratios, or name a law with --law"
             )
         best = scores[0]
-        within = [s for s in scores if s.mean <= best.mean + (best.se or 0.0)]
-        return min(within, key=lambda s: (len(find(s.law).params), s.mean)).law
+        within = [s.law for s in scores if s.mean <= best.mean + (best.se or 0.0)]
+        fewest = min(len(find(law).params) for law in within)
+        return tuple(law for law in within if len(find(law).params) == fewest)
+
+    def joined(self, laws: Sequence[str]) -> HoldOut:
+        """The hold-out with the ensemble of some of its laws beside them, on the folds that all of these cover."""
+        name = ensemble([find(law) for law in laws]).name
+        rows = [
+            replace(r, predictions={**r.predictions, name: float(np.median([r.predictions[law] for law in laws]))})
+            if all(law in r.predictions for law in laws)
+            else r
+            for r in self.rows
+        ]
+        return replace(self, laws=(*self.laws, name), rows=tuple(rows))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,13 +63,13 @@ class OddsPooled(Law):
         Raises
         ------
         FitError
-            When no series has two damaged points.
+            When no series has two ratios.
         """
         found = [g for points in series if (g := exponent(points)) is not None]
         if not found:
             raise FitError(
-                f"{cls.name} learns its exponent from other series, none of those given has two ratios below "
-                "2.5 times the dense loss: give more series"
+                f"{cls.name} learns its exponent from other series, none of those given has two ratios: "
+                "give longer series"
             )
         return cls(float(np.median(found)))
 
@@ -128,9 +128,13 @@ class OddsPooled(Law):
 def exponent(points: Sequence[Point]) -> float | None:
     """The exponent of one curve: the slope of ln damage on ln odds up to 2.5 times the dense loss, within [0.3, 4].
 
-    None with fewer than two such ratios.
+    A curve that leaves that range before its third ratio is taken whole, collapse and all: two points are no slope.
+    None with fewer than two ratios.
     """
-    own = [p for p in points if p.value <= 2.5 * p.base and p.ratio > 0]
+    own = [p for p in points if p.ratio > 0]
+    mild = [p for p in own if p.value <= 2.5 * p.base]
+    if len({p.ratio for p in mild}) >= 3:
+        own = mild
     if len({p.ratio for p in own}) < 2:
         return None
     odds_M = np.log([p.ratio / (1 - p.ratio) for p in own])
