@@ -107,23 +107,27 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
 
     A token passes a shared block as often as there are layers of it.
     """
-    query, keys, attentions = s.heads * s.head_dim, s.kv_heads * s.head_dim, 1 + s.cross
-    attention_matrices = s.hidden * (2 * query + 2 * keys) * attentions
-    attention_biases = ((query + 2 * keys) * s.attention_bias + s.hidden * s.output_bias) * attentions
+    attentions = 1 + s.cross
+    heads = [s.heads_of(layer) for layer in range(s.layers)]
+    queries = [query * s.head_dim for query, _ in heads]
+    # Of query, key and value together, and of the output.
+    read = [(query + 2 * keys) * s.head_dim for query, keys in heads]
+    attention_matrices = [s.hidden * (rows + query) * attentions for rows, query in zip(read, queries, strict=True)]
+    attention_biases = [(rows * s.attention_bias + s.hidden * s.output_bias) * attentions for rows in read]
     ins = 2 if s.gated else 1
     widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
     ffn_matrices = [ffn * (ins * s.hidden + written) for ffn, written in widths]
-    ffn_biases = [(ins * ffn + written) * s.mlp_bias for ffn, written in widths]
+    ffn_biases = [ins * ffn * s.mlp_bias + written * (s.mlp_bias or s.down_bias) for ffn, written in widths]
     # Norms have weights, or are folded into the matrices behind them.
     norms = (attentions + 1) * s.hidden * s.blocks + s.final_size * s.final_norm
     shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
     return (
-        s.blocks * (attention_matrices + attention_biases),
+        sum(attention_matrices[: s.blocks]) + sum(attention_biases[: s.blocks]),
         sum(ffn_matrices[: s.blocks]) + sum(ffn_biases[: s.blocks]),
         (0 if s.shortcuts else norms * (1 + s.norm_bias)) + s.relative,
         shortcuts,
-        s.layers * attention_matrices + sum(ffn_matrices) + shortcuts,
-        s.layers * query * attentions,
+        sum(attention_matrices) + sum(ffn_matrices) + shortcuts,
+        sum(queries) * attentions,
     )
 
 

@@ -563,7 +563,9 @@ class Shape:
 
     Parameters
     ----------
-    ffns : F of every layer, where they differ; like the next two of irregular models alone
+    ffns : F of every layer, where they differ; like the next four of irregular models alone
+    attentions : N and K of every layer, where they differ
+    down_bias : of the MLP's projections the last alone has a bias
     shortcuts : blocks hand on their input through matrices, and norms have no weights
     final : width of the stream that the last block writes and the head reads, where it is not D
     stored : blocks, where layers share them
@@ -594,6 +596,8 @@ class Shape:
     output_bias: bool
     mlp_bias: bool
     ffns: tuple[int, ...] | None = None
+    attentions: tuple[tuple[int, int], ...] | None = None
+    down_bias: bool = False
     shortcuts: bool = False
     final: int | None = None
     stored: int | None = None
@@ -625,6 +629,10 @@ class Shape:
     def ffn_of(self, layer: int) -> int:
         """Feed-forward width of one layer."""
         return self.ffn if self.ffns is None else self.ffns[layer]
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """Query and key-value heads of one layer."""
+        return (self.heads, self.kv_heads) if self.attentions is None else self.attentions[layer]
 
     @property
     def final_size(self) -> int:
@@ -673,6 +681,10 @@ def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
     ffns = cast("list[int] | None", config.get("ffn_sizes")) if entry.irregular else None
     if ffns is not None and len(ffns) != layers:
         raise ModelError(f"ffn_sizes must hold a width for each of the {layers} layers, got {len(ffns)}")
+    attentions = cast("list[list[int]] | None", config.get("head_sizes")) if entry.irregular else None
+    if attentions is not None and [len(sizes) for sizes in attentions] != [2] * layers:
+        raise ModelError(f"head_sizes must hold two numbers of heads for each of the {layers} layers, got {attentions}")
+    added = entry.irregular and fact("output_biases")
     final = size("final_size", hidden) if entry.irregular else hidden
     embedding = size(entry.embedding, hidden)
     mapped, tied = entry.always_mapped or embedding != hidden, fact(entry.tied)
@@ -689,9 +701,11 @@ def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
         tied=tied,
         gated=entry.gate is not None,
         attention_bias=fact(entry.attention_bias),
-        output_bias=fact(entry.output_bias),
+        output_bias=fact(entry.output_bias) or added,
         mlp_bias=fact(entry.mlp_bias),
         ffns=None if ffns is None else tuple(ffns),
+        attentions=None if attentions is None else tuple((heads, groups) for heads, groups in attentions),
+        down_bias=added and not fact(entry.mlp_bias),
         shortcuts=entry.irregular and fact("shortcuts"),
         final=None if final == hidden else final,
         stored=size(entry.stored) if entry.stored else None,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mariotte.compress.methods.shortgpt import keep_blocks
+from mariotte.compress.blocks import keep_blocks
 from mariotte.models.model import Done, Model
 from mariotte.recover.learner import matrices
 from mariotte.recover.methods.block import BlockLocal

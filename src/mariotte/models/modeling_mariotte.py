@@ -1,4 +1,4 @@
-"""Llama and Qwen2 models whose sizes an ordinary config cannot state: sliced streams, feed-forward widths by layer.
+"""Llama and Qwen2 models whose sizes an ordinary config cannot state: sliced streams, widths and heads by layer.
 
 This file is written beside the weights of such a checkpoint and needs nothing but torch and transformers. It is read
 by ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
@@ -6,6 +6,8 @@ by ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
 What its configs add to those of the family:
 
 * ``ffn_sizes``: feed-forward width of every layer; None where all are ``intermediate_size``
+* ``head_sizes``: query and key-value heads of every layer; None where all have as many as the family's config says
+* ``output_biases``: the matrices that write to the stream, the last of attention and the last of the MLP, have biases
 * ``shortcuts``: every block hands its input on through a matrix of its own instead of adding it as it is, and norms
   have no weights (they are folded into the matrices behind them). After attention, and again after the MLP:
   ``stream = shortcut(stream) + sublayer(norm(stream))``. Shortcuts are not trained
@@ -35,6 +37,8 @@ class MariotteLlamaConfig(LlamaConfig):
     model_type = "mariotte_llama"
 
     ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    output_biases: bool = False
     shortcuts: bool = False
     norm_size: int | None = None
     final_size: int | None = None
@@ -50,6 +54,8 @@ class MariotteQwen2Config(Qwen2Config):
     model_type = "mariotte_qwen2"
 
     ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    output_biases: bool = False
     shortcuts: bool = False
     norm_size: int | None = None
     final_size: int | None = None
@@ -90,16 +96,26 @@ def _shape_(layer: Any, config: Any, index: int) -> None:
     if index == config.num_hidden_layers - 1 and config.final_size:
         written = config.final_size
     ffn = config.intermediate_size if config.ffn_sizes is None else config.ffn_sizes[index]
-    mlp = layer.mlp
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if config.head_sizes is not None:
+        heads, groups = config.head_sizes[index]
+    attention, mlp = layer.self_attn, layer.mlp
     mlp.intermediate_size = ffn
-    for name, inputs, outputs in (
-        ("gate_proj", config.hidden_size, ffn),
-        ("up_proj", config.hidden_size, ffn),
-        ("down_proj", ffn, written),
+    attention.num_key_value_groups = heads // groups
+    query, keys = heads * attention.head_dim, groups * attention.head_dim
+    for module, name, inputs, outputs, writes in (
+        (attention, "q_proj", config.hidden_size, query, False),
+        (attention, "k_proj", config.hidden_size, keys, False),
+        (attention, "v_proj", config.hidden_size, keys, False),
+        (attention, "o_proj", query, config.hidden_size, True),
+        (mlp, "gate_proj", config.hidden_size, ffn, False),
+        (mlp, "up_proj", config.hidden_size, ffn, False),
+        (mlp, "down_proj", ffn, written, True),
     ):
-        old = getattr(mlp, name)
-        if old.weight.shape != (outputs, inputs):
-            setattr(mlp, name, nn.Linear(inputs, outputs, bias=old.bias is not None))
+        old = getattr(module, name)
+        bias = old.bias is not None or (writes and config.output_biases)
+        if old.weight.shape != (outputs, inputs) or bias != (old.bias is not None):
+            setattr(module, name, nn.Linear(inputs, outputs, bias=bias))
     if config.shortcuts:
         size = config.norm_size or config.hidden_size
         layer.input_layernorm = StreamRMSNorm(size, config.rms_norm_eps)

@@ -128,7 +128,7 @@ def left_by(model: Sized, chain: Chain) -> Left | None:
 
 def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
     """Bytes of one token of one sequence in the cache: a key and a value of K heads of width H, every layer."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
+    return 2 * sum(shape.heads_of(layer)[1] for layer in range(shape.layers)) * shape.head_dim * itemsize
 
 
 def memory_bytes(model: Sized, left: Left, context: int, batch: int) -> int:
@@ -236,10 +236,10 @@ def _whole(link: Link, name: str) -> int | None:
 
 def _block_matrices(shape: Shape) -> tuple[int, int]:
     """Weights of the matrices of attention and MLP in all blocks, and their rows: outputs, each with a scale."""
-    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attentions, ins = 1 + shape.cross, 2 if shape.gated else 1
     weights = rows = 0
     for layer in range(shape.blocks):
+        query, keys = (heads * shape.head_dim for heads in shape.heads_of(layer))
         ffn, written = shape.ffn_of(layer), shape.written_by(layer)
         weights += shape.hidden * (2 * query + 2 * keys) * attentions + ffn * (ins * shape.hidden + written)
         rows += (query + 2 * keys + shape.hidden) * attentions + ins * ffn + written

@@ -290,7 +290,7 @@ class MethodConformance:
         assert cut.embeddings.weight.shape == (shape.vocab, shape.hidden)
         assert cut.head.weight.shape == (shape.vocab, shape.final_size)
         for index, block in enumerate(cut.blocks):
-            assert oriented(block.output).shape == (shape.hidden, shape.heads * shape.head_dim)
+            assert oriented(block.output).shape == (shape.hidden, shape.heads_of(index)[0] * shape.head_dim)
             assert oriented(block.down).shape == (shape.written_by(index), shape.ffn_of(index))
         assert cut.hf.config.to_dict() == type(cut.hf.config).from_dict(cut.hf.config.to_dict()).to_dict()
 

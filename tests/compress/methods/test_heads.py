@@ -8,16 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mariotte.compress.methods.heads import (
-    Heads,
-    Norm,
-    Surgeon,
-    Taylor,
-    columns_of,
-    kept_counts,
-    mask_gradients,
-    removal_order,
-)
+from mariotte.compress.attention import columns_of, kept_counts
+from mariotte.compress.methods.heads import Heads, Norm, Surgeon, Taylor, mask_gradients, removal_order
 from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.nll import token_nll

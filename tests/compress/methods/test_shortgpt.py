@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from mariotte.compress.blocks import keep_blocks
 from mariotte.compress.influence import block_influence, cosines
-from mariotte.compress.methods.shortgpt import ShortGPT, keep_blocks
+from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.surgery import derive
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models import checkpoint

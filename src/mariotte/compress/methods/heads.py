@@ -6,7 +6,6 @@ R rows of calibration text, B rows at once, T tokens of a row.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
@@ -17,7 +16,16 @@ from torch.nn import functional
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Need, Shape
+from mariotte.architectures import Need
+from mariotte.compress.attention import (
+    BY,
+    columns_of,
+    head_weights,
+    largest_gap,
+    possible_counts,
+    refuse_heads,
+    restate_heads_,
+)
 from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.surgery import derive, parameter_names
@@ -28,7 +36,6 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["Heads"]
 
 CRITERIA = ("obs", "norm", "taylor")
-BY = ("queries", "groups")
 
 
 class Judge(Protocol):
@@ -133,11 +140,6 @@ class Taylor:
         """Nothing: the gradients are those of the uncut model."""
 
 
-def columns_of(heads: Sequence[int], width: int) -> list[int]:
-    """Columns of the output projection that read some heads, in the heads' order."""
-    return [column for head in heads for column in range(head * width, (head + 1) * width)]
-
-
 def removal_order(groups: int, per_group: int, by: str, judge: Judge) -> list[int]:
     """All heads, the first to be removed first.
 
@@ -174,16 +176,6 @@ def removal_order(groups: int, per_group: int, by: str, judge: Judge) -> list[in
     while singles:
         singles.remove(take(singles))
     return order
-
-
-def kept_counts(shape: Shape, by: str) -> list[tuple[int, int]]:
-    """Query and key-value heads left after each removal of `removal_order` that leaves all groups equal, all first."""
-    per_group = shape.heads // shape.kv_heads
-    if by == "groups":
-        whole = [(groups * per_group, groups) for groups in range(shape.kv_heads, 0, -1)]
-        return whole + [(heads, 1) for heads in range(per_group - 1, 0, -1)]
-    even = [(shape.kv_heads * heads, shape.kv_heads) for heads in range(per_group, 0, -1)]
-    return even + [(heads, heads) for heads in range(shape.kv_heads - 1, 0, -1)]
 
 
 @torch.enable_grad()
@@ -305,29 +297,12 @@ class Heads(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
-        if not model.entry.head_dim:
-            return (
-                f"needs a config that states head_dim, and {model.entry.model_type} ties the head size to the hidden "
-                "size: take ffn or shortgpt"
-            )
-        return None
+        return super().refuse(model) or refuse_heads(model)
 
     def _choices(self, model: Model) -> tuple[str, list[tuple[int, int]]]:
         """How heads go, and the counts of query and key-value heads that the family's config can state, all first."""
-        shape = model.shape
-
-        def possible(by: str) -> list[tuple[int, int]]:
-            strict = model.entry.hidden_multiple_of_heads
-            return [
-                (heads, groups)
-                for heads, groups in kept_counts(shape, by)
-                if heads == shape.heads or not strict or shape.hidden % heads == 0
-            ]
-
-        by = self.by or min(BY, key=lambda by: _largest_gap(possible(by)))
-        return by, possible(by)
+        by = self.by or min(BY, key=lambda by: largest_gap(possible_counts(model, by)))
+        return by, possible_counts(model, by)
 
     def kept(self, model: Model, amount: int | float) -> tuple[int, int]:
         """Query and key-value heads that are kept of a model at an amount, from its shape alone."""
@@ -388,51 +363,23 @@ class Heads(Step):
             heads=[shape.heads, heads],
             kv_heads=[shape.kv_heads, groups],
             by=by,
-            rounding=_largest_gap(choices),
+            rounding=largest_gap(choices),
         )
         if heads == shape.heads:
             return model.copy().after(done)
         names = parameter_names(model)
-        per_group, width = shape.heads // shape.kv_heads, shape.head_dim
+        width = shape.head_dim
         weights: dict[str, Tensor] = {}
         for index, block in enumerate(model.blocks):
             tensors = {key: tensor.to(model.device) for key, tensor in prepared.get(f"block-{index}").items()}
             ranked = cast("list[int]", tensors["order"][:heads].tolist())
-            # In their old order: the query heads of one key-value head then stay neighbours, as attention expects.
             kept = sorted(ranked)
-            shared = sorted({head // per_group for head in kept})
-            assert len(shared) == groups, (kept, groups)
-            for linear, some in ((block.query, kept), (block.key, shared), (block.value, shared)):
-                rows = columns_of(some, width)
-                weights |= {names[parameter]: parameter[rows] for parameter in linear.parameters()}
+            output_Di = None
             if self.compensate:
                 output_Di = compensated(tensors["factor"], tensors["product"], heads * width)
                 output_Di = output_Di[:, columns_of([ranked.index(head) for head in kept], width)]
-            else:
-                output_Di = block.output.weight[:, columns_of(kept, width)]
-            weights[names[block.output.weight]] = output_Di
+            weights |= head_weights(block, names, shape, kept, output_Di)
         entry = model.entry
         cut = derive(model, weights, {entry.heads: heads, entry.kv_heads: groups, entry.head_dim: width})
-        _restate_heads(cut)
+        restate_heads_(cut)
         return cut.after(done)
-
-
-def _largest_gap(choices: Sequence[tuple[int, int]]) -> int:
-    """Heads between two neighbouring choices, at most; 1 when there is a single one."""
-    return max((above - below for (above, _), (below, _) in itertools.pairwise(choices)), default=1)
-
-
-def _restate_heads(model: Model) -> None:
-    """Make what attention modules say of their heads agree with the config: forward passes read it."""
-    shape = model.shape
-    sizes = {
-        "num_key_value_groups": shape.heads // shape.kv_heads,
-        "num_heads": shape.heads,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-    }
-    for block in model.blocks:
-        for module in block.module.modules():
-            for name, value in sizes.items():
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, value)

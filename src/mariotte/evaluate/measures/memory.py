@@ -27,7 +27,7 @@ def kv_bytes(shape: Shape, itemsize: int) -> int:
     shape : of the model
     itemsize : bytes of a number
     """
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
+    return 2 * sum(shape.heads_of(layer)[1] for layer in range(shape.layers)) * shape.head_dim * itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
