@@ -12,7 +12,7 @@ import pytest
 from mariotte.errors import FitError, MariotteError
 from mariotte.laws import Point, fit
 from mariotte.laws.compose import compose, composed, recovered
-from mariotte.laws.result import Prediction
+from mariotte.laws.facts import Prediction
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "composition.py"
 

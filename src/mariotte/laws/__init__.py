@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from mariotte.laws.base import Point as Point
     from mariotte.laws.catalogue import LAWS as LAWS
     from mariotte.laws.catalogue import find as find
+    from mariotte.laws.facts import Prediction as Prediction
+    from mariotte.laws.facts import Ratio as Ratio
     from mariotte.laws.fitting import fit as fit
     from mariotte.laws.result import Fit as Fit
-    from mariotte.laws.result import Prediction as Prediction
-    from mariotte.laws.result import Ratio as Ratio
     from mariotte.laws.validation import HoldOut as HoldOut
     from mariotte.laws.validation import rolling as rolling
 
@@ -24,8 +24,8 @@ _HOME = {
     "HoldOut": "mariotte.laws.validation",
     "Law": "mariotte.laws.base",
     "Point": "mariotte.laws.base",
-    "Prediction": "mariotte.laws.result",
-    "Ratio": "mariotte.laws.result",
+    "Prediction": "mariotte.laws.facts",
+    "Ratio": "mariotte.laws.facts",
     "find": "mariotte.laws.catalogue",
     "fit": "mariotte.laws.fitting",
     "rolling": "mariotte.laws.validation",

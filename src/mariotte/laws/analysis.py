@@ -11,11 +11,12 @@ from mariotte.laws import published
 from mariotte.laws.base import Inputs, Kind, Law, Point, values
 from mariotte.laws.catalogue import applicable, find
 from mariotte.laws.ensemble import JOIN
+from mariotte.laws.facts import Ratio
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.linear import LinearLaw
 from mariotte.laws.priors import Pool, Priors, known_name
-from mariotte.laws.result import Fit, Ratio
+from mariotte.laws.result import Fit
 from mariotte.laws.validation import Fold, HoldOut, grouped, rolling
 
 AUTO = "auto"

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mariotte.errors import FitError, unknown
 from mariotte.laws.base import collapsed
-from mariotte.laws.result import Fit, Prediction
+from mariotte.laws.facts import Prediction
+from mariotte.laws.result import Fit
 
 RULES: Mapping[str, Callable[[float, Sequence[float]], float]] = {
     "add": lambda base, values: base + sum(value - base for value in values),

@@ -14,8 +14,9 @@ from mariotte import __version__
 from mariotte.errors import FitError
 from mariotte.laws.base import FALLING, Array, Estimate, Inputs, Law, Point, Series, values
 from mariotte.laws.catalogue import find
+from mariotte.laws.facts import Coefficient, FitReport
 from mariotte.laws.posterior import PosteriorLaw
-from mariotte.laws.result import Coefficient, Fit, FitReport
+from mariotte.laws.result import Fit
 from mariotte.laws.uncertainty import calibrate
 from mariotte.store.record import canonical_json, digest
 

@@ -15,6 +15,7 @@ import numpy as np
 from mariotte import __version__
 from mariotte.errors import FitError
 from mariotte.laws.base import Inputs, Point, metric_kind
+from mariotte.laws.facts import FitReport
 from mariotte.laws.fitting import coefficients, fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.learning import learn
@@ -22,7 +23,7 @@ from mariotte.laws.points import read_all
 from mariotte.laws.priors import Priors, scale_of
 from mariotte.laws.published import base_model
 from mariotte.laws.published import points as published_points
-from mariotte.laws.result import Fit, FitReport
+from mariotte.laws.result import Fit
 from mariotte.store.record import digest
 
 

@@ -10,7 +10,7 @@ from mariotte.report.series import share
 from mariotte.store.record import Record, digest
 
 if TYPE_CHECKING:
-    from mariotte.laws.result import Ratio
+    from mariotte.laws.facts import Ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,30 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mariotte.store.tables import PUBLISHED
+
 if TYPE_CHECKING:
     from mariotte.laws.base import Point
 
 _HERE = Path(__file__).parent
 
-COLUMNS = (
-    "source",
-    "model",
-    "params_b",
-    "method",
-    "family",
-    "ratio",
-    "ratio_kind",
-    "recovery_tokens",
-    "metric",
-    "base_value",
-    "value",
-    "stderr",
-    "bits",
-    "protocol",
-    "chance",
-    "left_out",
-    "note",
-)
+COLUMNS = (*PUBLISHED[:4], "family", *PUBLISHED[4:-1], "chance", "left_out", PUBLISHED[-1])
 """Of a table of measurements. Numbers are as printed; `family` and `chance` (the mean over the tasks of an average) are
 ours, `left_out` says why a row belongs to no series, `note` what a reader must know of the row."""
 
