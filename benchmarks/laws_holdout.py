@@ -275,8 +275,8 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}. Priors and intervals of the family law know nothing of the cluster (base model "
         "× family, over all sources) that is predicted. Its settings were chosen on the same series: see Nested.",
         "",
-        "odds-pooled learns its exponent from perplexities of other model × method only, on the folds for which there "
-        "are three such series; as the protocol prints it, with exponents of other pools, it has 0.179 / 0.112 there.",
+        "odds-pooled learns its exponent from other model × method of its family, as the protocol has it, on the folds "
+        "for which there are three such series.",
         "",
     ]
     page = "\n".join([*head, *out])
