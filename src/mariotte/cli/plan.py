@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mariotte.cli.console import print_json, print_table, progress, say, warn
+from mariotte.cli._planned import print_options, relative, say_choice
+from mariotte.cli.console import print_json, print_table, progress, say
 
 if TYPE_CHECKING:
-    from mariotte.plan.answer import Option, Plan
+    from mariotte.plan.answer import Plan
     from mariotte.plan.search import Planner
     from mariotte.store.record import Record
 
@@ -242,30 +243,13 @@ def _print(found: Plan) -> None:
     say(f"{found.model}: {found.n_params:,} parameters, {found.n_bytes:,} bytes; judged by {', '.join(found.measures)}")
     if found.probes:
         say(f"measured for this plan: {', '.join(found.probes)}")
-    metrics = [f.metric for f in found.options[0].quality]
-    columns = ["chain", *(f"{m}" for m in metrics), f"{found.level:.0%} interval", "sure", "removed", "bytes"]
-    columns += ["speed", "recovery", "budget"]
-    shown = list(found.options[:SHOWN])
-    print_table(f"options, best first: {found.rule}", columns, [_row(option, found) for option in shown])
-    winner = found.winner
-    if winner is None:
-        best = found.options[0]
-        warn(
-            f"nothing that is known meets the budget with probability {found.budget.sure:g}; {best.chain} does with "
-            f"{best.probability:.2f}"
-        )
-    else:
-        f = winner.quality[0]
-        say(
-            f"choose {winner.chain}: {f.metric} {f.mean:.4g} ({_relative(f.mean, f.base)}), {found.level:.0%} interval "
-            f"{f.lo:.4g} to {f.hi:.4g}; {winner.saving:.1%} of the parameters and {1 - winner.bytes_share:.1%} of the "
-            "bytes saved" + (f"; {winner.speedup:.2f} times as fast" if winner.speedup is not None else "")
-        )
+    print_options(found, SHOWN)
+    say_choice(found)
     for one in found.verified:
         p = one.predicted
         say(
             f"{p.metric}: predicted {p.mean:.4g} ({p.lo:.4g} to {p.hi:.4g}), measured {one.measured:.4g} "
-            f"({_relative(one.measured, p.base)}): {'inside' if one.inside else 'outside'} the interval"
+            f"({relative(one.measured, p.base)}): {'inside' if one.inside else 'outside'} the interval"
             + ("" if one.kept is None else f", the floor is {'kept' if one.kept else 'not kept'}")
         )
     if found.rivals:
@@ -298,22 +282,3 @@ def _print(found: Plan) -> None:
     for one in found.experiments:
         gain = f"expected gain {one.gain:.3f}, " if one.gain > 0 else ""
         say(f"would tell: {one.chain}, {one.why} ({gain}interval of the choice {one.narrows:.0%} narrower)")
-
-
-def _row(option: Option, found: Plan) -> list[Any]:
-    f = option.quality[0]
-    return [
-        option.chain,
-        *(f"{q.mean:.4g} ({_relative(q.mean, q.base)})" for q in option.quality),
-        "measured" if f.measured else f"{f.lo:.4g} .. {f.hi:.4g}",
-        f"{option.probability:.2f}",
-        f"{option.saving:.1%}",
-        f"{option.bytes_share:.1%}",
-        "-" if option.speedup is None else f"{option.speedup:.2f}x",
-        f"{option.recovery_tokens:,}" if option.recovery_tokens else "-",
-        "met" if option.meets else "; ".join(option.misses) or "not sure enough",
-    ]
-
-
-def _relative(value: float, base: float) -> str:
-    return f"{100 * (value / base - 1):+.1f} %"

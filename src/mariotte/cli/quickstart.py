@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mariotte.cli._planned import print_options, say_choice
 from mariotte.cli._running import run_shown
 from mariotte.cli.console import duration, print_table, say
 
@@ -19,11 +21,20 @@ __all__ = ["quickstart"]
 
 ALLOWANCE = 0.05
 
+UNTOUCHED = "testbed/qwen2-2m"
+"""Planned for from the records of the others: a model of which the quickstart measures nothing."""
+
+RECOVERY = "16k"
+"""Tokens that the plan may spend: the most that the quickstart recovers with."""
+
+OPTIONS = 4
+"""Rows of the plan that are printed."""
+
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the records and the report.")] = Path("mariotte-quickstart"),
 ) -> None:
-    """Compress, recover, measure, fit a law and report, on three tiny models: no network, about two minutes.
+    """Compress, recover, measure, fit a law, plan and report, on tiny models: no network, about two minutes.
 
     It runs studies/quickstart.toml. Stop it whenever you like: run again, it goes on from there.
     """
@@ -45,6 +56,8 @@ def quickstart(
         _print_law(records)
         say("")
         say(usable_sentence(records, allowance=ALLOWANCE))
+        say("")
+        _print_plan(out / "quickstart.db", records)
         page = write(
             records,
             out / "report.html",
@@ -151,4 +164,25 @@ def _print_law(records: Sequence[Record]) -> None:
                 ]
                 for fit in fits
             ],
+        )
+
+
+def _print_plan(store: Path, records: Sequence[Record]) -> None:
+    """What these records say of a model that is not among them."""
+    from mariotte.plan import plan, read_budget
+
+    measure = next(record.measure for record in _losses(records))
+    found = plan(
+        UNTOUCHED, read_budget(max_loss=f"{ALLOWANCE:+.0%}", recovery_tokens=RECOVERY), store=store, measure=measure
+    )
+    say(
+        f"A plan for {UNTOUCHED} ({found.n_params:,} parameters), which the quickstart does not touch: at most "
+        f"{ALLOWANCE:+.0%} loss, up to {RECOVERY} tokens of recovery"
+    )
+    print_options(found, OPTIONS)
+    say_choice(found)
+    if found.winner is not None and not found.winner.quality[0].measured:
+        say(
+            f"make it and see: mariotte plan {UNTOUCHED} --max-loss {ALLOWANCE:+.0%} --recover {RECOVERY} "
+            f"--store {shlex.quote(str(store))} --measure {shlex.quote(measure)} --execute"
         )
