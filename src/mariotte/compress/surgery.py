@@ -6,7 +6,7 @@ Shapes: O outputs and I inputs of a linear layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,20 @@ from mariotte.accounting import cut_width as cut_width
 from mariotte.accounting import rounding as rounding
 from mariotte.models.irregular import freeze_shortcuts_, skeleton
 from mariotte.models.model import Model
+from mariotte.models.paging import Spilled, Stored, another, pager_of
+
+
+def gathered(model: Model) -> MutableMapping[str, Tensor]:
+    """An empty mapping for the new weights of a model, by name, which `derive` or `scope.change` takes.
+
+    Of a model in memory it is a dict. Of a streamed one it writes each tensor to scratch when it is put in, in the
+    dtype of the parameter that it replaces, so that a method which fills it block by block holds one block.
+    """
+    pager = pager_of(model.embeddings.weight)
+    if pager is None:
+        return {}
+    dtypes = {name: parameter.dtype for name, parameter in model.hf.named_parameters(remove_duplicate=False)}
+    return Spilled(pager, dtypes)
 
 
 def parameter_names(model: Model) -> dict[Tensor, str]:
@@ -50,7 +64,8 @@ def derive(
     Parameters
     ----------
     model : what to start from
-    weights : new values by parameter name, cast to the dtype and device of the parameter that they replace
+    weights : new values by parameter name, cast to the dtype and device of the parameter that they replace; such as
+        `gathered` gives
     config : what the config must say now; it has to describe the new shapes
     untie : give the head a weight of its own, which must be among `weights`
     irregular : make it a model of the class for sizes that the family's config cannot state (``models/irregular.py``),
@@ -62,7 +77,8 @@ def derive(
 
     Notes
     -----
-    Costs one copy of the parameters that stay, and never holds two of those that are replaced.
+    Costs one copy of the parameters that stay, and never holds two of those that are replaced. Of a streamed model
+    nothing is read: what stays is where it was, what is new in scratch.
     """
     shared: dict[str, nn.Parameter] = dict(model.hf.named_parameters())
     names, others = parameter_names(model), _other_names(model)
@@ -92,12 +108,12 @@ def derive(
     for name in wanted:
         if name == head and tied:
             continue
-        old, new = shared.get(name, embedded), weights.get(name)
-        assert new is not None or name in shared, f"{name} is new and has no value"
-        value = old.detach().clone() if new is None else new.detach().to(old.device, old.dtype, copy=True)
+        old = shared.get(name, embedded)
+        assert name in weights or name in shared, f"{name} is new and has no value"
+        value = _value(weights, name, old) if name in weights else another(old)
         _set_parameter(hf, name, value.contiguous(), old, also=() if irregular else others.get(name, ()))
     if untie and tied:
-        _set_parameter(hf, head, weights[head].to(embedded.device, embedded.dtype, copy=True), embedded)
+        _set_parameter(hf, head, _value(weights, head, embedded), embedded)
         setattr(hf.config, model.entry.tied, False)
     elif tied:
         derived.head.weight = derived.embeddings.weight
@@ -109,11 +125,21 @@ def derive(
         own = (*model.entry.head_biases[1:], *model.entry.copies)
         for name in own:
             shared_until_now = hf.get_parameter(name)
-            _set_parameter(hf, name, shared_until_now.detach().clone(), shared_until_now)
+            _set_parameter(hf, name, another(shared_until_now), shared_until_now)
         # transformers keeps the list of tied keys from when the model was made, and would tie them again when saving.
         tied_keys = cast("dict[str, str]", hf.all_tied_weights_keys)
         hf.all_tied_weights_keys = {name: source for name, source in tied_keys.items() if name not in (head, *own)}
     return derived
+
+
+def _value(weights: Mapping[str, Tensor], name: str, old: Tensor) -> Tensor:
+    """A new weight as a tensor of its own, where and in the dtype that the old one is."""
+    if isinstance(weights, Spilled):
+        return weights.stored(name).another(old.dtype)
+    new = weights[name].detach()
+    if isinstance(old, Stored):
+        return old.cell.pager.stored(new, old.dtype)
+    return new.to(old.device, old.dtype, copy=True)
 
 
 def _other_names(model: Model) -> dict[str, list[str]]:

@@ -25,10 +25,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportUnknownVariableType]
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -39,6 +41,7 @@ from mariotte.architectures import Architecture, Kind
 from mariotte.errors import ModelError, UnknownNameError, unknown
 from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
+from mariotte.models.streaming import fill_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LOADED_BY: Mapping[Kind, Any] = {
@@ -262,6 +265,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
+    stream: Path | None = None,
 ) -> Model:
     """Load a language model of any kind and see it through its family's entry.
 
@@ -272,12 +276,15 @@ def load(
     dtype : to compute in; None takes float32 on the CPU (bfloat16 is slow there) and the checkpoint's own elsewhere
     trust_remote_code : run modelling code that the checkpoint carries; off unless you ask. Irregular checkpoints of
         ours need none: their class is known here, and the copy in the folder is not run
+    stream : leave the weights in their files, for a model larger than memory: each is read when something computes with
+        it, and those used longest ago are let go. What a step changes is kept in this folder, which must have room for
+        the changed model, and for as long as the model is in use
 
     Raises
     ------
     ModelError
         When there is no such model, it has no weights in safetensors, its weights do not match its config, or its
-        family is not described in ``architectures.py``.
+        family is not described in ``architectures.py``, or cannot be streamed.
     """
     name = os.fspath(name_or_path)
     if not name.strip():
@@ -293,9 +300,13 @@ def load(
     where = find_device(device)
     if chosen is None:
         chosen = torch.float32 if where.type == "cpu" else stored
-    hf = read_weights(folder, chosen, what=name, trust_remote_code=trust_remote_code)
+    if stream is None:
+        hf = read_weights(folder, chosen, what=name, trust_remote_code=trust_remote_code)
+        hf.to(where)  # pyright: ignore[reportArgumentType]
+    else:
+        hf = stream_weights(folder, chosen, where, stream, what=name)
     return Model(
-        hf.to(where),  # pyright: ignore[reportArgumentType]
+        hf,
         load_tokenizer(folder),
         name=name,
         fingerprint=fingerprint(folder),
@@ -347,6 +358,38 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
     freeze_shortcuts_(hf)
     _restate_tie(hf, entry)
     return hf.eval()
+
+
+def stream_weights(
+    folder: Path, dtype: torch.dtype, device: torch.device, scratch: Path, *, what: str
+) -> PreTrainedModel:
+    """As `read_weights`, with every weight left in the folder's files; see `load`.
+
+    Parameters
+    ----------
+    scratch : folder for weights that are changed
+    what : the model's name for messages
+
+    Raises
+    ------
+    ModelError
+        When files are damaged or do not hold exactly the weights that the config asks for, or the family's files
+        cannot be read block by block.
+    """
+    entry = architectures.of(read_config(folder))
+    try:
+        with quiet_transformers():
+            config = cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
+            with torch.device("meta"):
+                made = LOADED_BY[entry.kind].from_config(config, attn_implementation="sdpa", dtype=dtype)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
+    hf = cast(PreTrainedModel, made).eval()
+    with quiet_transformers():
+        fill_(hf, weight_files(folder), entry, device, scratch, what=what)
+    freeze_shortcuts_(hf)
+    _restate_tie(hf, entry)
+    return hf
 
 
 def _restate_tie(hf: PreTrainedModel, entry: Architecture) -> None:

@@ -15,6 +15,7 @@ from mariotte import accounting, architectures
 from mariotte.accounting import Counts
 from mariotte.architectures import Architecture, Kind, Shape
 from mariotte.errors import ModelError
+from mariotte.models.paging import pager_of, pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +223,13 @@ class Model:
         return replace(counted, n_bytes=counted.n_bytes - saved)
 
     @property
+    def streamed(self) -> bool:
+        """Whether its weights are on disk, and read when something computes with them; see ``load(stream=...)``."""
+        return pager_of(self.embeddings.weight) is not None
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are, or are computed with."""
         return self.embeddings.weight.device
 
     @property
@@ -358,4 +364,5 @@ class Model:
 
     def zeros(self, *scopes: str) -> int:
         """Weights of the matrices of these scopes (without any: of all the blocks' matrices) that are exactly zero."""
-        return sum(int((matrix.weight == 0).sum()) for matrix in self.matrices(*(scopes or ("all",))))
+        matrices = self.matrices(*(scopes or ("all",)))
+        return sum(int((piece == 0).sum()) for matrix in matrices for piece in pieces(matrix.weight))

@@ -21,6 +21,7 @@ from mariotte.architectures import Need
 from mariotte.chain import Link, print_number
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
+from mariotte.models.paging import pieces
 
 MANIFEST = "manifest.json"
 OF_MODEL = "model"
@@ -168,6 +169,7 @@ class Step(ABC):
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
     * ``needs``: what a model's family must have; see `Architecture.lacking`
     * ``version``: goes up when a correction changes numbers
+    * ``streams``: whether it works on a model larger than memory, a few blocks at a time; see `whole`
     * ``plain``: whether the result is an ordinary transformers checkpoint of the same family
     * ``fixed``: the one amount of a step that is written without any, such as ``int8``
 
@@ -189,6 +191,7 @@ class Step(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     needs: ClassVar[tuple[Need, ...]] = ()
     version: ClassVar[int] = 1
+    streams: ClassVar[bool] = False
     plain: ClassVar[bool] = True
     fixed: ClassVar[int | None] = None
 
@@ -297,6 +300,13 @@ class Step(ABC):
         reason = model.entry.lacking(self.needs)
         return reason and f"{reason}: take a model of another family, or magnitude, which works on all of them"
 
+    def whole(self) -> str | None:
+        """Why this step needs a model in memory as a whole, in a clause after its name; None when it streams.
+
+        Extend it where fields ask for more than one block at a time, such as gradients through all of them.
+        """
+        return None if self.streams else "works on a model in memory as a whole"
+
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:
         """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""
         return {}
@@ -382,7 +392,9 @@ def not_finite(model: Model) -> str | None:
     """What of the model is no number, in a clause after a step's name; None when all is."""
     for path, p in model.hf.named_parameters():
         # The sum of numbers is a number, unless it overflows: only then is every one of them looked at.
-        if p.is_floating_point() and not math.isfinite(p.detach().sum()) and not p.detach().isfinite().all():
+        if p.is_floating_point() and any(
+            not math.isfinite(piece.sum()) and not piece.isfinite().all() for piece in pieces(p)
+        ):
             return (
                 f"needs finite weights, and of {model.name} {path} holds NaN or infinity: "
                 "check its files, or compute in a wider dtype"

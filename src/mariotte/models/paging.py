@@ -1,0 +1,510 @@
+"""Weights that stay on disk: read when something computes with them, written to scratch when they were changed.
+
+A model whose parameters are `Stored` is walked, cut and saved by the same code as any other, and holds a few blocks of
+itself in memory. Files are read with plain reads and never mapped, so that no page of them counts as the process'.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import struct
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from mariotte.errors import ModelError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By their names in a safetensors header."""
+
+PIECE_BYTES = 1 << 25
+"""Of what is copied or looked through a piece at a time."""
+
+SHARD_BYTES = 5 * 10**9
+"""Of one file of a checkpoint, as transformers writes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where the numbers of a tensor are in a file.
+
+    Parameters
+    ----------
+    path, start : the file, and the first byte
+    dtype, shape : of the tensor, row after row
+    """
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """All of it, on the CPU in its own dtype."""
+        return self._read(self.start, math.prod(self.shape)).view(self.shape)
+
+    def rows(self, wanted: Iterable[int]) -> Tensor:
+        """Some of its rows, in the order asked for."""
+        width = math.prod(self.shape[1:])
+        size = width * self.dtype.itemsize
+        found = [self._read(self.start + row * size, width).view(1, *self.shape[1:]) for row in wanted]
+        return torch.cat(found) if found else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All of it, some rows at a time; a tensor without rows comes whole."""
+        width = math.prod(self.shape[1:])
+        at_once = max(1, PIECE_BYTES // max(1, width * self.dtype.itemsize))
+        if not self.shape or self.shape[0] <= at_once:
+            yield self.read()
+            return
+        for start in range(0, self.shape[0], at_once):
+            rows = min(at_once, self.shape[0] - start)
+            place = self.start + start * width * self.dtype.itemsize
+            yield self._read(place, rows * width).view(rows, *self.shape[1:])
+
+    def _read(self, start: int, count: int) -> Tensor:
+        found = torch.empty(count, dtype=self.dtype)
+        # As bytes: numpy, through which a tensor's memory is reached, has no bfloat16.
+        whole = found.view(torch.uint8).numpy().data if count else memoryview(b"")
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                done = 0
+                while done < len(whole):
+                    got = os.preadv(file, [whole[done:]], start + done)
+                    if not got:
+                        raise OSError(None, "it ends too early")
+                    done += got
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise ModelError(
+                f"{self.path} should hold {count * self.dtype.itemsize:,} bytes from {start:,} on, and cannot be read "
+                f"({error.strerror or error}): it was changed or removed while the model was in use"
+            ) from error
+        return found
+
+
+def read_header(path: Path) -> dict[str, Source]:
+    """What a safetensors file holds, by name; its numbers are not read.
+
+    Raises
+    ------
+    ModelError
+        When the file is damaged, or holds numbers of a kind that is not known here.
+    """
+    try:
+        # The library's own checks first: sizes, overlaps, and what a header may say.
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = cast("dict[str, Any]", json.loads(file.read(length)))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{path} must be a safetensors file, and cannot be read: {error}") from error
+    found: dict[str, Source] = {}
+    for name, stated in header.items():
+        if name == "__metadata__":
+            continue
+        if stated["dtype"] not in DTYPES:
+            raise ModelError(
+                f"{path} holds {name} as {stated['dtype']}, which cannot be read block by block: "
+                f"convert it to one of {', '.join(DTYPES)}"
+            )
+        place = 8 + length + int(stated["data_offsets"][0])
+        found[name] = Source(path, place, DTYPES[stated["dtype"]], tuple(stated["shape"]))
+    return found
+
+
+class Pager:
+    """Keeps of many stored tensors those that were used last.
+
+    Parameters
+    ----------
+    folder : where changed tensors go; it holds only what some model still has
+    device : where tensors are computed with
+    limit : bytes of tensors held at once; a larger one is held alone
+
+    Attributes
+    ----------
+    read_bytes : read until now
+    """
+
+    def __init__(self, folder: Path, device: torch.device, limit: int) -> None:
+        self.folder, self.device, self.limit = folder, device, limit
+        self.read_bytes = 0
+        self._held: OrderedDict[int, weakref.ref[Cell]] = OrderedDict()
+        self._numbers = itertools.count()
+
+    def hold(self, cell: Cell) -> Tensor:
+        """The numbers of a tensor; those used longest ago are let go to make room."""
+        found = cell.numbers
+        if found is None:
+            self._make_room(cell.nbytes)
+            self.read_bytes += cell.source.nbytes
+            found = cell.numbers = cell.source.read().to(self.device, cell.dtype)
+        self._held[id(cell)] = weakref.ref(cell)
+        self._held.move_to_end(id(cell))
+        return found
+
+    def keep(self, cell: Cell, numbers: Tensor) -> None:
+        """Take back numbers that were written to, should they have been let go meanwhile."""
+        cell.numbers = numbers
+        cell.written()
+        self._held[id(cell)] = weakref.ref(cell)
+
+    def forget(self, cell_id: int) -> None:
+        """A cell is gone."""
+        self._held.pop(cell_id, None)
+
+    def _make_room(self, wanted: int) -> None:
+        held = [cell for one in self._held.values() if (cell := one()) is not None]
+        total = sum(cell.nbytes for cell in held)
+        for cell in held:
+            if total + wanted <= self.limit:
+                break
+            total -= cell.nbytes
+            cell.let_go()
+            self.forget(id(cell))
+
+    def write(self, tensor: Tensor) -> Source:
+        """Put a tensor into scratch; its file goes when nothing refers to it any more.
+
+        Raises
+        ------
+        ModelError
+            When it cannot be written.
+        """
+        path = self.folder / f"{os.getpid()}-{next(self._numbers)}.bin"
+        source = Source(path, 0, tensor.dtype, tuple(tensor.shape))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                for piece in _rows_of(tensor.detach()):
+                    file.write(_bytes_of(piece))
+        except OSError as error:
+            with suppress(OSError):
+                path.unlink()
+            raise ModelError(
+                f"{source.nbytes:,} bytes of weights cannot be kept in {self.folder}: {error.strerror or error}; "
+                "name a folder with room for the model"
+            ) from error
+        weakref.finalize(source, path.unlink, missing_ok=True)
+        return source
+
+    def stored(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Stored:
+        """A tensor put into scratch."""
+        return Stored(Cell(self, self.write(tensor.detach().to(dtype or tensor.dtype)), dtype or tensor.dtype))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _rows_of(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in memory, some rows at a time, so that no second copy of it is made to write it."""
+    if tensor.ndim == 0:
+        yield tensor
+        return
+    width = tensor[:1].numel() * tensor.dtype.itemsize
+    yield from tensor.split(max(1, PIECE_BYTES // max(1, width)))
+
+
+class Cell:
+    """One tensor's place: on disk, and for a while in memory.
+
+    Parameters
+    ----------
+    pager : who lets it go
+    source : where it is on disk
+    dtype : in which it is computed with; cast from the file's when it is read
+    """
+
+    def __init__(self, pager: Pager, source: Source, dtype: torch.dtype) -> None:
+        self.pager, self.source, self.dtype = pager, source, dtype
+        self.shape = source.shape
+        self.numbers: Tensor | None = None
+        self._written = False
+        self._viewed: dict[int, tuple[Tensor, int]] = {}
+
+    def __del__(self) -> None:
+        self.pager.forget(id(self))
+
+    @property
+    def nbytes(self) -> int:
+        """In memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def viewed(self, handle: Tensor) -> None:
+        """A view of the numbers was handed out, through which they may be written to."""
+        # torch counts the writes to a tensor, those through its views among them; the handle must live to be asked.
+        self._viewed.setdefault(id(handle), (handle, handle._version))
+
+    def written(self) -> None:
+        """The numbers in memory are no longer those on disk."""
+        self._written = True
+
+    def settle(self) -> Source:
+        """Write to scratch what was changed since it was read; then the source says what the tensor is."""
+        changed = self._written or any(handle._version != version for handle, version in self._viewed.values())
+        if changed and self.numbers is not None:
+            self.source = self.pager.write(self.numbers)
+        self._written = False
+        self._viewed = {key: (handle, handle._version) for key, (handle, _) in self._viewed.items()}
+        return self.source
+
+    def let_go(self) -> None:
+        """Free the memory."""
+        self.settle()
+        self.numbers, self._viewed = None, {}
+
+
+class Stored(Tensor):
+    """A tensor whose numbers are on disk; any operation reads them, and what it returns is an ordinary tensor.
+
+    Operations in place write: the changed numbers are kept in scratch, never in the file that they came from. A view
+    is of the numbers in memory, so write through it at once or not at all.
+
+    Parameters
+    ----------
+    cell : where the numbers are; a copy has another one, an alias such as ``weight.data`` the same
+    """
+
+    cell: Cell
+
+    @staticmethod
+    def __new__(cls: type[Stored], cell: Cell) -> Stored:
+        """A handle; nothing is read."""
+        made = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType] how torch has subclasses made
+            cls, cell.shape, dtype=cell.dtype, device=cell.pager.device
+        )
+        made.cell = cell
+        return made
+
+    def __init__(self, cell: Cell) -> None:
+        """Nothing more than `__new__` does."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType, reportAssignmentType, reportUnknownVariableType] as torch's own subclasses do
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Read the numbers, compute, and keep what was written."""
+        if func is torch.ops.aten.detach.default:
+            return Stored(args[0].cell)
+        if func is torch.ops.aten.embedding.default and isinstance(args[0], Stored):
+            return _embedded(args[0], args[1])
+        used: list[tuple[Stored, Tensor]] = []
+
+        def read(x: Any) -> Any:
+            if not isinstance(x, Stored):
+                return x
+            numbers = x.cell.pager.hold(x.cell)
+            used.append((x, numbers))
+            return numbers
+
+        real: Any = pytree.tree_map(read, (list(args), dict(kwargs or {})))
+        found = func(*real[0], **real[1])
+        if not func._schema.is_mutable:
+            if any(returned.alias_info is not None for returned in func._schema.returns):
+                for stored, _ in used:
+                    stored.cell.viewed(stored)
+            return found
+        for stored, numbers in _written(func, args, kwargs or {}, used):
+            stored.cell.pager.keep(stored.cell, numbers)
+
+        def named(x: Any) -> Any:
+            return next((stored for stored, numbers in used if numbers is x), x)
+
+        return pytree.tree_map(named, found)
+
+    @override
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Stored({list(self.shape)}, {self.dtype}, {self.cell.source.path.name})"
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return _like(self, self.another())
+
+    @override
+    def __reduce_ex__(self, proto: Any) -> Any:
+        raise ModelError("a streamed model stays in its process: save it as a checkpoint and load that elsewhere")
+
+    def another(self, dtype: torch.dtype | None = None) -> Stored:
+        """A tensor of its own with the same numbers, perhaps in another dtype; nothing is read."""
+        return Stored(Cell(self.cell.pager, self.cell.settle(), dtype or self.dtype))
+
+
+def _written(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], used: Sequence[tuple[Stored, Tensor]]
+) -> list[tuple[Stored, Tensor]]:
+    """Those of the stored tensors in a call that its schema says are written to."""
+    places = zip(func._schema.arguments, itertools.chain(args, itertools.repeat(None)), strict=False)
+    targets = [
+        kwargs.get(argument.name, given)
+        for argument, given in places
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    found: list[Any] = pytree.tree_leaves(targets)
+    return [(stored, numbers) for stored, numbers in used if any(stored is each for each in found)]
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _embedded(weight: Stored, ids: Tensor) -> Tensor:
+    """Rows of a table, of which only those are read."""
+    cell = weight.cell
+    if cell.numbers is not None:
+        return cell.pager.hold(cell)[ids]
+    wanted, places = cast("tuple[Tensor, Tensor]", ids.unique(return_inverse=True))
+    rows = cell.source.rows(cast("list[int]", wanted.tolist()))
+    cell.pager.read_bytes += rows.nbytes
+    return rows.to(ids.device, cell.dtype)[places]
+
+
+def pager_of(tensor: Tensor) -> Pager | None:
+    """Who keeps a tensor on disk; None for one in memory."""
+    return tensor.cell.pager if isinstance(tensor, Stored) else None
+
+
+def another(tensor: Tensor) -> Tensor:
+    """A copy that does not change with the original: on disk when that is, else in memory."""
+    return tensor.another() if isinstance(tensor, Stored) else tensor.detach().clone()
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """All of a tensor: itself, or if it is on disk some rows at a time in its dtype, which no cache then holds."""
+    if not isinstance(tensor, Stored):
+        yield tensor.detach()
+        return
+    for piece in tensor.cell.settle().pieces():
+        yield piece.to(tensor.device, tensor.dtype)
+
+
+class Spilled(MutableMapping[str, Tensor]):
+    """Tensors by name that are written to scratch at once, and read when asked for.
+
+    Parameters
+    ----------
+    pager : whose scratch
+    dtypes : in which to keep those that it names; others are kept as they come
+    """
+
+    def __init__(self, pager: Pager, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        self._pager, self._dtypes = pager, dtypes or {}
+        self._sources: dict[str, Source] = {}
+
+    def stored(self, name: str) -> Stored:
+        """The tensor of that name, still on disk."""
+        source = self._sources[name]
+        return Stored(Cell(self._pager, source, source.dtype))
+
+    @override
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._sources[name] = self._pager.write(tensor.detach().to(self._dtypes.get(name, tensor.dtype)))
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sources[name].read().to(self._pager.device)
+
+    @override
+    def __delitem__(self, name: str) -> None:
+        del self._sources[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Write tensors as the safetensors files of a checkpoint, holding a piece of one at a time.
+
+    Parameters
+    ----------
+    tensors : by name; floating ones are written in `dtype`
+    folder : gets ``model.safetensors``, or shards of at most 5 GB and their index
+
+    Raises
+    ------
+    OSError
+        When they cannot be written.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size, total = size + nbytes, total + nbytes
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    )
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(shard, folder / file, dtype)
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, tensor in tensors.items():
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        end = place + tensor.numel() * kept.itemsize
+        header[name] = {"dtype": _NAMES[kept], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes, as the format asks
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            kept = dtype if tensor.is_floating_point() else tensor.dtype
+            for whole in pieces(tensor):
+                for piece in _rows_of(whole):
+                    file.write(_bytes_of(piece.to(kept)))
