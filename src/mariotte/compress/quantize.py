@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,13 +18,40 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.architectures import Shape
+from mariotte.chain import print_number
 from mariotte.compress.scope import PARTS, SCOPES, change, in_scope, oriented, turned
+from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
 
-def round_absmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
-    """Weights rounded to 2^bits - 1 levels that lie evenly around zero, as far as the largest of each group.
+@dataclass(frozen=True)
+class Grid:
+    """The levels on which the weights of each group may lie.
+
+    Parameters
+    ----------
+    scale_N1 : (N, 1) distance of two levels, of each of N groups
+    zero_N1 : (N, 1) the integer that stands for zero; None where integers are signed and 0 does
+    least, most : integers of the lowest and the highest level
+    """
+
+    scale_N1: Tensor
+    zero_N1: Tensor | None
+    least: int
+    most: int
+
+    def rounded(self, weight_NG: Tensor) -> Tensor:
+        """The level nearest to each weight, (N, G) in the dtype of the scales; zero stays zero."""
+        level_NG = (weight_NG / self.scale_N1).round()
+        if self.zero_N1 is None:
+            return level_NG.clamp(self.least, self.most) * self.scale_N1
+        return ((level_NG + self.zero_N1).clamp(self.least, self.most) - self.zero_N1) * self.scale_N1
+
+
+def absmax_grid(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Grid:
+    """2^bits - 1 levels that lie evenly around zero, as far as the largest weight of each group.
 
     Parameters
     ----------
@@ -32,24 +59,19 @@ def round_absmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
     bits : of an integer
     scales : dtype in which a group's scale is stored
 
-    Returns
-    -------
-    (N, G), in the dtype of `weight_NG`; zero stays zero
-
     References
     ----------
     [dettmers2022llmint8]_ section 2.1.
     """
     most = 2 ** (bits - 1) - 1
     wide_NG = weight_NG.to(torch.promote_types(weight_NG.dtype, torch.float32))
-    scale_N1 = _stored(wide_NG.abs().amax(1, keepdim=True) / most, scales)
-    return ((wide_NG / scale_N1).round().clamp(-most, most) * scale_N1).to(weight_NG.dtype)
+    return Grid(_stored(wide_NG.abs().amax(1, keepdim=True) / most, scales), None, -most, most)
 
 
-def round_minmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
-    """Weights rounded to 2^bits levels between the least and the largest of each group, one of which is zero.
+def minmax_grid(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Grid:
+    """2^bits levels between the least and the largest weight of each group, one of which is zero.
 
-    Parameters and result are as for `round_absmax`.
+    Parameters are as for `absmax_grid`.
 
     References
     ----------
@@ -60,9 +82,21 @@ def round_minmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
     low_N1 = wide_NG.amin(1, keepdim=True).clamp(max=0)
     high_N1 = wide_NG.amax(1, keepdim=True).clamp(min=0)
     scale_N1 = _stored((high_N1 - low_N1) / most, scales)
-    zero_N1 = (-low_N1 / scale_N1).round().clamp(0, most)
-    level_NG = ((wide_NG / scale_N1).round() + zero_N1).clamp(0, most)
-    return ((level_NG - zero_N1) * scale_N1).to(weight_NG.dtype)
+    return Grid(scale_N1, (-low_N1 / scale_N1).round().clamp(0, most), 0, most)
+
+
+def round_absmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
+    """Weights rounded to the nearest level of `absmax_grid`, (N, G) in their dtype; zero stays zero."""
+    return _rounded(weight_NG, absmax_grid(weight_NG, bits, scales))
+
+
+def round_minmax(weight_NG: Tensor, bits: int, scales: torch.dtype) -> Tensor:
+    """Weights rounded to the nearest level of `minmax_grid`, (N, G) in their dtype; zero stays zero."""
+    return _rounded(weight_NG, minmax_grid(weight_NG, bits, scales))
+
+
+def _rounded(weight_NG: Tensor, grid: Grid) -> Tensor:
+    return grid.rounded(weight_NG.to(grid.scale_N1.dtype)).to(weight_NG.dtype)
 
 
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,9 +110,48 @@ def packed_bytes(weights: int, bits: int, groups: int, scales: torch.dtype, *, z
     return math.ceil(weights * bits / 8) + groups * scales.itemsize + (math.ceil(groups * bits / 8) if zeros else 0)
 
 
+def input_widths(shape: Shape, scope: str) -> dict[str, int]:
+    """What the matrices of a scope read, in numbers a row, by what it is called; from sizes alone."""
+    stacks = (shape,) if shape.encoder is None else (shape.encoder, shape)
+    widths: dict[str, int] = {}
+    for stack in stacks:
+        if "attention" in PARTS[scope]:
+            widths |= {"the hidden size": stack.hidden, "the attention output": stack.heads * stack.head_dim}
+        if "ffn" in PARTS[scope]:
+            inner = {stack.ffn_of(layer) for layer in range(stack.layers)}
+            widths |= {"the hidden size": stack.hidden, "the MLP": min(inner)}
+            widths |= {f"an MLP of {width}": width for width in inner - {min(inner)}}
+    if "head" in PARTS[scope]:
+        widths["the head"] = shape.embedding_size if shape.transform or shape.map_out else shape.final_size
+    return widths
+
+
+def misfit(group: int | None, widths: Mapping[str, int]) -> str | None:
+    """Why groups of this size do not divide all widths, and which would, in a clause; None where they do.
+
+    Parameters
+    ----------
+    group : None for whole rows, which always fit
+    widths : inputs of matrices, by what a reader knows them as
+    """
+    wrong = next((name for name, width in widths.items() if group is not None and width % group), None)
+    if wrong is None:
+        return None
+    common = math.gcd(*widths.values())
+    fitting = [size for size in range(common, 1, -1) if common % size == 0]
+    groups = f" ({', '.join(map(str, fitting[:_NAMED]))})" if fitting else ""
+    return f"needs input widths that group={group} divides, and {wrong} has {widths[wrong]}: " + (
+        f"take a group that divides them all{groups}, or leave group out" if fitting else "leave group out"
+    )
+
+
+_NAMED = 6
+"""Group sizes that an error names at most, the largest ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(Step):
-    """A method that rounds the matrices in scope, each by itself, without text.
+    """A method that rounds the matrices in scope, each by itself and without text unless it prepares otherwise.
 
     Subclasses say how a matrix is rounded and how many bytes it takes.
     """
@@ -122,12 +195,16 @@ class Quantizer(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         bits, scales = int(amount), model.stored_dtype
-        matrices = in_scope(model, self.scope)
         weights: dict[str, Tensor] = {}
-        for name, matrix in matrices.items():
+        for name, matrix in in_scope(model, self.scope).items():
             weights[name] = turned(matrix, self.rounded(oriented(matrix), bits, scales))
-        shapes = [(int(outputs), int(inputs)) for outputs, inputs in (oriented(m).shape for m in matrices.values())]
-        quantized = change(model, self.scope, weights)
+        return self.after(model, change(model, self.scope, weights), amount)
+
+    def after(self, model: Model, quantized: Model, amount: int | float, **facts: Any) -> Model:
+        """The quantized model, with what was done to `model` in its history and the packed bytes counted."""
+        bits, scales = int(amount), model.stored_dtype
+        matrices = in_scope(model, self.scope).values()
+        shapes = [(int(outputs), int(inputs)) for outputs, inputs in (oriented(m).shape for m in matrices)]
         return quantized.after(
             self.done(
                 amount,
@@ -136,5 +213,55 @@ class Quantizer(Step):
                 packed_bytes=sum(self.packed(outputs, inputs, bits, scales) for outputs, inputs in shapes),
                 simulated=True,
                 **self.facts(),
+                **facts,
             )
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Quantizer):
+    """A quantizer of 2 to 8 bits whose scales each serve a row, or some neighbours in it.
+
+    Parameters
+    ----------
+    group : neighbouring weights of a row that share a scale; it must divide the inputs of every matrix in scope.
+        None: the whole row
+    symmetric : levels lie around zero, one fewer than there could be, and no zero point is stored. False: they go from
+        the least weight of a group to its largest
+    """
+
+    group: int | None = None
+    symmetric: bool = False
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group is not None and self.group < 1:
+            raise ChainError(
+                f"{self.name()}: group must be a positive number of weights, got {self.group}: try group=64"
+            )
+
+    @classmethod
+    @override
+    def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
+        checked = super().check_amount(name, amount)
+        if checked != int(checked) or not 2 <= checked <= 8:
+            raise ChainError(
+                f"{name}: bits must be a whole number from 2 to 8, got {print_number(checked)}: write {name}@4"
+            )
+        return int(checked)
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
+        return misfit(self.group, {name: oriented(m).shape[1] for name, m in in_scope(model, self.scope).items()})
+
+    @override
+    def packed(self, outputs: int, inputs: int, bits: int, scales: torch.dtype) -> int:
+        groups = outputs * inputs // (self.group or inputs)
+        return packed_bytes(outputs * inputs, bits, groups, scales, zeros=not self.symmetric)
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {"group": self.group or "row"}

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mariotte.compress.calibration import rows_at_once, tokens_for, watching
-from mariotte.models.model import Model
+from mariotte.compress.calibration import Means, rows_at_once, tokens_for, watching
+from mariotte.models.model import Block, Model
 from mariotte.models.step import Context
 
 
@@ -126,3 +126,44 @@ class Walk:
         for rows in self.batches():
             # In place: nothing but the walk holds the stream, and a second one would double its memory.
             self.stream_NTD[rows] = self.run(block, rows)
+
+
+@torch.no_grad()
+def rewrite_sequentially(
+    model: Model,
+    context: Context,
+    step: str,
+    readers: Callable[[Block], Mapping[str, Sequence[nn.Linear]]],
+    statistic: Callable[[Tensor], Tensor],
+    rewrite: Callable[[int, Block, Mapping[str, Tensor]], None],
+) -> Model:
+    """A copy whose blocks are rewritten one after another, each by what it reads behind those already rewritten.
+
+    The matrices of one block are rewritten together, by what they saw before any of them was: the order of the
+    published code of Wanda, SparseGPT and GPTQ.
+
+    Parameters
+    ----------
+    step : name of the step that asks, for errors
+    readers : a block's matrices, those that read the same input together
+    statistic : as for `calibration.Means`
+    rewrite : changes the copy's block of this index in place, given the mean of the statistic of each input
+
+    Raises
+    ------
+    DataError
+        When the run has no calibration text.
+    ModelError
+        When activations are not finite.
+    """
+    rewritten = model.copy()
+    walk = Walk(rewritten, context, step)
+    for index, block in enumerate(rewritten.blocks):
+        means = Means(statistic)
+        groups = {f"block-{index} {part}": part for part in readers(block)}
+        walk.observe(block.module, {group: [readers(block)[part][0]] for group, part in groups.items()}, means)
+        rewrite(index, block, {groups[group]: mean for group, mean in means.result(step, model).items()})
+        if index + 1 < len(rewritten.blocks):
+            walk.advance(block.module)
+        context.progress(step, (index + 1) / len(rewritten.blocks))
+    return rewritten

@@ -19,7 +19,7 @@ from typing_extensions import override
 from mariotte.architectures import Need
 from mariotte.compress import allocate
 from mariotte.compress.calibration import Means, observe, tokens_for
-from mariotte.compress.sequential import Walk
+from mariotte.compress.sequential import rewrite_sequentially
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.nll import token_nll
@@ -206,26 +206,16 @@ def prune_sequentially(
 ) -> Model:
     """A copy with each matrix in scope cut by the mean of a statistic of its input behind the blocks already cut.
 
-    The matrices of one block are cut together, by what they saw before any of them was: the order of the published code
-    of Wanda and SparseGPT.
-
     Parameters
     ----------
     statistic : as for `calibration.Means`
     counts : weights that go, of each part of each matrix of each block
     """
-    pruned = model.copy()
-    walk = Walk(pruned, context, step)
-    for index, block in enumerate(pruned.blocks):
-        found = readers(block, scope)
-        means = Means(statistic)
-        walk.observe(block.module, {f"block-{index} {part}": [some[0]] for part, some in found.items()}, means)
-        result = means.result(step, model)
-        _cut(block, scope, {part: result[f"block-{index} {part}"] for part in found}, cut, counts[index])
-        if index + 1 < len(pruned.blocks):
-            walk.advance(block.module)
-        context.progress("pruning", (index + 1) / len(pruned.blocks))
-    return pruned
+
+    def rewrite(index: int, block: Block, found: Mapping[str, Tensor]) -> None:
+        _cut(block, scope, found, cut, counts[index])
+
+    return rewrite_sequentially(model, context, step, lambda block: readers(block, scope), statistic, rewrite)
 
 
 def _cut(block: Block, scope: str, statistics: Mapping[str, Tensor], cut: Cut, counts: Sequence[Sequence[int]]) -> None:

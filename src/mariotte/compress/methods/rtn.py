@@ -6,23 +6,19 @@ Shapes: O outputs and I inputs of a matrix, G weights of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.chain import print_number
-from mariotte.compress.quantize import Quantizer, packed_bytes, round_absmax, round_minmax
-from mariotte.compress.scope import in_scope, oriented
-from mariotte.errors import ChainError
-from mariotte.models.model import Model
+from mariotte.compress.quantize import Grouped, round_absmax, round_minmax
 
 __all__ = ["RTN"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(Quantizer):
+class RTN(Grouped):
     """Round weights to the nearest of 2^bits levels, the same ones for each row or group of neighbours in it.
 
     Parameters
@@ -56,49 +52,8 @@ class RTN(Quantizer):
 
     reference: ClassVar[str] = "frantar2023gptq"
 
-    group: int | None = None
-    symmetric: bool = False
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group is not None and self.group < 1:
-            raise ChainError(f"rtn: group must be a positive number of weights, got {self.group}: try group=64")
-
-    @classmethod
-    @override
-    def check_amount(cls, name: str, amount: int | float | str | None) -> int | float:
-        checked = super().check_amount(name, amount)
-        if checked != int(checked) or not 2 <= checked <= 8:
-            raise ChainError(
-                f"{name}: bits must be a whole number from 2 to 8, got {print_number(checked)}: write {name}@4"
-            )
-        return int(checked)
-
-    @override
-    def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
-        for name, matrix in in_scope(model, self.scope).items():
-            inputs = oriented(matrix).shape[1]
-            if self.group is not None and inputs % self.group:
-                return (
-                    f"needs input widths that group={self.group} divides, and {name} has {inputs}: "
-                    "take a group that divides it, or leave group out"
-                )
-        return None
-
     @override
     def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:
         rounded = round_absmax if self.symmetric else round_minmax
         weight_NG = weight_OI.reshape(-1, self.group or weight_OI.shape[1])
         return rounded(weight_NG, bits, scales).view(weight_OI.shape)
-
-    @override
-    def packed(self, outputs: int, inputs: int, bits: int, scales: torch.dtype) -> int:
-        groups = outputs * inputs // (self.group or inputs)
-        return packed_bytes(outputs * inputs, bits, groups, scales, zeros=not self.symmetric)
-
-    @override
-    def facts(self) -> dict[str, Any]:
-        return {"group": self.group or "row"}
