@@ -45,7 +45,9 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
     """
     law = find(law) if isinstance(law, str) else law
     # Sums of floats depend on their order: a canonical one makes equal data give equal bits.
-    ordered = sorted(points, key=lambda p: canonical_json(asdict(p)))
+    plain = [(canonical_json(facts := asdict(p)), facts, p) for p in points]
+    plain.sort(key=lambda own: own[0])
+    ordered = [p for _, _, p in plain]
     _check(law, ordered)
     x, y_M = Inputs.of(ordered), values(ordered)
     with np.errstate(all="ignore"):  # what overflows is refused below, in words
@@ -119,7 +121,7 @@ def fit(law: Law | str, points: Iterable[Point], *, pool: Sequence[Point] = ()) 
         max_correlation=correlation,
         remarks=tuple(remarks),
         recipe=estimate.recipe,
-        data_hash=digest([asdict(p) for p in ordered]),
+        data_hash=digest([facts for _, facts, _ in plain]),
         versions={"mariotte": __version__, "numpy": np.__version__, "python": platform.python_version()},
         params=_median(x.params_M),
         bits=_median(x.bits_M),

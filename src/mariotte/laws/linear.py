@@ -70,14 +70,13 @@ class LinearLaw(Law):
         # Columns are scaled to unit length first: ln(1 + 1/(D+1)) is 1e-5 for a few thousand tokens and would
         # otherwise look like a rank deficiency beside ln L0.
         scaled_MP = design_MP / scale_P
-        singular = np.linalg.svd(scaled_MP, compute_uv=False)
+        u_MP, singular, v_PP = np.linalg.svd(scaled_MP, full_matrices=False)
         if singular[-1] < 1e-10 * singular[0]:
             raise FitError(
                 f"{self.name}: these points cannot tell {' and '.join(names)} apart: add points at other ratios"
             )
-        q_MP, r_PP = np.linalg.qr(scaled_MP)
-        inverse_PP = np.linalg.solve(r_PP, np.eye(len(kept)))
-        linear_P = (inverse_PP @ (q_MP.T @ target_M)) / scale_P
+        inverse_PP = v_PP.T / singular
+        linear_P = (inverse_PP @ (u_MP.T @ target_M)) / scale_P
         dof = len(y_M) - len(kept)
         covariance: Array | None = None
         f_statistic: float | None = None
