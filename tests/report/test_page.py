@@ -123,6 +123,33 @@ def test_laws_are_held_out_and_fitted(records: list[Record]) -> None:
     assert law_reports([r for r in records if r.method is None]) == []
 
 
+def test_laws_of_the_share_removed_are_not_fitted_to_bits(records: list[Record]) -> None:
+    """A quantizer removes nothing, and before a cut that is quantized too there is no dense model."""
+    cuts = [r for r in records if r.recovery is None]
+    bits = {"name": "rtn", "family": "quantization", "unit": "bits", "amount": 3}
+    quantized = [
+        dataclasses.replace(
+            r, id=r.id[::-1], chain=f"{r.chain} | rtn@3", method=r.method or "rtn", steps=(*r.steps, bits)
+        )
+        for r in cuts
+        if r.chain != "dense"
+    ]
+    alone = [
+        dataclasses.replace(
+            r, id=f"{r.id}{n}", chain=f"rtn@{n}", method="rtn", family="quantization", unit="bits", amount=n
+        )
+        for r in cuts
+        if r.chain == "dense"
+        for n in (2, 3, 4)
+    ]
+    assert law_reports([*records, *quantized, *alone]) == law_reports(records)
+
+
+def test_the_formula_is_told_once(page: str) -> None:
+    """Every series of the largest report is fitted by the same law."""
+    assert 1 <= page.count("smooth residual") <= 2  # one table of fits for each of two tokenizers
+
+
 def test_failures_are_listed(page: str) -> None:
     assert "widths must be multiples of 8; nearest is 8" in page
 

@@ -100,15 +100,20 @@ def law_reports(records: Sequence[Record], *, allowance: float = 0.05) -> list[L
 
     Parameters
     ----------
-    records : of any measures; cuts that were recovered are left out, as the dense model is not where they come from
+    records : of any measures; cuts that were recovered or quantized are left out: these laws begin at the dense model
+        and go by the share removed alone
     allowance : relative rise of the loss at which the critical share is given
     """
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if "loss" in record.metrics and record.recovery is None:
+        if "loss" in record.metrics and record.recovery is None and not _quantized(record):
             groups.setdefault((record.measure, digest(record.protocol)), []).append(record)
     reports = (_report(measure, own, allowance) for (measure, _), own in groups.items())
     return [report for report in reports if report is not None]
+
+
+def _quantized(record: Record) -> bool:
+    return "quantization" in {record.family, *(step.get("family") for step in record.steps)}
 
 
 def _report(measure: str, records: Sequence[Record], allowance: float) -> LawReport | None:

@@ -460,7 +460,8 @@ def _law_sections(laws: Sequence[LawReport]) -> list[Section]:
                 name="laws",
                 title="Laws, judged by what they did not see",
                 short="Laws",
-                text="A law earns trust by forecasting the next cuts better than naive rules do.",
+                text="A law earns trust by forecasting the next cuts better than naive rules do. Cuts that were "
+                "recovered or quantized are not among them.",
                 tables=shown,
                 notes=notes,
             )

@@ -495,7 +495,9 @@ def fit_table(report: LawReport, allowance: float, *, fold: bool = False) -> Tab
     """Coefficients with intervals, the critical share, and R² in second place."""
     if not report.fits:
         return None
-    rows = [_fit_row(fit) for fit in report.fits]
+    formulas = {fit.law: fit.formula for fit in report.fits}
+    alone = formulas.popitem() if len(formulas) == 1 else None  # told once, not in every row
+    rows = [_fit_row(fit, told=alone is not None) for fit in report.fits]
     return Table(
         columns=(
             "Series",
@@ -506,12 +508,14 @@ def fit_table(report: LawReport, allowance: float, *, fold: bool = False) -> Tab
             "#R² uncentred",
         ),
         rows=tuple(rows),
-        caption="R² is in-sample and says little about cuts not yet made: read the hold-out table first.",
+        caption=(f"Law {alone[0]}: {alone[1]}. " if alone else "")
+        + "R² is in-sample and says little about cuts not yet made: read the hold-out table first.",
         fold=f"Fits of {report.measure}, {len(report.fits)} series" if fold else "",
     )
 
 
-def _fit_row(fit: FittedLaw) -> tuple[Cell, ...]:
+def _fit_row(fit: FittedLaw, *, told: bool) -> tuple[Cell, ...]:
+    """One fit; its formula too unless that was told above."""
     coefficients = ", ".join(f"{c.name} = {_number(c.value)}" for c in fit.coefficients)
     intervals = ", ".join(
         f"{c.name} {_number(c.low)} to {_number(c.high)}"
@@ -520,7 +524,7 @@ def _fit_row(fit: FittedLaw) -> tuple[Cell, ...]:
     )
     return _row(
         Cell(text=fit.series, below=f"{fit.points} cut{'s' * (fit.points != 1)}"),
-        Cell(text=fit.law, below=fit.formula),
+        Cell(text=fit.law, below="" if told else fit.formula),
         Cell(text=coefficients, below=intervals),
         fit.critical,
         "" if fit.centred is None else f"{fit.centred:.3f}",
