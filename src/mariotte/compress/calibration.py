@@ -8,19 +8,20 @@ change the result only within the rounding of the model itself.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mariotte.errors import DataError, ModelError
+from mariotte.compress.walk import Walk
+from mariotte.compress.walk import rows_at_once as rows_at_once
+from mariotte.compress.walk import tokens_for as tokens_for
+from mariotte.compress.walk import watching as watching
+from mariotte.errors import ModelError
 from mariotte.models.model import Model
+from mariotte.models.paging import Spilled, pager_of
 from mariotte.models.step import Context
-
-BATCH_TOKENS = 4096
-"""Tokens run at once, unless one row holds more: enough to keep the processor busy, little enough for its memory."""
 
 
 def rms_normalised(x_MI: Tensor, eps: float) -> Tensor:
@@ -68,10 +69,19 @@ class Means:
         ModelError
             When activations were not finite.
         """
-        means = {group: total / self._tokens[group] for group, total in self._sums.items()}
-        for group, mean in means.items():
-            check_finite(mean, step, group, model)
-        return means
+        return {group: self.pop(group, step, model) for group in list(self._sums)}
+
+    def pop(self, group: str, step: str, model: Model) -> Tensor:
+        """The mean of one group, float64, whose sum is no longer held.
+
+        Raises
+        ------
+        ModelError
+            When activations were not finite.
+        """
+        mean = self._sums.pop(group) / self._tokens.pop(group)
+        check_finite(mean, step, group, model)
+        return mean
 
 
 def check_finite(found: Tensor, step: str, group: str, model: Model, *, what: str = "activations") -> None:
@@ -97,7 +107,7 @@ def second_moments(
     *,
     transform: Callable[[Tensor], Tensor] | None = None,
     batch: int | None = None,
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """Mean of x xᵀ over the inputs of modules, for every group of them from the same pass.
 
     Parameters
@@ -111,7 +121,7 @@ def second_moments(
 
     Returns
     -------
-    (I, I) float64 on the model's device for every group
+    (I, I) float64 on the model's device for every group; see `means`
 
     Raises
     ------
@@ -124,9 +134,49 @@ def second_moments(
     -----
     Cost: one forward pass, plus I² multiplications a token and module; I² float64 of memory a group.
     """
-    gather = Means(outer if transform is None else lambda x_MI: outer(transform(x_MI)))
-    observe(model, context, step, inputs, gather, batch=batch)
-    return gather.result(step, model)
+
+    def statistic(x_MI: Tensor) -> Tensor:
+        return outer(x_MI if transform is None else transform(x_MI))
+
+    return means(model, context, step, inputs, statistic, batch=batch)
+
+
+def means(
+    model: Model,
+    context: Context,
+    step: str,
+    inputs: Mapping[str, Sequence[nn.Module]],
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    batch: int | None = None,
+) -> MutableMapping[str, Tensor]:
+    """Mean over tokens of a statistic of the inputs of modules, for every group of them from the same pass.
+
+    Parameters
+    ----------
+    statistic : as for `Means`
+
+    Returns
+    -------
+    float64 on the model's device. Of a streamed model each is written to scratch once the block that it belongs to has
+    been passed, and read when it is asked for: pop one after another, and one is held
+
+    Raises
+    ------
+    DataError
+        When the run has no calibration text.
+    ModelError
+        When activations are not finite.
+    """
+    gather = Means(statistic)
+    pager = pager_of(model.embeddings.weight)
+    found: MutableMapping[str, Tensor] = {} if pager is None else Spilled(pager)
+
+    def passed(group: str) -> None:
+        found[group] = gather.pop(group, step, model)
+
+    observe(model, context, step, inputs, gather, batch=batch, passed=passed)
+    return found
 
 
 def mean_squares(
@@ -136,16 +186,14 @@ def mean_squares(
     inputs: Mapping[str, Sequence[nn.Module]],
     *,
     batch: int | None = None,
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """Mean of x² of each input of modules: the diagonal of `second_moments`, at the cost of a forward pass alone.
 
     Returns
     -------
     (I,) float64 on the model's device for every group; the l2 norm over M tokens is the root of M times that
     """
-    gather = Means(squares)
-    observe(model, context, step, inputs, gather, batch=batch)
-    return gather.result(step, model)
+    return means(model, context, step, inputs, squares, batch=batch)
 
 
 def taylor(
@@ -210,48 +258,6 @@ def taylor(
     return {name: total_I / len(tokens_NT) for name, total_I in totals.items()}
 
 
-@contextlib.contextmanager
-def watching(
-    inputs: Mapping[str, Sequence[nn.Module]], gather: Callable[[str, Tensor], None]
-) -> Generator[None, None, None]:
-    """While it lasts, hand every group the inputs of its modules, (M, I), whenever they run."""
-
-    def watch(group: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, arguments: gather(group, cast(Tensor, arguments[0]).flatten(0, -2))
-
-    handles = [module.register_forward_pre_hook(watch(group)) for group, some in inputs.items() for module in some]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def tokens_for(context: Context, step: str, *, predicting: bool = False) -> Tensor:
-    """The calibration tokens, (N, T).
-
-    Parameters
-    ----------
-    predicting : whether a loss is measured on them, which takes a token and its next
-
-    Raises
-    ------
-    DataError
-        When there are fewer than two: of one nothing can be told from chance; or, for a loss, rows of one.
-    """
-    tokens_NT = context.calibration_for(step)
-    if tokens_NT.numel() < 2:
-        raise DataError(f"{step} needs at least 2 calibration tokens, got {tokens_NT.numel()}: take more text")
-    if predicting and tokens_NT.shape[1] < 2:
-        raise DataError(f"{step} needs calibration rows of at least 2 tokens, got 1: take longer blocks")
-    return tokens_NT
-
-
-def rows_at_once(tokens_NT: Tensor, batch: int | None = None) -> int:
-    """Rows that make a batch: `batch`, or as many as hold about 4096 tokens."""
-    return batch or max(1, BATCH_TOKENS // tokens_NT.shape[1])
-
-
 @torch.no_grad()
 def observe(
     model: Model,
@@ -261,14 +267,27 @@ def observe(
     gather: Callable[[str, Tensor], None],
     *,
     batch: int | None = None,
+    passed: Callable[[str], None] = lambda group: None,
 ) -> None:
     """Run the calibration tokens and hand every group the inputs of its modules, (M, I).
+
+    Parameters
+    ----------
+    passed : told every group whose modules are not run any more
 
     Raises
     ------
     DataError
         When the run has no calibration text.
+
+    Notes
+    -----
+    A streamed model is run block by block, all rows through one block before the next is read; a group is then passed
+    with the last block that has modules of it.
     """
+    if model.streamed:
+        _observe_blocks(model, context, step, inputs, gather, batch, passed)
+        return
     tokens_NT = tokens_for(context, step)
     rows = rows_at_once(tokens_NT, batch)
     # The model without its head: no hook sits behind it, and logits are the largest tensor of the pass.
@@ -277,3 +296,37 @@ def observe(
         for start in range(0, len(tokens_NT), rows):
             body(input_ids=tokens_NT[start : start + rows].to(model.device), use_cache=False)
             context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
+    for group in inputs:
+        passed(group)
+
+
+def _observe_blocks(
+    model: Model,
+    context: Context,
+    step: str,
+    inputs: Mapping[str, Sequence[nn.Module]],
+    gather: Callable[[str, Tensor], None],
+    batch: int | None,
+    passed: Callable[[str], None],
+) -> None:
+    """See `observe`."""
+    walk, blocks = Walk(model, context, step, batch=batch), model.blocks
+    waiting = {group: set(modules) for group, modules in inputs.items()}
+
+    def leave(modules: set[nn.Module]) -> None:
+        for group, left in list(waiting.items()):
+            left -= modules
+            if not left:
+                del waiting[group]
+                passed(group)
+
+    with watching(inputs, gather):
+        for index, block in enumerate(blocks):
+            walk.advance(block.module)
+            leave(set(block.module.modules()))
+            context.progress("calibration", (index + 1) / len(blocks))
+        # What is left stands behind the last block: its norm.
+        for rows in walk.batches() if waiting else ():
+            model.final_norm(walk.stream_NTD[rows].to(model.device))
+        leave({model.final_norm} if waiting else set())
+    assert not waiting, f"{sorted(waiting)} are neither in the blocks nor the norm behind them"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mariotte.compress.calibration import check_finite, observe
+from mariotte.compress.walk import Walk
 from mariotte.models.model import Model
 from mariotte.models.step import Context
 
@@ -56,6 +57,8 @@ def block_influence(model: Model, context: Context, step: str, *, batch: int | N
     ----------
     [men2024shortgpt]_ equation 1.
     """
+    if model.streamed:
+        return _block_by_block(model, context, step, batch)
     blocks = model.blocks
     stops: dict[str, list[nn.Module]] = {str(index): [block.module] for index, block in enumerate(blocks)}
     stops[str(len(blocks))] = [model.final_norm]
@@ -77,3 +80,19 @@ def block_influence(model: Model, context: Context, step: str, *, batch: int | N
     observe(model, context, step, stops, gather, batch=batch)
     check_finite(sums_L, step, "the stream", model)
     return 1 - sums_L / tokens
+
+
+@torch.no_grad()
+def _block_by_block(model: Model, context: Context, step: str, batch: int | None) -> Tensor:
+    """The same, all rows through one block before the next is read."""
+    walk, blocks = Walk(model, context, step, batch=batch), model.blocks
+    sums_L = torch.zeros(len(blocks), dtype=torch.float64)
+    for index, block in enumerate(blocks):
+        for rows in walk.batches():
+            after_BTD = walk.run(block.module, rows)
+            before_BTD = walk.stream_NTD[rows].to(after_BTD.device)
+            sums_L[index] += cosines(before_BTD.flatten(0, 1), after_BTD.flatten(0, 1)).sum().cpu()
+            walk.stream_NTD[rows] = after_BTD
+        context.progress("calibration", (index + 1) / len(blocks))
+    check_finite(sums_L, step, "the stream", model)
+    return 1 - sums_L / walk.stream_NTD.shape[:2].numel()

@@ -229,7 +229,7 @@ class MethodConformance:
     ) -> None:
         model, tokens = tiny(family), random_tokens()
         expected = logits(run(step, model, middle(step), tmp_path / "a", tokens))
-        monkeypatch.setattr("mariotte.compress.calibration.BATCH_TOKENS", 3 * tokens.shape[1])
+        monkeypatch.setattr("mariotte.compress.walk.BATCH_TOKENS", 3 * tokens.shape[1])
         found = logits(run(step, model, middle(step), tmp_path / "b", tokens.flip(0)))
         assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
