@@ -16,7 +16,7 @@ import mariotte
 from mariotte.cli.main import app
 from mariotte.errors import ChainError, ModelError
 from mariotte.evaluate.base import Measurement
-from mariotte.experiments import comparison
+from mariotte.experiments import comparison, judging
 from mariotte.report.compare import build, sentences
 
 MEASURES = ["loss:testbed/all(rows=16)", "knowledge:testbed(facts=120)", "tasks:testbed/facts+reverse(items=32)"]
@@ -189,7 +189,7 @@ def test_documents_have_losses_and_bits_for_items() -> None:
 
     from mariotte.evaluate.measures.loss import Loss
 
-    rows = comparison._measured("loss:x", Loss(on="testbed/all"), of([8.0, 12.0, 0.0]), of([9.0, 15.0, 0.0]))
+    rows = judging.measured("loss:x", Loss(on="testbed/all"), of([8.0, 12.0, 0.0]), of([9.0, 15.0, 0.0]))
     assert [row.metric for row in rows] == ["loss", "bits_per_byte"]
     assert (rows[0].items, rows[0].per, rows[0].verdict) == (2, "document", "worse")
     assert rows[0].difference == pytest.approx(0.4)
@@ -207,14 +207,14 @@ def test_facts_of_lama_are_averaged_as_lama_does() -> None:
 
     before = of((3 / 4 + 1 / 2) / 4 + 1 / 6, known=["trex/P19/a", "trex/P19/b", "trex/P19/c", "trex/P20/d", "squad/e"])
     after = of((1 / 4 + 1 / 2) / 4 + 2 / 6, lost=["trex/P19/a", "trex/P19/b"], gained=["squad/f"])
-    (row,) = comparison._measured("knowledge:lama", Knowledge(on="testbed"), before, after)
+    (row,) = judging.measured("knowledge:lama", Knowledge(on="testbed"), before, after)
     assert (row.items, row.kept, row.lost, row.gained, row.p) == (9, 3, 2, 1, 1)
     assert row.difference == pytest.approx(1 / 24)
     assert row.lo is not None
     assert row.hi is not None
     assert row.lo < row.difference < row.hi
     # Where ties count in part the items do not make up the metric: flips are told, an interval is not.
-    (row,) = comparison._measured("knowledge:lama", Knowledge(on="testbed"), of(0.9, **before.details), after)
+    (row,) = judging.measured("knowledge:lama", Knowledge(on="testbed"), of(0.9, **before.details), after)
     assert (row.lo, row.lost, row.verdict) == (None, 2, "inside the noise")
 
 
@@ -224,16 +224,16 @@ def test_a_mean_over_tasks_is_judged_by_its_interval_and_not_by_all_answers_toge
     after = before.copy()
     after[:60], after[500:530], after[-1] = 0.0, 1.0, 1.0
     strata = np.repeat([0, 1], [1000, 10])
-    items = comparison._Items(before, after, "item", strata=strata, answers=True)
-    more = comparison._paired(items, 0.5, (0.47 + 0.6) / 2)
-    row = comparison._row("tasks", "accuracy", "score", 0.5, (0.47 + 0.6) / 2, **more)
+    items = judging._Items(before, after, "item", strata=strata, answers=True)
+    more = judging._paired(items, 0.5, (0.47 + 0.6) / 2)
+    row = judging.row_of("tasks", "accuracy", "score", 0.5, (0.47 + 0.6) / 2, **more)
     assert row.p is not None
     assert row.p < 0.05 < row.difference + 0.05
     assert row.lo is not None
     assert row.lo < 0
     assert row.verdict == "inside the noise"
-    alone = comparison._Items(before[:1000], after[:1000], "item", answers=True)
-    row = comparison._row("tasks", "a", "score", 0.5, 0.47, **comparison._paired(alone, 0.5, 0.47))
+    alone = judging._Items(before[:1000], after[:1000], "item", answers=True)
+    row = judging.row_of("tasks", "a", "score", 0.5, 0.47, **judging._paired(alone, 0.5, 0.47))
     assert (row.pooled, row.verdict) == (False, "worse")
 
 
