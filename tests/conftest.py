@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,71 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.hf.save_pretrained(folder)
     zoo.save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a database: what MARIOTTE_TEST_POSTGRES names, or of a server of the tests' own in a folder of its own.
+
+    The server listens on a socket in that folder and nowhere else, so that it meets no other one.
+    """
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'mariotte[postgres]'")
+    if named := os.environ.get("MARIOTTE_TEST_POSTGRES"):
+        yield named
+        return
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    where = os.pathsep.join([os.environ.get("PATH", ""), *map(str, reversed(debian))])
+    initdb, postgres = (shutil.which(name, path=where) for name in ("initdb", "postgres"))
+    if initdb is None or postgres is None:
+        pytest.skip("PostgreSQL is not installed: no initdb and postgres on the PATH or in /usr/lib/postgresql")
+    owner = None
+    if os.geteuid() == 0:  # which the server refuses to run as
+        import pwd
+
+        owner = next((name for name in ("postgres", "nobody") if name in {u.pw_name for u in pwd.getpwall()}), None)
+        if owner is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody here")
+    # Not pytest's folder: that is closed to the server's user, and too long a path for a socket.
+    with tempfile.TemporaryDirectory(prefix="mariotte-pg-") as folder:
+        quiet: dict[str, Any] = {"cwd": folder, "user": owner, "stdin": subprocess.DEVNULL}
+        if owner is not None:
+            shutil.chown(folder, owner)
+        data = Path(folder) / "data"
+        made = [initdb, "-D", str(data), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync"]
+        subprocess.run(made, check=True, stdout=subprocess.DEVNULL, **quiet)
+        # fsync off: what is killed in these tests are writers, never the machine.
+        asked = ["-k", folder, "-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=50"]
+        with (Path(folder) / "log").open("wb") as log:
+            server = subprocess.Popen([postgres, "-D", str(data), *asked], stdout=log, stderr=log, **quiet)
+        try:
+            import psycopg
+
+            url = f"postgresql://postgres@/postgres?host={folder}"
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    psycopg.connect(url).close()
+                    break
+                except psycopg.OperationalError:
+                    assert server.poll() is None, (Path(folder) / "log").read_text()
+                    assert time.monotonic() < deadline, "PostgreSQL did not start within a minute"
+                    time.sleep(0.05)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)  # ends sessions that a failed test left
+            server.wait(60)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """URL of a schema that holds nothing yet, where a store can be made."""
+    import psycopg
+
+    schema = f"t_{time.time_ns():x}_{os.getpid()}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+    mark = "&" if "?" in postgres_server else "?"
+    return f"{postgres_server}{mark}options=-csearch_path%3D{schema}"
 
 
 @pytest.fixture

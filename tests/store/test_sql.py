@@ -37,20 +37,13 @@ class TestSQLite(StoreConformance):
         execute(url, "UPDATE mariotte_meta SET value = ? WHERE key = 'format'", str(number))
 
 
-@pytest.mark.skipif("MARIOTTE_TEST_POSTGRES" not in os.environ, reason="MARIOTTE_TEST_POSTGRES names no server")
+@pytest.mark.postgres
 class TestPostgreSQL(StoreConformance):
-    """Each test in its own schema of the database that MARIOTTE_TEST_POSTGRES names, such as postgresql://localhost/x."""
+    """Each test in its own schema."""
 
-    def new_url(self, tmp_path: Path) -> str:
-        import sqlalchemy as sa
-
-        server = os.environ["MARIOTTE_TEST_POSTGRES"]
-        schema = f"t_{abs(hash(str(tmp_path))):x}"
-        engine = sa.create_engine(sql._parse(server))
-        with engine.begin() as connection:
-            connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
-        engine.dispose()
-        return f"{server}?options=-csearch_path%3D{schema}"
+    @pytest.fixture
+    def url(self, postgres_url: str) -> str:
+        return postgres_url
 
     def change(self, url: str, statement: str) -> None:
         import sqlalchemy as sa
@@ -351,3 +344,87 @@ with open_store({str(file)!r}) as store:
 assert not {{"torch", "transformers", "pandas"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.postgres
+def test_claims_are_one_holder_s_until_given_back_or_its_session_ends(postgres_url: str) -> None:
+    with open_store(postgres_url, create=True) as one, open_store(postgres_url) as other:
+        ours, theirs, another = one.claims("study"), other.claims("study"), other.claims("another")
+        assert ours is not None
+        assert theirs is not None
+        assert another is not None
+        with another:
+            assert another.take("a")  # of another study
+        assert ours.take("a")
+        assert not theirs.take("a")
+        assert theirs.take("b")
+        ours.give_back("a")
+        assert theirs.take("a")
+        theirs.close()
+        theirs.close()
+        assert ours.take("a")
+        assert ours.take("b")
+        ours.close()
+
+
+@pytest.mark.postgres
+def test_claims_of_two_stores_in_one_database_do_not_meet(postgres_url: str, postgres_server: str) -> None:
+    import psycopg
+
+    schema = postgres_url.rpartition("%3D")[2] + "_other"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
+    elsewhere = postgres_url.rpartition("%3D")[0] + "%3D" + schema
+    with open_store(postgres_url, create=True) as one, open_store(elsewhere, create=True) as other:
+        ours, theirs = one.claims("study"), other.claims("study")
+        assert ours is not None
+        assert theirs is not None
+        with ours, theirs:
+            assert ours.take("a")
+            assert theirs.take("a")
+
+
+@pytest.mark.postgres
+def test_a_session_that_the_server_ended_is_one_sentence_and_frees_its_claims(postgres_url: str) -> None:
+    import psycopg
+
+    with open_store(postgres_url, create=True) as one, open_store(postgres_url) as other:
+        ours, theirs = one.claims("study"), other.claims("study")
+        assert ours is not None
+        assert theirs is not None
+        assert ours.take("a")
+        ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory'"
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            assert connection.execute(ended).fetchone() == (1,)
+        with theirs:
+            assert theirs.take("a")
+        with pytest.raises(StoreError, match="cannot be used") as caught:
+            ours.give_back("a")
+        assert "\n" not in str(caught.value)
+        ours.close()
+
+
+def test_a_file_has_no_claims(file: Path) -> None:
+    with open_store(file) as store:
+        assert store.claims("study") is None
+
+
+@pytest.mark.postgres
+def test_a_table_that_somebody_locks_for_too_long_is_reported(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    monkeypatch.setattr(sql, "BUSY_TIMEOUT_S", 0.05)
+    with open_store(postgres_url, create=True) as store, psycopg.connect(postgres_url) as other:
+        other.execute("LOCK TABLE mariotte_records")
+        with pytest.raises(StoreError, match="is locked: another process has been writing for over") as caught:
+            store.add([make_record(1)])
+        assert "\n" not in str(caught.value)
+        other.rollback()
+        assert store.add([make_record(1)]) == 1
+
+
+@pytest.mark.postgres
+def test_a_server_that_is_not_there_is_one_sentence(tmp_path: Path, postgres_server: str) -> None:
+    assert "cannot be used" in sentence(f"postgresql://postgres@/postgres?host={tmp_path}")

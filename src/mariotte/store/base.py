@@ -34,6 +34,48 @@ def record_order(record: Record) -> tuple[Any, ...]:
     )
 
 
+class Claims(ABC):
+    """Locks by which several processes share the work of a study, each on a part of it that has a name.
+
+    A claim is held until it is given back, or its holder is gone, however it went. It is a context manager, which gives
+    back everything.
+    """
+
+    @abstractmethod
+    def take(self, part: str) -> bool:
+        """Claim a part of the study; False, at once, when another process holds it.
+
+        Raises
+        ------
+        StoreError
+            When the store cannot be reached.
+        """
+
+    @abstractmethod
+    def give_back(self, part: str) -> None:
+        """Let others claim a part that this process holds.
+
+        Raises
+        ------
+        StoreError
+            When the store cannot be reached: the claims are gone with the connection.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back all that is held; closing twice is harmless."""
+
+    @final
+    def __enter__(self) -> Self:
+        return self
+
+    @final
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 class Store(ABC):
     """Records, failures and runs, kept for good.
 
@@ -146,6 +188,10 @@ class Store(ABC):
     @abstractmethod
     def runs(self, *, study: str | None = None) -> list[dict[str, Any]]:
         """All runs (of one study) as `add_run` got them, in the order in which they were added."""
+
+    def claims(self, study: str) -> Claims | None:
+        """Locks by which several processes share a study; None for a store where only one may run it at a time."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

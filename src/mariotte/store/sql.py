@@ -20,7 +20,7 @@ from typing_extensions import override
 
 import mariotte
 from mariotte.errors import StoreError
-from mariotte.store.base import Store, record_order
+from mariotte.store.base import Claims, Store, record_order
 from mariotte.store.record import FORMAT, Failure, Record, canonical_json
 
 DEFAULT = "mariotte.db"
@@ -28,6 +28,9 @@ DEFAULT = "mariotte.db"
 
 BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for another one; a transaction of ours takes milliseconds, a slow network disk seconds."""
+
+CONNECT_TIMEOUT_S = 10
+"""How long a PostgreSQL server may take to answer, unless the URL's ``connect_timeout`` says otherwise."""
 
 # Prefixed, because a PostgreSQL database may hold other people's tables as well.
 _metadata = sa.MetaData()
@@ -83,6 +86,7 @@ _CREATING = 0x4D6172696F747465
 
 _LOCKED = "is locked: another process has been writing for over {timeout:g} s; wait for it or end it, then run again"
 _ADVICE = {
+    "55P03": _LOCKED,  # PostgreSQL's lock_not_available
     "SQLITE_BUSY": _LOCKED,
     "SQLITE_LOCKED": _LOCKED,
     "SQLITE_FULL": "cannot be written: the disk is full; free space and run again, nothing stored is lost",
@@ -94,7 +98,7 @@ _ADVICE = {
     "SQLITE_CORRUPT": "is damaged ({error}): restore the file from a copy, or run the study again into a new store",
     "SQLITE_IOERR": "cannot be read or written ({error}): check the disk and its free space, then run again",
 }
-"""By SQLite's error name: what is wrong and what to do."""
+"""By SQLite's error name or PostgreSQL's code: what is wrong and what to do."""
 
 
 def open_store(url: str | Path | None = None, *, create: bool = False) -> Store:
@@ -354,8 +358,67 @@ class SqlStore(Store):
         return [self._object(body, f"run {number}") for number, body in enumerate(bodies, 1)]
 
     @override
+    def claims(self, study: str) -> Claims | None:
+        return _AdvisoryLocks(self._engine, self._url, study) if self._engine.dialect.name == "postgresql" else None
+
+    @override
     def close(self) -> None:
         self._engine.dispose()
+
+
+class _AdvisoryLocks(Claims):
+    """PostgreSQL's session-level advisory locks, on a connection of their own: the server frees them when it ends.
+
+    Notes
+    -----
+    A session that is lost in the middle of the work (the server was restarted) frees them too, and another process
+    may then do the same work: its records are the same ones, and adding again is harmless. A pool that shares sessions
+    among clients, such as PgBouncer between transactions, cannot hold such locks.
+    """
+
+    # A session waits in silence for as long as a branch takes, which no server or router should take for its end; and
+    # that of a machine that lost power should end within a minute. Settings that this server lacks are left out.
+    _SETTINGS = (
+        ("idle_session_timeout", "0"),
+        ("tcp_keepalives_idle", "30"),
+        ("tcp_keepalives_interval", "10"),
+        ("tcp_keepalives_count", "3"),
+    )
+
+    def __init__(self, engine: sa.Engine, url: sa.URL, study: str) -> None:
+        self._url, self._study = url, study
+        with _sentences(url):
+            # Without transactions: one that is open for hours keeps the server from cleaning up.
+            self._connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            self._connection.detach()  # or closing it would only put it back into the pool, locks and all
+        try:
+            with _sentences(url):
+                known = sa.text("SELECT set_config(name, :value, false) FROM pg_settings WHERE name = :name")
+                for name, value in self._SETTINGS:
+                    self._connection.execute(known, {"name": name, "value": value})
+                # Locks are the database's, and it may hold several stores: this one is known by its table.
+                self._store = self._connection.scalar(sa.text(f"SELECT '{_meta.name}'::regclass::oid::bigint"))
+        except BaseException:
+            self.close()
+            raise
+
+    def _key(self, part: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._store} {self._study} {part}".encode()).digest()[:8], signed=True)
+
+    @override
+    def take(self, part: str) -> bool:
+        with _sentences(self._url):
+            return bool(self._connection.scalar(sa.select(sa.func.pg_try_advisory_lock(self._key(part)))))
+
+    @override
+    def give_back(self, part: str) -> None:
+        with _sentences(self._url):
+            held = self._connection.scalar(sa.select(sa.func.pg_advisory_unlock(self._key(part))))
+        assert held, f"{part} is given back by who does not hold it"
+
+    @override
+    def close(self) -> None:
+        self._connection.close()
 
 
 def _sha256(text: str) -> str:
@@ -405,8 +468,11 @@ def _engine(url: sa.URL, *, create: bool) -> sa.Engine:
     if backend not in ("sqlite", "postgresql"):
         raise StoreError(f"a store is a SQLite file or a PostgreSQL database, got {_name(url)!r}")
     if backend == "postgresql":
+        settings = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_TIMEOUT_S}
         try:
-            return sa.create_engine(url, pool_pre_ping=True)
+            server = sa.create_engine(url, pool_pre_ping=True, connect_args=settings)
+            event.listen(server, "connect", _limit_waiting)
+            return server
         except ModuleNotFoundError as error:
             raise StoreError(
                 f"{_name(url)} needs the package {error.name}, which is not installed: pip install 'mariotte[postgres]'"
@@ -442,6 +508,13 @@ def _engine(url: sa.URL, *, create: bool) -> sa.Engine:
     return engine
 
 
+def _limit_waiting(connection: Any, _: object) -> None:
+    """Let a PostgreSQL session wait no longer for a lock than SQLite's writers do; without it, for ever."""
+    connection.autocommit = True  # or the setting would end with a transaction that is undone
+    connection.execute(f"SET lock_timeout = {round(1000 * BUSY_TIMEOUT_S)}")
+    connection.autocommit = False
+
+
 def _check_file(file: Path, *, create: bool) -> None:
     """Say in a sentence what SQLite would say in three words, before it makes an empty file."""
     if file.is_dir():
@@ -468,7 +541,7 @@ def _sentences(url: sa.URL) -> Generator[None]:
 
 
 def _store_error(url: sa.URL, error: BaseException | None) -> StoreError:
-    name = getattr(error, "sqlite_errorname", "")
+    name = str(getattr(error, "sqlite_errorname", "") or getattr(error, "sqlstate", "") or "")
     short = " ".join(str(error).split())
     for known, advice in _ADVICE.items():
         if name.startswith(known):
