@@ -293,13 +293,13 @@ def test_a_dead_worker_costs_nothing_that_it_told_of(tmp_path: Path) -> None:
     assert rest is None
     assert [outcome.failure and outcome.failure.stage for outcome in lost] == ["setup"]
 
-    worker.settled, worker.serving = {"a"}, (Serving("a", "ffn@0.1", 0), Serving("b", "ffn@0.2", 0))
+    worker.work.settled, worker.work.serving = {"a"}, (Serving("a", "ffn@0.1", 0), Serving("b", "ffn@0.2", 0))
     rest, lost = _buried(worker)
     assert [outcome.experiment for outcome in lost] == ["b"]
     assert rest is not None
     assert rest.settled == {"x", "a", "b"}
 
-    worker.serving = ()  # between the dense model and the first step
+    worker.work.serving = ()  # between the dense model and the first step
     rest, lost = _buried(worker)
     assert (rest is None, lost) == (False, [])
 

@@ -31,6 +31,20 @@ def run(
         int | None, typer.Option(min=1, max=1024, help="Threads of torch, instead of the study's.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes, instead of the study's.")] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="What runs it, instead of what the study says: inline, processes or ray, a local cluster."),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster that is there, or auto; implies --runner ray.")
+    ] = None,
+    cpus: Annotated[
+        float | None, typer.Option(help="Processors of each branch on Ray, instead of the study's.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of each branch on Ray, instead of the study's.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of unfinished work, on every node.  [default: beside the store]")
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(help="Checkpoints that stay, instead of the study's: none, best or all.")
     ] = None,
@@ -55,7 +69,16 @@ def run(
     from mariotte.report.claims import PAPERS
     from mariotte.store import open_store
 
-    changes: dict[str, Any] = {"device": device, "threads": threads, "workers": workers, "keep": keep}
+    changes: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "workers": workers,
+        "runner": "ray" if ray_address is not None and runner is None else runner,
+        "ray_address": ray_address,
+        "cpus": cpus,
+        "gpus": gpus,
+        "keep": keep,
+    }
     found = with_run(read(study), **{key: value for key, value in changes.items() if value is not None})
     if found.follows is not None and found.follows not in PAPERS:
         raise unknown("paper with claims", found.follows, PAPERS.names())  # now, not in the report after hours of work
@@ -64,7 +87,12 @@ def run(
         return
     with open_store(store, create=True) as opened:
         summary = run_shown(
-            found, opened, study.read_text(encoding="utf-8"), artifacts=artifacts, retry_failed=retry_failed
+            found,
+            opened,
+            study.read_text(encoding="utf-8"),
+            work=None if work is None else work.resolve() / found.name,
+            artifacts=artifacts,
+            retry_failed=retry_failed,
         )
         if as_json:
             print_json(asdict(summary))

@@ -187,6 +187,7 @@ class Task:
     shelf : where compressed checkpoints are kept, None for nowhere
     dense : records of the dense model that exist, by id
     known : values by which the best checkpoints are chosen, as far as they are in the store, by the record's id
+    branch : names the part of the study that this is, the same in every process that runs it
     """
 
     study: str
@@ -205,6 +206,24 @@ class Task:
     shelf: Shelf | None = None
     dense: Mapping[str, Record] = field(default_factory=lambda: dict[str, Record]())
     known: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
+    branch: str = ""
+
+
+class Held:
+    """The dense model that was loaded last, for the next task of the same model; no step changes it."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, str, str | None] | None = None
+        self._model: Model | None = None
+
+    def load(self, task: Task, counters: Counters) -> Model:
+        """The dense model of a task."""
+        of = task.model, task.device, task.dtype
+        if self._model is None or self._of != of:
+            self._of = self._model = None  # before the next one: two at once may be more than memory holds
+            self._model, self._of = load(*of), of
+            counters.loads += 1
+        return self._model
 
 
 @dataclass(frozen=True)
@@ -247,17 +266,18 @@ def perform(
     counters: Counters,
     progress: Callable[[str, float], None] = silent,
     serving: Callable[[tuple[Serving, ...]], None] = nobody,
+    held: Held | None = None,
 ) -> Iterator[Outcome]:
     """Do what is missing of a task; the caller stores what comes back.
 
     A model that cannot be loaded or measured is one failure, of the stage ``setup``: the study's other models go on.
+    A caller with several tasks of one model holds it between them.
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     progress("loading", 0.0)
     try:
-        model = load(task.model, task.device, task.dtype)
-        counters.loads += 1
+        model = (held or Held()).load(task, counters)
         calibration = read_calibration(task.calibration, model)
         measures = {text: identity.resolve_measure(text) for text in task.measures}
         protocols = {text: measure.protocol(model) for text, measure in measures.items()}

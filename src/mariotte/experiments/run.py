@@ -6,9 +6,9 @@ import contextlib
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from mariotte import accounting, architectures
@@ -18,10 +18,12 @@ from mariotte.errors import StudyError
 from mariotte.evaluate.base import Measure
 from mariotte.experiments import identity
 from mariotte.experiments.artifacts import Shelf
+from mariotte.experiments.branches import Branches
 from mariotte.experiments.environment import environment
 from mariotte.experiments.pipeline import Outcome, Task, now
 from mariotte.experiments.runners.inline import inline
 from mariotte.experiments.runners.processes import processes
+from mariotte.experiments.runners.ray import on_ray
 from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
 from mariotte.models.load import find_device, locate, read_config, weight_files
@@ -93,7 +95,8 @@ def check(study: Study) -> Plan:
         measure.check()
     if study.calibration is not None:
         corpora.find(study.calibration.corpus)
-    find_device(study.run.device)
+    if study.run.runner != "ray":  # whose workers may have what this machine lacks
+        find_device(study.run.device)
     if len(set(study.models)) < len(study.models):
         raise StudyError(f"study {study.name!r} names a model twice: name each once")
     for name in study.models:
@@ -203,26 +206,15 @@ def run(
     """
     started, began = now(), time.perf_counter()
     check(study)
-    folder = work or work_folder(store) / study.name
+    folder = (work or work_folder(store) / study.name).absolute()  # a worker elsewhere may have another one to begin in
     summary = Summary(study.name)
-    shelves = artifacts or artifacts_folder(store)
+    shelves = (artifacts or artifacts_folder(store)).absolute()
     measures = {name: _measures(study, name) for name in study.models}
-    keep, done = study.run.keep, frozenset(store.ids())
-    dense = {record.id: record for record in store.records(chain=str(chains.Chain()))}
+    keep = study.run.keep
     # The first measure of a model says which of its checkpoints is the best.
     judges = {name: next(iter(texts.items())) for name, texts in measures.items()}
-    known: dict[str, float] = {}
-    if keep == "best":
-        for by, (judge, _) in judges.values():
-            metric = next(iter(judge.metrics))
-            known |= {r.id: r.metrics[metric] for r in store.records(measure=by) if metric in r.metrics}
-    # What stopped a model before its first experiment is the user's to mend, and cheap to try again.
-    failed = (
-        frozenset[str]()
-        if retry_failed
-        else frozenset(failure.experiment for failure in store.failures(study=study.name) if failure.stage != "setup")
-    )
-    tasks = [
+    failed = frozenset[str]() if retry_failed else _left_alone(store, study)
+    asked = [
         Task(
             study=study.name,
             model=name,
@@ -233,30 +225,45 @@ def run(
             work=folder,
             device=study.run.device,
             dtype=study.run.dtype,
-            threads=study.run.threads,
-            done=done,
-            failed=failed,
+            # Ray's workers have the processors that they ask for, and torch would take all of the machine's.
+            threads=study.run.threads or (max(1, int(study.run.cpus)) if study.run.runner == "ray" else None),
             shelf=None
             if keep == "none"
             else Shelf(folder=shelves / study.name, model=name, keep=keep, rising=_rises(judges[name][1][0])),
-            dense=dense,
-            known=known,
         )
         for name in by_size(study.models)
     ]
-    workers = min(study.run.workers, len(tasks))
-    with _alone(study.name, folder):
+
+    def standing(tasks: Sequence[Task]) -> list[Task]:
+        """Tasks with what the store has of them now, and without what a killed process left half-written."""
+        known: dict[str, float] = {}
+        if keep == "best":
+            for by, (judge, _) in judges.values():
+                metric = next(iter(judge.metrics))
+                known |= {r.id: r.metrics[metric] for r in store.records(measure=by) if metric in r.metrics}
         for task in tasks:
             if task.shelf is not None:
                 task.shelf.sweep()
+        done, left_alone = frozenset(store.ids()), _left_alone(store, study)
+        dense = {record.id: record for record in store.records(chain=str(chains.Chain()))}
+        return [replace(task, done=done, failed=left_alone, dense=dense, known=known) for task in tasks]
+
+    with ExitStack() as held:
+        claims = store.claims(study.name)
+        if claims is None:
+            held.enter_context(_alone(study.name, folder))
+        else:
+            held.enter_context(claims)
+            _made(study.name, folder)
         for failure in store.failures(study=study.name):
             if failure.experiment not in failed:
                 store.clear_failures(study=study.name, experiment=failure.experiment)
-        outcomes = (
-            processes(tasks, summary.counters, progress, workers)
-            if workers > 1
-            else inline(tasks, summary.counters, progress)
+        branches = (
+            Branches(standing(asked), apart=study.run.runner == "ray")
+            if claims is None
+            else Branches(asked, apart=True, claims=claims, renew=lambda task: standing([task])[0])
         )
+        outcomes = _outcomes(study, branches, summary.counters, progress)
         told: set[str] = set()
         for outcome in outcomes:
             summary.experiments += 1
@@ -271,6 +278,7 @@ def run(
             elif outcome.experiment in failed and not outcome.before:
                 # Another study found it meanwhile, or its checkpoint is not asked for any more.
                 store.clear_failures(study=study.name, experiment=outcome.experiment)
+            branches.heard(outcome)
             told.add(outcome.experiment)
             finished(outcome)
         _forget(store, study, told, {failure.model for failure in summary.failures if failure.stage == "setup"})
@@ -282,7 +290,7 @@ def run(
                 "started": started,
                 "finished": now(),
                 "counters": asdict(summary.counters),
-                "environment": environment(study.run.device),
+                "environment": environment("cpu" if study.run.runner == "ray" else study.run.device),
                 "cost": {"seconds": round(summary.seconds, 3)},
                 "records": summary.records,
                 "skipped": summary.skipped,
@@ -294,10 +302,39 @@ def run(
             if work is None:
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()  # unless another study's work is in it
-    if all(failure.stage == "setup" for failure in summary.failures) and len(summary.failures) == len(tasks):
+    broken = {failure.model for failure in summary.failures if failure.stage == "setup"}
+    if len(broken) == len(summary.failures) == summary.experiments == len(study.models):
         # Not one model could be begun with: that is the user's to mend, and no study that went on without a part.
         raise StudyError(f"study {study.name!r} cannot be run: {summary.failures[0].error}")
     return summary
+
+
+def _outcomes(
+    study: Study, branches: Branches, counters: Counters, progress: Callable[[str, float], None]
+) -> Iterator[Outcome]:
+    """What the study's runner makes of its branches."""
+    setting = study.run
+    if setting.runner == "ray":
+        gpus = (0.0 if setting.device == "cpu" else 1.0) if setting.gpus is None else setting.gpus
+        return on_ray(
+            branches,
+            counters,
+            progress,
+            cpus=setting.cpus,
+            gpus=gpus,
+            address=setting.ray_address,
+            workers=setting.workers if setting.workers > 1 else None,
+        )
+    workers = min(setting.workers, len(branches))
+    if setting.runner == "processes" or (setting.runner is None and workers > 1):
+        return processes(branches, counters, progress, workers)
+    return inline(branches, counters, progress)
+
+
+def _left_alone(store: Store, study: Study) -> frozenset[str]:
+    """Experiments that failed and are not tried again unless that is asked for."""
+    # What stopped a model before its first experiment is the user's to mend, and cheap to try again.
+    return frozenset(failure.experiment for failure in store.failures(study=study.name) if failure.stage != "setup")
 
 
 def _rises(judge: Measure) -> bool:
@@ -329,6 +366,22 @@ def _forget(store: Store, study: Study, told: set[str], broken: set[str]) -> Non
             store.clear_failures(study=study.name, experiment=failure.experiment)
 
 
+def _made(study: str, folder: Path) -> Path:
+    """The study's folder, where it is sure that something can be written.
+
+    Raises
+    ------
+    StudyError
+        When it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.with_name(f"{folder.name}.lock").open("w").close()
+    except OSError as error:
+        raise StudyError(f"study {study!r} cannot keep its work in {folder}: {error.strerror}") from error
+    return folder
+
+
 @contextmanager
 def _alone(study: str, folder: Path) -> Generator[None]:
     """Hold the study's folder: two processes that prepare the same steps would write over one another.
@@ -338,12 +391,7 @@ def _alone(study: str, folder: Path) -> Generator[None]:
     StudyError
         When another process runs the study into the same store, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock").open("w")
-    except OSError as error:
-        raise StudyError(f"study {study!r} cannot keep its work in {folder}: {error.strerror}") from error
-    with lock:
+    with _made(study, folder).with_name(f"{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -357,7 +405,8 @@ def _remove(folder: Path) -> None:
     """Remove a study's folder; a kill half-way leaves nothing that looks whole."""
     going = folder.with_name(f"{folder.name}.removed")
     shutil.rmtree(going, ignore_errors=True)
-    folder.rename(going)
+    with contextlib.suppress(FileNotFoundError):  # another process that shared the study ended first
+        folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)
     folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
 

@@ -49,7 +49,13 @@ class Run(_Part):
     device : where models compute
     dtype : in which they compute; None takes float32 on a CPU, the checkpoint's own elsewhere
     threads : of torch, in each worker; None leaves torch's own choice
-    workers : processes that share the models and seeds among them; 1 works in this process
+    runner : inline: this process; processes: `workers` of them on this machine; ray: a Ray cluster. None takes
+        processes for more than one worker
+    workers : processes that share the models among them; 1 works in this process. With Ray the branches that a local
+        cluster does at once, where 1 stands for as many as there are processors
+    cpus, gpus : of Ray, for each branch; shares are allowed. None: no GPU for a study on the CPU, else one
+    ray_address : of a cluster that runs already, such as ``10.0.0.1:6379`` or ``auto``; None takes the environment's
+        ``RAY_ADDRESS``, and without it a cluster of this machine alone, which ends with the run
     keep : which compressed checkpoints stay on disk: none; best: of each model and asked amount the one that the
         study's first measure likes best; all
     """
@@ -58,7 +64,17 @@ class Run(_Part):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     threads: int | None = Field(default=None, ge=1, le=1024)
     workers: int = Field(default=1, ge=1, le=1024)
+    runner: Literal["inline", "processes", "ray"] | None = None
+    cpus: float = Field(default=1, gt=0, le=1024)
+    gpus: float | None = Field(default=None, ge=0, le=1024)
+    ray_address: str | None = None
     keep: Literal["none", "best", "all"] = "none"
+
+    @model_validator(mode="after")
+    def _an_address_is_for_ray(self) -> Self:
+        if self.ray_address is not None and self.runner != "ray":
+            raise ValueError(f"the address {self.ray_address!r} of a Ray cluster needs the runner ray: name it too")
+        return self
 
 
 class Measured(_Part):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 
-from mariotte.experiments.pipeline import Outcome, Task, perform
+from mariotte.experiments.branches import WAIT_S, Branches
+from mariotte.experiments.pipeline import Held, Outcome, perform
 from mariotte.models.step import Counters
 
 __all__ = ["inline"]
 
 
-def inline(tasks: Iterable[Task], counters: Counters, progress: Callable[[str, float], None]) -> Iterator[Outcome]:
+def inline(branches: Branches, counters: Counters, progress: Callable[[str, float], None]) -> Iterator[Outcome]:
     """Perform tasks in order and yield every outcome as soon as it is there."""
-    for task in tasks:
-        yield from perform(task, counters, progress)
+    held = Held()
+    while branches:
+        if (task := branches.take()) is None:
+            progress("waiting for other processes", 0.0)
+            time.sleep(WAIT_S)
+            continue
+        yield from perform(task, counters, progress, held=held)
+        branches.finished(task)
