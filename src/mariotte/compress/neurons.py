@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mariotte import accounting
-from mariotte.compress.surgery import cut_width, derive, parameter_names, rounding
+from mariotte.compress.surgery import cut_width, derive, gathered, parameter_names, rounding
 from mariotte.models.model import Model
 
 
@@ -59,7 +59,7 @@ def keep_neurons(model: Model, kept: Sequence[Tensor]) -> Model:
     """
     (width,) = {len(kept_K) for kept_K in kept}
     names = parameter_names(model)
-    weights: dict[str, Tensor] = {}
+    weights = gathered(model)
     for block, unordered_K in zip(model.blocks, kept, strict=True):
         kept_K = unordered_K.to(model.device).sort().values
         for linear in block.ffn[:-1]:

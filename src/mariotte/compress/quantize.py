@@ -21,8 +21,10 @@ from typing_extensions import override
 from mariotte.architectures import Shape
 from mariotte.chain import print_number
 from mariotte.compress.scope import PARTS, SCOPES, change, in_scope, oriented, turned
+from mariotte.compress.surgery import gathered
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
+from mariotte.models.paging import Stored
 from mariotte.models.step import Context, Prepared, Step
 
 
@@ -183,7 +185,7 @@ class Quantizer(Step):
                     "quantize once, from the model before it"
                 )
         for name, matrix in in_scope(model, self.scope).items():
-            if type(matrix.weight.data) is not Tensor or not matrix.weight.is_floating_point():
+            if type(matrix.weight.data) not in (Tensor, Stored) or not matrix.weight.is_floating_point():
                 return f"needs floating-point weights, and {name} is quantized: load the model without quantization"
         return None
 
@@ -195,7 +197,7 @@ class Quantizer(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         bits, scales = int(amount), model.stored_dtype
-        weights: dict[str, Tensor] = {}
+        weights = gathered(model)
         for name, matrix in in_scope(model, self.scope).items():
             weights[name] = turned(matrix, self.rounded(oriented(matrix), bits, scales))
         return self.after(model, change(model, self.scope, weights), amount)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mariotte.architectures import Need
 from mariotte.compress import allocate
-from mariotte.compress.calibration import Means, observe, tokens_for
+from mariotte.compress.calibration import means, tokens_for
 from mariotte.compress.sequential import rewrite_sequentially
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
@@ -98,7 +98,7 @@ def whole(weights: int, amount: float) -> int:
     return min(math.floor(round(weights * amount, _SLACK)), weights - 1)
 
 
-def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
+def smallest(weights: Sequence[Tensor], count: int) -> Iterator[Tensor]:
     """Masks of the `count` smallest entries by magnitude, over all tensors together.
 
     Parameters
@@ -106,10 +106,11 @@ def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
     weights : floating tensors of one dtype
     count : how many, from 0 to all
 
-    Returns
-    -------
-    bool tensors of the same shapes, True where an entry is among the smallest; exactly `count` are. Of equal ones,
-    those that come first along `weights` are taken, so that a smaller count is always a subset of a larger one.
+    Yields
+    ------
+    bool tensors of the same shapes, one after another, True where an entry is among the smallest; exactly `count` are.
+    Of equal ones, those that come first along `weights` are taken, so that a smaller count is always a subset of a
+    larger one.
 
     Notes
     -----
@@ -134,14 +135,12 @@ def smallest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
         digit = int(torch.searchsorted(reached, torch.tensor(rank)).clamp(max=(1 << _DIGITS) - 1))
         rank -= int(reached[digit - 1]) if digit else 0
         last = (last << _DIGITS) | digit
-    masks: list[Tensor] = []
     for weight in weights:
         keys_W = magnitudes(weight).long()
         equal = keys_W == last
         taken = (keys_W < last) | (equal & (equal.cumsum(0) <= rank))
         rank = max(0, rank - int(equal.sum()))
-        masks.append(taken.view(weight.shape))
-    return masks
+        yield taken.view(weight.shape)
 
 
 def smallest_of_rows(score_OI: Tensor, counts_O: Tensor) -> Tensor:
@@ -173,11 +172,9 @@ def store_statistics(
         for index, block in enumerate(model.blocks)
         for part, matrices in readers(block, scope).items()
     }
-    means = Means(statistic)
-    observe(model, context, step, inputs, means)
-    found = means.result(step, model)
+    found = means(model, context, step, inputs, statistic)
     for index, block in enumerate(model.blocks):
-        prepared.put(f"block-{index}", {part: found[f"block-{index} {part}"] for part in readers(block, scope)})
+        prepared.put(f"block-{index}", {part: found.pop(f"block-{index} {part}") for part in readers(block, scope)})
 
 
 @torch.no_grad()
@@ -319,6 +316,12 @@ class OneShot(Step):
         each = [s for s, matrices in zip(shares, by_block, strict=True) for some in matrices for _ in some]
         found = iter(allocate.whole(each, sizes, round(amount * sum(sizes))))
         return [[[next(found) for _ in some] for some in matrices] for matrices in by_block]
+
+    @override
+    def whole(self) -> str | None:
+        if self.allocation == "greedy":
+            return "measures the loss of the whole model many times for allocation=greedy: take influence or uniform"
+        return super().whole()
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

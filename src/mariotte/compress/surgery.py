@@ -6,7 +6,7 @@ Shapes: O outputs and I inputs of a linear layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from mariotte.models.model import Model
 from mariotte.models.paging import Spilled, Stored, another, pager_of
 
 
-def gathered(model: Model) -> MutableMapping[str, Tensor]:
+def gathered(model: Model) -> dict[str, Tensor] | Spilled:
     """An empty mapping for the new weights of a model, by name, which `derive` or `scope.change` takes.
 
     Of a model in memory it is a dict. Of a streamed one it writes each tensor to scratch when it is put in, in the

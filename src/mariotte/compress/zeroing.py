@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from mariotte.compress.scope import SCOPES, change, in_scope, oriented, turned, untied_weights
 from mariotte.compress.sparsity import smallest
+from mariotte.compress.surgery import gathered
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -68,7 +69,7 @@ class Zeroing(Step):
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         counts = self._counts(model, amount)
         zeros, total = sum(count * size for count, size in counts), 0
-        weights: dict[str, Tensor] = {}
+        weights = gathered(model)
         for index, ((name, matrix), (count, _)) in enumerate(
             zip(in_scope(model, self.scope).items(), counts, strict=True)
         ):

@@ -444,6 +444,10 @@ class Spilled(MutableMapping[str, Tensor]):
     def __delitem__(self, name: str) -> None:
         del self._sources[name]
 
+    def __ior__(self, others: Mapping[str, Tensor]) -> Spilled:
+        self.update(others)
+        return self
+
     @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -454,6 +458,36 @@ class Spilled(MutableMapping[str, Tensor]):
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_file(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors as one safetensors file, holding a piece of one at a time besides them.
+
+    Parameters
+    ----------
+    tensors : by name
+    dtype : of floating ones; None keeps each as it is
+
+    Raises
+    ------
+    OSError
+        When it cannot be written.
+    """
+    dtypes = {name: (dtype or t.dtype) if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, tensor in tensors.items():
+        end = place + tensor.numel() * dtypes[name].itemsize
+        header[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes, as the format asks
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            for whole in pieces(tensor):
+                for piece in _rows_of(whole):
+                    file.write(_bytes_of(piece.to(dtypes[name])))
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
@@ -484,27 +518,8 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
         else [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     )
     for file, shard in zip(names, shards, strict=True):
-        _write_file(shard, folder / file, dtype)
+        write_file(shard, folder / file, dtype)
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_file(tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
-    for name, tensor in tensors.items():
-        kept = dtype if tensor.is_floating_point() else tensor.dtype
-        end = place + tensor.numel() * kept.itemsize
-        header[name] = {"dtype": _NAMES[kept], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight bytes, as the format asks
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            kept = dtype if tensor.is_floating_point() else tensor.dtype
-            for whole in pieces(tensor):
-                for piece in _rows_of(whole):
-                    file.write(_bytes_of(piece.to(kept)))

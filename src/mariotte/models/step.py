@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from mariotte.architectures import Need
 from mariotte.chain import Link, print_number
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
-from mariotte.models.paging import pieces
+from mariotte.models.paging import pieces, read_header, write_file
 
 MANIFEST = "manifest.json"
 OF_MODEL = "model"
@@ -121,9 +119,8 @@ class Prepared:
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors of one block or part; whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         temporary = self.folder / f".{key}.safetensors"
-        save_file(whole, temporary)
+        write_file(tensors, temporary)
         temporary.replace(self.folder / f"{key}.safetensors")
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -136,8 +133,8 @@ class Prepared:
         """
         file = self.folder / f"{key}.safetensors"
         try:
-            return load_file(file)
-        except SafetensorError as error:
+            return {name: source.read() for name, source in read_header(file).items()}
+        except ModelError as error:
             raise DataError(
                 f"a prepared file should hold whole tensors, and {file} is damaged ({error}): "
                 f"remove the folder {self.folder} and run again"

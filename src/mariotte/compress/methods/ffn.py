@@ -5,7 +5,7 @@ Shapes: D model width, F neurons of a block (the down projection's inputs), K ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -18,7 +18,7 @@ from mariotte.compress.calibration import Means, outer, second_moments, taylor, 
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
 from mariotte.compress.sequential import Walk
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -163,6 +163,7 @@ class FFN(Step):
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "hassibi1993optimal"
+    streams: ClassVar[bool] = True
     version: ClassVar[int] = 2  # criterion=activation no longer damps what it ranks by
     needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
@@ -195,6 +196,12 @@ class FFN(Step):
         return super().refuse(model) or refuse_unequal_widths(model)
 
     @override
+    def whole(self) -> str | None:
+        if self.criterion == "taylor":
+            return "takes gradients through all blocks at once for criterion=taylor: leave criterion out"
+        return super().whole()
+
+    @override
     def removes(self, model: Model, amount: int | float) -> int:
         width, _ = neuron_width(model, amount, self.round_to)
         return removed_with_neurons(model, width)
@@ -207,7 +214,7 @@ class FFN(Step):
         blocks = model.blocks
         downs = {f"block-{index}": block.down for index, block in enumerate(blocks)}
         importance = taylor(model, context, self.name(), downs) if self.criterion == "taylor" else {}
-        moments: dict[str, Tensor] = {}
+        moments: MutableMapping[str, Tensor] = {}
         if not self.sequential and (self.compensate or self.criterion not in _BEFORE):
             inputs = {key: [down] for key, down in downs.items()}
             moments = second_moments(model, context, self.name(), inputs)
@@ -257,7 +264,7 @@ class FFN(Step):
         if width == shape.ffn:
             return model.copy().after(done)
         names = parameter_names(model)
-        weights: dict[str, Tensor] = {}
+        weights = gathered(model)
         cuts = self._sequential if self.sequential else self._cuts
         for block, (kept_K, down_DK) in zip(model.blocks, cuts(model, prepared, width, context), strict=True):
             for linear in block.ffn[:-1]:

@@ -6,7 +6,7 @@ R rows of calibration text, B rows at once, T tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
@@ -28,7 +28,7 @@ from mariotte.compress.attention import (
 )
 from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -278,6 +278,7 @@ class Heads(Step):
     unit: ClassVar[str] = "heads"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "michel2019sixteen"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal", "separate", "linear")
 
     criterion: str = "obs"
@@ -311,6 +312,12 @@ class Heads(Step):
         return min(choices, key=lambda kept: (round(abs(kept[0] - asked), 9), -kept[0]))
 
     @override
+    def whole(self) -> str | None:
+        if self.criterion == "taylor":
+            return "takes gradients through all blocks at once for criterion=taylor: leave criterion out"
+        return super().whole()
+
+    @override
     def removes(self, model: Model, amount: int | float) -> int:
         heads, groups = self.kept(model, amount)
         after = replace(model.shape, heads=heads, kv_heads=groups)
@@ -322,7 +329,7 @@ class Heads(Step):
         blocks, shape = model.blocks, model.shape
         by, _ = self._choices(model)
         gradients = mask_gradients(model, context, self.name()) if self.criterion == "taylor" else None
-        moments: dict[str, Tensor] = {}
+        moments: MutableMapping[str, Tensor] = {}
         if self.compensate or gradients is None:
             inputs = {f"block-{index}": [block.output] for index, block in enumerate(blocks)}
             moments = second_moments(model, context, self.name(), inputs)
@@ -369,7 +376,7 @@ class Heads(Step):
             return model.copy().after(done)
         names = parameter_names(model)
         width = shape.head_dim
-        weights: dict[str, Tensor] = {}
+        weights = gathered(model)
         for index, block in enumerate(model.blocks):
             tensors = {key: tensor.to(model.device) for key, tensor in prepared.get(f"block-{index}").items()}
             ranked = cast("list[int]", tensors["order"][:heads].tolist())

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from mariotte.compress.allocate import check_allocation, gather, spread, whole
 from mariotte.compress.calibration import tokens_for
 from mariotte.compress.scope import SCOPES, change, in_scope, untied_weights
 from mariotte.compress.sparsity import smallest
+from mariotte.compress.surgery import gathered
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
@@ -60,6 +61,7 @@ class Magnitude(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     reference: ClassVar[str] = "namburi2023cost"
+    streams: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = SCOPES
 
     per: str = "model"
@@ -101,6 +103,12 @@ class Magnitude(Step):
         return [sum(matrix.weight.numel() for matrix in some) for some in self._by_block(model)]
 
     @override
+    def whole(self) -> str | None:
+        if self.allocation == "greedy":
+            return "measures the loss of the whole model many times for allocation=greedy: take influence or uniform"
+        return super().whole()
+
+    @override
     def removes(self, model: Model, amount: int | float) -> int:
         sizes = [matrix.weight.numel() for matrix in self.matrices(model)]
         together = self.per == "model" or self.allocation != "uniform"
@@ -140,7 +148,7 @@ class Magnitude(Step):
 
     def _zeroed(self, model: Model, counts: Sequence[int]) -> Model:
         """The model with so many of the smallest weights of each matrix set to zero."""
-        cut: dict[str, Tensor] = {}
+        cut = gathered(model)
         for (name, matrix), count in zip(in_scope(model, self.scope).items(), counts, strict=True):
             (mask,) = smallest([matrix.weight], count)
             cut[name] = matrix.weight.masked_fill(mask, 0.0)
@@ -154,8 +162,9 @@ class Magnitude(Step):
         if self.per == "model":
             zeros = round(amount * sum(weight.numel() for weight in weights))
             masks = smallest(weights, zeros)
-            found = zip(in_scope(model, self.scope), weights, masks, strict=True)
-            zeroed = {name: weight.masked_fill(mask, 0.0) for name, weight, mask in found}
+            zeroed = gathered(model)
+            for name, weight, mask in zip(in_scope(model, self.scope), weights, masks, strict=True):
+                zeroed[name] = weight.masked_fill(mask, 0.0)
             cut = change(model, self.scope, zeroed) if zeros else model.copy()
         else:
             tensors = prepared.get("allocation") if "allocation" in prepared else {}

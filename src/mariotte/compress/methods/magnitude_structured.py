@@ -47,6 +47,7 @@ class MagnitudeStructured(Zeroing):
     """
 
     reference: ClassVar[str] = "namburi2023cost"
+    streams: ClassVar[bool] = True
 
     norm: int = 2
 

@@ -58,6 +58,7 @@ class PruneNetRandom(Step):
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "compressionlaws2025"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
     round_to: int | None = None

@@ -42,6 +42,7 @@ class Random(Zeroing):
     """
 
     reference: ClassVar[str] = "namburi2023cost"
+    streams: ClassVar[bool] = True
 
     rows: bool = False
 

@@ -44,6 +44,7 @@ class ShortGPT(Step):
     unit: ClassVar[str] = "blocks"
     family: ClassVar[str] = "depth"
     reference: ClassVar[str] = "men2024shortgpt"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     @override

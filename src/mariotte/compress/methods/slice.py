@@ -5,9 +5,9 @@ Shapes: D model width, d width kept, O outputs and I inputs of a linear layer, M
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,18 @@ from mariotte.architectures import Need
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.rotation import cannot_turn, principal_directions
-from mariotte.compress.surgery import cut_width, derive, norm_weight, parameter_names, rounding, set_norm_eps_
+from mariotte.compress.surgery import (
+    cut_width,
+    derive,
+    gathered,
+    norm_weight,
+    parameter_names,
+    rounding,
+    set_norm_eps_,
+)
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
+from mariotte.models.paging import pieces
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["Slice"]
@@ -80,6 +89,7 @@ class Slice(Step):
     unit: ClassVar[str] = "hidden"
     family: ClassVar[str] = "slice"
     reference: ClassVar[str] = "ashkboos2024slicegpt"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     compensate: bool = True
@@ -134,7 +144,8 @@ class Slice(Step):
         # One by one only for compensation: pooled, they take D² numbers and not D² for each norm.
         inputs = norms if self.compensate else {"stream": [norm for (norm,) in norms.values()]}
         moments = second_moments(model, context, self.name(), inputs, transform=lambda x_MD: rms_normalised(x_MD, eps))
-        pooled_DD = torch.stack(list(moments.values())).mean(0) if len(moments) > 1 else moments["stream"]
+        # One after another: of a streamed model each is read from disk.
+        pooled_DD = sum((moments[key] for key in moments), torch.zeros(())) / len(moments)
         rotation_DD, energy_D = principal_directions(pooled_DD)
         # Kept in float32 at least: rotated weights are cast to the model's own dtype once, when they are cut.
         kept = torch.promote_types(model.embeddings.weight.dtype, torch.float32)
@@ -143,16 +154,24 @@ class Slice(Step):
         in_order_D = torch.arange(len(rotation_DD), device=rotation_DD.device)
         for done, (key, (norm, linears)) in enumerate(readers.items()):
             tensors: dict[str, Tensor] = {}
-            moment_DD = with_ridge(rotation_DD.T @ moments[key] @ rotation_DD, self.ridge) if self.compensate else None
+            moment_DD = None
+            if self.compensate:
+                moment_DD = with_ridge(rotation_DD.T @ moments.pop(key) @ rotation_DD, self.ridge)
             for name, linear in linears.items():
-                weight_OD = (linear.weight.double() * norm_weight(norm).double()) @ rotation_DD
-                if moment_DD is not None:
-                    tensors[FACTOR], weight_OD = least_squares_factors(weight_OD, moment_DD, in_order_D)
-                tensors[name] = weight_OD.to(kept)
+                rows: list[Tensor] = []
+                for piece_OD in pieces(linear.weight):
+                    weight_OD = (piece_OD.double() * norm_weight(norm).double()) @ rotation_DD
+                    if moment_DD is not None:
+                        tensors[FACTOR], weight_OD = least_squares_factors(weight_OD, moment_DD, in_order_D)
+                    rows.append(weight_OD.to(kept))
+                tensors[name] = _whole(rows)
             prepared.put(key, tensors)
             context.progress("rotation", (done + 1) / len(readers))
         for key, parameters in _writers(model).items():
-            tensors = {name: (parameter.double() @ rotation_DD).to(kept) for name, parameter in parameters.items()}
+            tensors = {
+                name: _whole([(piece.double() @ rotation_DD).to(kept) for piece in _along_stream(key, parameter)])
+                for name, parameter in parameters.items()
+            }
             prepared.put(key, tensors)
         return prepared.finish(hidden=model.shape.hidden)
 
@@ -168,6 +187,16 @@ class Slice(Step):
         if width == shape.hidden:
             return model.copy().after(done)
         return _cut(model, prepared, width).after(done)
+
+
+def _whole(rows: list[Tensor]) -> Tensor:
+    """A matrix that was worked on some rows at a time."""
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _along_stream(key: str, parameter: Tensor) -> Iterable[Tensor]:
+    """A parameter that is written into the stream, whose axis is then the last; a streamed table in pieces."""
+    return pieces(parameter) if key == "embeddings" else [parameter.transpose(0, -1)]
 
 
 def _readers(model: Model) -> dict[str, tuple[nn.Module, dict[str, nn.Linear]]]:
@@ -186,12 +215,12 @@ def _readers(model: Model) -> dict[str, tuple[nn.Module, dict[str, nn.Linear]]]:
 
 
 def _writers(model: Model) -> dict[str, dict[str, Tensor]]:
-    """What is written into the stream, by name, the stream's axis last: embeddings, outputs of blocks, their biases."""
+    """What is written into the stream, by name: embeddings, outputs of blocks and their biases; see `_along_stream`."""
     names = parameter_names(model)
     found: dict[str, dict[str, Tensor]] = {"embeddings": {names[model.embeddings.weight]: model.embeddings.weight}}
     for index, block in enumerate(model.blocks):
         written = (parameter for linear in (block.output, block.down) for parameter in linear.parameters())
-        found[f"block-{index}-written"] = {names[parameter]: parameter.transpose(0, -1) for parameter in written}
+        found[f"block-{index}-written"] = {names[parameter]: parameter for parameter in written}
     return found
 
 
@@ -203,16 +232,19 @@ def _cut(model: Model, prepared: Prepared, width: int) -> Model:
     factor = (share * shape.hidden / width) ** 0.5
     eps = float(model.config[EPS]) * shape.hidden / width
     names = parameter_names(model)
-    weights: dict[str, Tensor] = {}
+    weights = gathered(model)
     for key, (norm, linears) in _readers(model).items():
         rotated = {name: tensor.to(model.device) for name, tensor in prepared.get(key).items()}
         weights[names[norm_weight(norm)]] = torch.ones(width)
         for name in linears:
             whole_OD = rotated[name]
-            cut_Od = (
-                compensated(rotated[FACTOR], whole_OD.double(), width) if FACTOR in rotated else whole_OD[:, :width]
-            )
-            weights[name] = cut_Od * factor
+            # Of the head of a streamed model some rows at a time: it may have more of them than all blocks.
+            parts = cast("tuple[Tensor, ...]", whole_OD.split(shape.ffn if model.streamed else len(whole_OD)))
+            rows = [
+                compensated(rotated[FACTOR], part_OD.double(), width) if FACTOR in rotated else part_OD[:, :width]
+                for part_OD in parts
+            ]
+            weights[name] = _whole(rows) * factor
     for key, parameters in _writers(model).items():
         rotated = prepared.get(key)
         for name in parameters:

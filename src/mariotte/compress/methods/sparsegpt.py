@@ -146,6 +146,7 @@ class SparseGPT(OneShot):
     """
 
     reference: ClassVar[str] = "frantar2023sparsegpt"
+    streams: ClassVar[bool] = True
     per: ClassVar[str] = "columns"
 
     columns: int = 128

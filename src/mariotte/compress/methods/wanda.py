@@ -84,6 +84,7 @@ class Wanda(OneShot):
     """
 
     reference: ClassVar[str] = "sun2024wanda"
+    streams: ClassVar[bool] = True
     per: ClassVar[str] = "row"
 
     @override
