@@ -17,8 +17,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mariotte import __version__
 from mariotte.errors import ModelError
 from mariotte.models.dynamic import modules
-from mariotte.models.load import LOADED_BY, SIDECAR, quiet_transformers, read_weights
+from mariotte.models.load import LOADED_BY, SIDECAR, quiet_transformers, read_weights, stream_weights
 from mariotte.models.model import Model, forward
+from mariotte.models.paging import pager_of
+from mariotte.models.streaming import cast_, save_
 
 _PROBE = (4, 32)  # rows and tokens on which the saved and the reloaded model are compared
 
@@ -196,7 +198,10 @@ def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -
     rounded = _cast(model.copy(), stored)
     try:
         with quiet_transformers():
-            rounded.hf.save_pretrained(folder, safe_serialization=True)
+            if model.streamed:
+                save_(rounded.hf, folder, stored)
+            else:
+                rounded.hf.save_pretrained(folder, safe_serialization=True)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(folder)
     except OSError:
@@ -218,6 +223,9 @@ def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -
 
 def _cast(model: Model, dtype: torch.dtype) -> Model:
     """The model with its parameters in `dtype`; not its buffers: rounded rotary frequencies make another model."""
+    if model.streamed:
+        cast_(model.hf, dtype)
+        return model
     for parameter in model.hf.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -227,19 +235,31 @@ def _cast(model: Model, dtype: torch.dtype) -> Model:
 def compare(model: Model, folder: Path) -> None:
     """Load `folder` with stock transformers and compare logits with `model`, both in float32.
 
+    Of a streamed model the folder is streamed too: read back by our own reader into transformers' own modules.
+
     Raises
     ------
     ModelError
         When it does not load, or the logits differ by more than rounding.
     """
+    pager = pager_of(model.embeddings.weight)
     try:
-        loaded = read_weights(folder, torch.float32, what="the checkpoint")
+        if pager is None:
+            loaded = read_weights(folder, torch.float32, what="the checkpoint")
+        else:
+            pager.let_go()
+            loaded = stream_weights(folder, torch.float32, model.device, pager.folder, what="the checkpoint")
     except ModelError as error:
         raise ModelError(f"the checkpoint does not load back, so it was not kept: {error}") from error
     tokens_BT = _probe(model)
     reference = _cast(model.copy(), torch.float32)
-    reference.hf.cpu()  # pyright: ignore[reportArgumentType]
+    if pager is None:
+        reference.hf.cpu()  # pyright: ignore[reportArgumentType]
+    else:
+        tokens_BT = tokens_BT.to(model.device)
     expected = reference.logits(tokens_BT)
+    if pager is not None:
+        pager.let_go()
     found = forward(loaded, model.kind, tokens_BT)
     # Same weights and same code: what remains is the order of float32 sums.
     worst, scale = float((found - expected).abs().max()), float(expected.abs().max())

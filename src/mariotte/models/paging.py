@@ -171,7 +171,7 @@ class Pager:
         if found is None:
             self._make_room(cell.nbytes)
             self.read_bytes += cell.source.nbytes
-            found = cell.numbers = cell.source.read().to(self.device, cell.dtype)
+            found = cell.numbers = cell.cast(cell.source.read())
         self._held[id(cell)] = weakref.ref(cell)
         self._held.move_to_end(id(cell))
         return found
@@ -181,6 +181,13 @@ class Pager:
         cell.numbers = numbers
         cell.written()
         self._held[id(cell)] = weakref.ref(cell)
+
+    def let_go(self) -> None:
+        """Free the memory of all that is held."""
+        for one in list(self._held.values()):
+            if (cell := one()) is not None:
+                cell.let_go()
+        self._held.clear()
 
     def forget(self, cell_id: int) -> None:
         """A cell is gone."""
@@ -247,11 +254,11 @@ class Cell:
     ----------
     pager : who lets it go
     source : where it is on disk
-    dtype : in which it is computed with; cast from the file's when it is read
+    dtypes : through which it is cast, one after another, when it is read; it is computed with in the last
     """
 
-    def __init__(self, pager: Pager, source: Source, dtype: torch.dtype) -> None:
-        self.pager, self.source, self.dtype = pager, source, dtype
+    def __init__(self, pager: Pager, source: Source, *dtypes: torch.dtype) -> None:
+        self.pager, self.source, self.dtypes = pager, source, dtypes
         self.shape = source.shape
         self.numbers: Tensor | None = None
         self._written = False
@@ -259,6 +266,18 @@ class Cell:
 
     def __del__(self) -> None:
         self.pager.forget(id(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is computed with."""
+        return self.dtypes[-1]
+
+    def cast(self, numbers: Tensor) -> Tensor:
+        """What was read, where and in the dtype in which it is computed with."""
+        numbers = numbers.to(self.pager.device)
+        for dtype in self.dtypes:
+            numbers = numbers.to(dtype)
+        return numbers
 
     @property
     def nbytes(self) -> int:
@@ -278,7 +297,7 @@ class Cell:
         """Write to scratch what was changed since it was read; then the source says what the tensor is."""
         changed = self._written or any(handle._version != version for handle, version in self._viewed.values())
         if changed and self.numbers is not None:
-            self.source = self.pager.write(self.numbers)
+            self.source, self.dtypes = self.pager.write(self.numbers), (self.dtype,)
         self._written = False
         self._viewed = {key: (handle, handle._version) for key, (handle, _) in self._viewed.items()}
         return self.source
@@ -363,7 +382,10 @@ class Stored(Tensor):
 
     def another(self, dtype: torch.dtype | None = None) -> Stored:
         """A tensor of its own with the same numbers, perhaps in another dtype; nothing is read."""
-        return Stored(Cell(self.cell.pager, self.cell.settle(), dtype or self.dtype))
+        source = self.cell.settle()
+        # Through the dtype that it had: numbers that were rounded once stay so.
+        dtypes = self.cell.dtypes if dtype is None or dtype == self.dtype else (*self.cell.dtypes, dtype)
+        return Stored(Cell(self.cell.pager, source, *dtypes))
 
 
 def _written(
@@ -392,7 +414,7 @@ def _embedded(weight: Stored, ids: Tensor) -> Tensor:
     wanted, places = cast("tuple[Tensor, Tensor]", ids.unique(return_inverse=True))
     rows = cell.source.rows(cast("list[int]", wanted.tolist()))
     cell.pager.read_bytes += rows.nbytes
-    return rows.to(ids.device, cell.dtype)[places]
+    return cell.cast(rows)[places]
 
 
 def pager_of(tensor: Tensor) -> Pager | None:
@@ -410,8 +432,7 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
     if not isinstance(tensor, Stored):
         yield tensor.detach()
         return
-    for piece in tensor.cell.settle().pieces():
-        yield piece.to(tensor.device, tensor.dtype)
+    yield from map(tensor.cell.cast, tensor.cell.settle().pieces())
 
 
 class Spilled(MutableMapping[str, Tensor]):

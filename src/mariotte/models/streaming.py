@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
     get_model_conversion_mapping,  # pyright: ignore[reportUnknownVariableType]
@@ -16,7 +16,7 @@ from transformers.conversion_mapping import (
 
 from mariotte.architectures import Architecture
 from mariotte.errors import ModelError
-from mariotte.models.paging import Cell, Pager, Source, Stored, read_header
+from mariotte.models.paging import Cell, Pager, Source, Stored, read_header, write_shards
 
 BLOCKS_HELD = 3
 """Largest blocks that a streamed model holds at once: that which is worked on, its dense twin, and room to read."""
@@ -145,3 +145,30 @@ def _fill_buffers(hf: PreTrainedModel, sources: Mapping[str, Source], device: to
     with torch.no_grad():
         hf.initialize_weights()
     return read
+
+
+def cast_(hf: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model whose weights are on disk these in another dtype; nothing is read."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in hf.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for parameter, aliases in names.items():
+        if isinstance(parameter, Stored):
+            given = nn.Parameter(parameter.another(dtype), requires_grad=False)
+            for name in aliases:
+                _put(hf, name, given)
+
+
+def save_(hf: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Save a model whose weights are on disk as transformers does, a piece of one weight at a time.
+
+    Raises
+    ------
+    OSError
+        When it cannot be written.
+    """
+    hf.save_pretrained(folder, state_dict={})  # config, generation config, and the file of a class of ours
+    tied = cast("dict[str, str]", hf.all_tied_weights_keys)
+    held = hf.state_dict(keep_vars=True)
+    again = {name for name, source in tied.items() if held.get(name) is held.get(source)}
+    write_shards({name: tensor for name, tensor in held.items() if name not in again}, folder, dtype)
