@@ -54,9 +54,9 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[bench]'
 	touch $@
 
-# lm-eval too: without it the tests that compare with it are skipped, each with its reason.
+# lm-eval and torchao too: without them the tests that compare with them are skipped, each with its reason.
 $(VENV)/.dev: $(VENV)/.bench
-	$(PIP) -e '.[bench,dev,tasks]'
+	$(PIP) -e '.[bench,dev,tasks,quant]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

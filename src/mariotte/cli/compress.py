@@ -76,7 +76,7 @@ def compress(
         folder = checkpoint.save(done, out, dtype=stored, dense_params=dense.counts.n_params)
     counts, base = done.counts, dense.counts
     stored = stored or done.hf.dtype
-    base_bytes, file_bytes = base.n_params * dense.stored_dtype.itemsize, counts.n_params * stored.itemsize
+    base_bytes, file_bytes = base.n_params * dense.stored_dtype.itemsize, checkpoint.file_bytes(folder)
     packed_bytes = counts.n_bytes if done.rounded else None
     scopes = {step.scope for step in done.done[len(dense.done) :] if step.in_scope}
     zeros = done.zeros(*scopes) if scopes else 0
@@ -113,7 +113,7 @@ def compress(
         ],
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]
-    if packed_bytes is not None:
+    if packed_bytes is not None and packed_bytes != file_bytes:
         rows_of.insert(2, ["bytes if packed", f"{base.n_bytes:,}", f"{packed_bytes:,}", "quantization is simulated"])
     print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
     for step in done.done:

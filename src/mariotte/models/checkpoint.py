@@ -16,8 +16,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
 from mariotte.errors import ModelError
+from mariotte.models import packed
 from mariotte.models.dynamic import modules
-from mariotte.models.load import LOADED_BY, SIDECAR, quiet_transformers, read_weights, stream_weights
+from mariotte.models.load import (
+    LOADED_BY,
+    SIDECAR,
+    quiet_transformers,
+    read_config,
+    read_weights,
+    stream_weights,
+    weight_files,
+)
 from mariotte.models.model import Model, forward
 from mariotte.models.paging import pager_of
 from mariotte.models.streaming import cast_, save_
@@ -45,8 +54,28 @@ def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
 
 
-def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = "AutoTokenizer") -> str:
-    """The model card: what was done, what is left, how to load it."""
+def _packable(model: Model) -> dict[str, Tensor]:
+    """The weights that a checkpoint should hold packed, by the path of their matrix.
+
+    None in a class of ours, or in an encoder-decoder, whose packed matrices transformers does not read back.
+    """
+    scopes = [done.scope for done in model.rounded if done.facts.get("stored") == packed.STORED]
+    unread = model.entry.irregular or model.kind == "seq2seq"
+    matrices = model.paths(*scopes) if scopes and not unread else {}
+    return {path: matrix.weight for path, matrix in matrices.items()}
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the weights in a model folder, as their files hold them."""
+    total = 0
+    for file in weight_files(folder):
+        with file.open("rb") as content:
+            total += file.stat().st_size - 8 - int.from_bytes(content.read(8), "little")
+    return total
+
+
+def card(model: Model, folder: Path, dense_params: int, stored: torch.dtype, tokenizer: str = "AutoTokenizer") -> str:
+    """The model card of a folder with its weights: what was done, what is left, how to load it."""
     counts = model.counts
     removed = 1 - counts.n_params / dense_params
     chain = " | ".join(done.step for done in model.done) or "dense"
@@ -67,7 +96,7 @@ def card(model: Model, dense_params: int, stored: torch.dtype, tokenizer: str = 
         if irregular
         else "An ordinary `transformers` checkpoint:"
     )
-    if said := _of_quantization(model):
+    if said := _of_quantization(model, packed.is_packed(read_config(folder))):
         how = f"{said}\n\n{how}"
     return f"""---
 library_name: transformers
@@ -84,7 +113,7 @@ Compressed with Mariotte {__version__}. The licence and the terms of use of the 
 | chain | `{chain}` |
 | parameters | {counts.n_params:,} ({removed:.1%} removed) |
 | without embeddings | {counts.n_params_non_embedding:,} |
-| bytes | {counts.n_params * stored.itemsize:,} ({str(stored).removeprefix("torch.")}) |
+| bytes | {file_bytes(folder):,} ({str(stored).removeprefix("torch.")}) |
 | base fingerprint | `{model.fingerprint}` |
 
 | step | unit | asked | obtained | weights zeroed |
@@ -104,10 +133,12 @@ lost has to be measured for your data: `mariotte run`, or any evaluation of your
 """
 
 
-def _of_quantization(model: Model) -> str:
-    """What the card says of weights, and perhaps inputs, that were rounded."""
+def _of_quantization(model: Model, small: bool) -> str:
+    """What the card says of weights, and perhaps inputs, that were rounded, and of weights that are held packed."""
     said: list[str] = []
-    if model.rounded:
+    if small:
+        said.append("Some weights are eight-bit floats, which `transformers` reads where torchao is installed.")
+    if any(not small or done.facts.get("stored") != packed.STORED for done in model.rounded):
         said.append(
             "Quantization is simulated: weights are stored as what their integers stand for. Packed, the model would "
             f"take {model.counts.n_bytes:,} bytes."
@@ -196,6 +227,7 @@ def _open_to_all(folder: Path) -> None:
 def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -> None:
     # A copy: casting in place would round the weights of the model that the caller goes on measuring.
     rounded = _cast(model.copy(), stored)
+    small = packed.pack_(rounded.hf, _packable(model))
     try:
         with quiet_transformers():
             if model.streamed:
@@ -208,8 +240,10 @@ def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
         raise OSError(None, " ".join(str(error).split())[:200]) from error
+    if small:
+        packed.unpack_(rounded.hf, torch.float32)
     loaded_by = "AutoTokenizer" if model.tokenizer is None else tokenizer_class(model.tokenizer, folder)
-    (folder / "README.md").write_text(card(model, dense_params, stored, loaded_by), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, folder, dense_params, stored, loaded_by), encoding="utf-8")
     sidecar = {
         "mariotte": __version__,
         "base_model": model.name,

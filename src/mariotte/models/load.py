@@ -39,6 +39,7 @@ from transformers import (
 from mariotte import architectures
 from mariotte.architectures import Architecture, Kind
 from mariotte.errors import ModelError, UnknownNameError, unknown
+from mariotte.models import packed
 from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
 from mariotte.models.streaming import fill_
@@ -327,7 +328,10 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
     ModelError
         When the weights are damaged, or are not exactly those that the config asks for.
     """
-    entry = architectures.of(read_config(folder))
+    config = read_config(folder)
+    entry = architectures.of(config)
+    if packed.is_packed(config) and not packed.installed():
+        raise ModelError(f"{what} holds weights that torchao packed, and it is not installed: {packed.INSTALL}")
     try:
         with quiet_transformers():
             loaded: Any = LOADED_BY[entry.kind].from_pretrained(
@@ -355,6 +359,9 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
         )
         if names:
             raise ModelError(f"{what} {said}, such as {names[0]}: config and weights do not belong together")
+    if packed.is_packed(config) and (folder / SIDECAR).is_file():
+        # Of ours, of which the history says so; to a stranger's a second quantizer must see that it is quantized.
+        packed.unpack_(hf, dtype)
     freeze_shortcuts_(hf)
     _restate_tie(hf, entry)
     return hf.eval()
