@@ -24,8 +24,8 @@ def fit(
         str,
         typer.Option(
             help="A law (see 'mariotte laws'); auto: the family law where it applies, else as best; best: the simplest "
-            "within one standard error of the best of the hold-out of all laws, or the ensemble of those equally simple; "
-            "'odds + weibull': an ensemble of your own."
+            "within one standard error of the best of the hold-out of all laws, or the ensemble of those equally "
+            "simple; 'odds + weibull': an ensemble of your own."
         ),
     ] = "auto",
     by: Annotated[
