@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install quickstart test lint format docs bench clean
+.PHONY: install quickstart test cluster lint format docs bench clean
 
 install: $(VENV)/.dev
 
@@ -20,6 +20,9 @@ quickstart: $(VENV)/.bench
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What the tests of Ray and PostgreSQL need beside .dev; without it `make test` skips them. The server is the system's.
+cluster: $(VENV)/.cluster
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,6 +60,10 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 # lm-eval and torchao too: without them the tests that compare with them are skipped, each with its reason.
 $(VENV)/.dev: $(VENV)/.bench
 	$(PIP) -e '.[bench,dev,tasks,quant]'
+	touch $@
+
+$(VENV)/.cluster: $(VENV)/.dev
+	$(PIP) -e '.[ray,postgres]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,8 @@ _ORPHAN_S = 60.0
 _OBJECTS_BYTES = 128 * 2**20
 """Ray's shared memory on a cluster of our own: only records come back, and Ray would take a third of the machine."""
 
-_held = Held()
-"""Of a worker: Ray uses a process again for the next task."""
+_held: dict[str, Held] = {}
+"""Of a worker, which Ray uses again for the next task: the present run's model; between runs its files may change."""
 
 
 def _package() -> Any:
@@ -174,8 +175,17 @@ def _alone(folder: Path, branch: str) -> Generator[None]:
         yield
 
 
-def _branch(task: Task, home: str, version: str) -> Iterator[Said]:
-    """In a worker: do a task and yield what there is to tell, as `narrate` says, while it is being done."""
+def _branch(task: Task, run: str, home: str, version: str) -> Iterator[Said]:
+    """In a worker: do a task and yield what there is to tell, as `narrate` says, while it is being done.
+
+    Parameters
+    ----------
+    run : tells the runs of one driver from one another
+    home, version : the folder that the driver works in, and the Mariotte that it is
+    """
+    if run not in _held:
+        _held.clear()
+    held = _held.setdefault(run, Held())
     told: SimpleQueue[Said | None] = SimpleQueue()
     # Names of models and files are as the driver's folder has them, where this node has that folder.
     with contextlib.suppress(OSError):
@@ -189,7 +199,7 @@ def _branch(task: Task, home: str, version: str) -> Iterator[Said]:
                     "install the same version on every node"
                 )
             with _alone(task.work, task.branch):
-                narrate(task, told.put, _held)
+                narrate(task, told.put, held)
         except MariotteError as error:
             told.put(("error", error))
         finally:
@@ -240,9 +250,9 @@ def on_ray(
         # Tried again by us and not by Ray, which would do everything anew that was told already.
         asked: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "num_returns": "streaming"}
         remote = ray.remote(**asked)(_branch)
-        home = str(Path.cwd())
+        told = (uuid.uuid4().hex, str(Path.cwd()), mariotte.__version__)
         running: list[tuple[Any, Work]] = []
-        deaths: Counter[str] = Counter()
+        deaths: Counter[tuple[str, str]] = Counter()
         room, looked, had_room = 0, 0.0, time.monotonic()
         try:
             while running or branches:
@@ -255,7 +265,7 @@ def on_ray(
                             "ask for less with --cpus and --gpus, or add a node that has them"
                         )
                 while len(running) < room and (task := branches.take()):
-                    running.append((remote.remote(task, home, mariotte.__version__), Work(task)))
+                    running.append((remote.remote(task, *told), Work(task)))
                 if not running:
                     progress("waiting for other processes", 0.0)
                     time.sleep(WAIT_S)
@@ -272,8 +282,8 @@ def on_ray(
                         del running[place]
                         add(counters, work.counters)
                         blamed = work.blamed()
-                        deaths.update(served.experiment for served in blamed)
-                        given_up = tuple(served for served in blamed if deaths[served.experiment] >= TRIES)
+                        deaths.update((task.branch, served.experiment) for served in blamed)
+                        given_up = tuple(s for s in blamed if deaths[task.branch, s.experiment] >= TRIES)
                         rest, lost = work.left(f"{error}, {TRIES} times", given_up)
                         yield from lost
                         if rest is not None:
