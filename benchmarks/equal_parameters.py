@@ -130,11 +130,11 @@ def row_losses(model: Model, test_NT: Tensor) -> Tensor:
     return token_nll(model, test_NT, batch=max(1, 4096 // test_NT.shape[1])).double().mean(1)
 
 
-def run(case: Case, name: str, ratios: Sequence[float], dense: Found) -> list[Found | str]:
-    """One method at all ratios, from one preparation; in place of what it cannot do, why."""
+def run(case: Case, name: str, ratios: Sequence[float], dense: Found, **asked: object) -> list[Found | str]:
+    """One method, with fields other than its defaults, at all ratios; in place of what it cannot do, why."""
     kind = identity.find_step(name)
     settings: dict[str, object] = {"round_to": 1} if "round_to" in {f.name for f in fields(kind)} else {}
-    step = kind(**settings, **({} if name == "auto" else {"of": "model"}))
+    step = kind(**settings, **asked, **({} if name == "auto" else {"of": "model"}))
     if reason := step.refuse(case.model):
         return [f"refused: {reason}"] * len(ratios)
     found: list[Found | str] = []
@@ -251,13 +251,13 @@ those of the search and the cut.
 """
 
 
-def write(name: str, text: str) -> None:
-    """Put one model's section into the file."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
+def write(name: str, text: str, results: Path = RESULTS, head: str = HEAD) -> None:
+    """Put one model's section into a file of results."""
+    results.parent.mkdir(exist_ok=True)
+    old = results.read_text(encoding="utf-8") if results.is_file() else ""
     sections = {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in re.split(r"^## ", old, flags=re.M)[1:]}
     sections[name] = text
-    RESULTS.write_text("\n".join([HEAD, *(sections[key] for key in sorted(sections))]), encoding="utf-8")
+    results.write_text("\n".join([head, *(sections[key] for key in sorted(sections))]), encoding="utf-8")
 
 
 def main() -> None:

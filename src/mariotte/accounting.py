@@ -94,7 +94,7 @@ def count_shape(s: Shape, *, context: int = 0, bytes_per_param: float = 4) -> Co
         n_params=non_embedding + embeddings,
         n_params_non_embedding=non_embedding,
         n_bytes=round((non_embedding + embeddings) * bytes_per_param),
-        flops_per_token=2.0 * (passed + maps_in + maps_out + transform + head) + 4.0 * attended * context,
+        flops_per_token=2.0 * (passed + maps_in + maps_out + transform + head) + 2.0 * attended * context,
         attention=attention,
         ffn=ffn,
         embeddings=embeddings,
@@ -103,20 +103,29 @@ def count_shape(s: Shape, *, context: int = 0, bytes_per_param: float = 4) -> Co
 
 
 def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
-    """Of one stack of blocks: parameters of attention, MLPs, norms and shortcuts; weights passed, width attended.
+    """Of one stack of blocks: parameters of attention, MLPs, norms and shortcuts; weights passed, widths attended.
+
+    The widths are those of queries, with which scores are made, and of values, which are summed.
 
     A token passes a shared block as often as there are layers of it.
     """
     attentions = 1 + s.cross
     heads = [s.heads_of(layer) for layer in range(s.layers)]
-    queries = [query * s.head_dim for query, _ in heads]
+    factored = [_factored(s, layer) for layer in range(s.layers)]
+    sizes = [s.widths_of(layer) for layer in range(s.layers)]
+    attended = [query * (width + value) for (query, _), (width, value) in zip(heads, sizes, strict=True)]
     # Of query, key and value together, and of the output.
-    read = [(query + 2 * keys) * s.head_dim for query, keys in heads]
-    attention_matrices = [s.hidden * (rows + query) * attentions for rows, query in zip(read, queries, strict=True)]
+    read = [(query + keys) * width + keys * value for (query, keys), (width, value) in zip(heads, sizes, strict=True)]
+    attention_matrices = [
+        s.hidden * (rows + query * value) * attentions + more
+        for rows, (query, _), (_, value), (more, _) in zip(read, heads, sizes, factored, strict=True)
+    ]
     attention_biases = [(rows * s.attention_bias + s.hidden * s.output_bias) * attentions for rows in read]
     ins = 2 if s.gated else 1
     widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
-    ffn_matrices = [ffn * (ins * s.hidden + written) for ffn, written in widths]
+    ffn_matrices = [
+        ffn * (ins * s.hidden + written) + more for (ffn, written), (_, more) in zip(widths, factored, strict=True)
+    ]
     ffn_biases = [ins * ffn * s.mlp_bias + written * (s.mlp_bias or s.down_bias) for ffn, written in widths]
     # Norms have weights, or are folded into the matrices behind them.
     norms = (attentions + 1) * s.hidden * s.blocks + s.final_size * s.final_norm
@@ -127,8 +136,34 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
         (0 if s.shortcuts else norms * (1 + s.norm_bias)) + s.relative,
         shortcuts,
         sum(attention_matrices) + sum(ffn_matrices) + shortcuts,
-        sum(queries) * attentions,
+        sum(attended) * attentions,
     )
+
+
+def matrices(s: Shape, layer: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Outputs and inputs of a block's matrices: query, key, value, output; gate if there is one, up, down.
+
+    Of a family that holds each of them by itself.
+    """
+    (heads, groups), (width, value), ffn = s.heads_of(layer), s.widths_of(layer), s.ffn_of(layer)
+    read = [(heads * width, s.hidden), (groups * width, s.hidden), (groups * value, s.hidden)]
+    ins = 2 if s.gated else 1
+    return (*read, (s.hidden, heads * value)), (*[(ffn, s.hidden)] * ins, (s.written_by(layer), ffn))
+
+
+def _factored(s: Shape, layer: int) -> tuple[int, int]:
+    """Weights that attention and the MLP of one layer have more, as a rule fewer, because matrices are products."""
+    if s.ranks is None:
+        return 0, 0
+    more = [0, 0]
+    ranks = iter(s.ranks[layer])
+    for part, some in enumerate(matrices(s, layer)):
+        more[part] = sum(
+            rank * (outputs + inputs) - outputs * inputs
+            for (outputs, inputs), rank in zip(some, ranks, strict=False)
+            if rank
+        )
+    return more[0], more[1]
 
 
 def rounding(width: int, round_to: int | None = None, *, multiple_of: int = 1, at: int | None = None) -> int:

@@ -563,8 +563,11 @@ class Shape:
 
     Parameters
     ----------
-    ffns : F of every layer, where they differ; like the next four of irregular models alone
+    ffns : F of every layer, where they differ; like the next six of irregular models alone
     attentions : N and K of every layer, where they differ
+    widths : H of queries and keys, and of values, of every layer, where they are not `head_dim`
+    ranks : of every layer those of its matrices, attention's and then the MLP's, that are products of two, and 0 of
+        those that are whole, where there are any
     down_bias : of the MLP's projections the last alone has a bias
     shortcuts : blocks hand on their input through matrices, and norms have no weights
     final : width of the stream that the last block writes and the head reads, where it is not D
@@ -597,6 +600,8 @@ class Shape:
     mlp_bias: bool
     ffns: tuple[int, ...] | None = None
     attentions: tuple[tuple[int, int], ...] | None = None
+    widths: tuple[tuple[int, int], ...] | None = None
+    ranks: tuple[tuple[int, ...], ...] | None = None
     down_bias: bool = False
     shortcuts: bool = False
     final: int | None = None
@@ -633,6 +638,10 @@ class Shape:
     def heads_of(self, layer: int) -> tuple[int, int]:
         """Query and key-value heads of one layer."""
         return (self.heads, self.kv_heads) if self.attentions is None else self.attentions[layer]
+
+    def widths_of(self, layer: int) -> tuple[int, int]:
+        """Width of a head's queries and keys, and of its values, in one layer."""
+        return (self.head_dim, self.head_dim) if self.widths is None else self.widths[layer]
 
     @property
     def final_size(self) -> int:
@@ -684,6 +693,13 @@ def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
     attentions = cast("list[list[int]] | None", config.get("head_sizes")) if entry.irregular else None
     if attentions is not None and [len(sizes) for sizes in attentions] != [2] * layers:
         raise ModelError(f"head_sizes must hold two numbers of heads for each of the {layers} layers, got {attentions}")
+    widths = cast("list[list[int]] | None", config.get("width_sizes")) if entry.irregular else None
+    if widths is not None and [len(sizes) for sizes in widths] != [2] * layers:
+        raise ModelError(f"width_sizes must hold two widths of heads for each of the {layers} layers, got {widths}")
+    ranks = cast("list[dict[str, int]] | None", config.get("ranks")) if entry.irregular else None
+    paths = (*entry.attention_paths, *entry.ffn_paths)
+    if ranks is not None and (len(ranks) != layers or any(set(some) - set(paths) for some in ranks)):
+        raise ModelError(f"ranks must name matrices of the block for each of the {layers} layers, got {ranks}")
     added = entry.irregular and fact("output_biases")
     final = size("final_size", hidden) if entry.irregular else hidden
     embedding = size(entry.embedding, hidden)
@@ -705,6 +721,8 @@ def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
         mlp_bias=fact(entry.mlp_bias),
         ffns=None if ffns is None else tuple(ffns),
         attentions=None if attentions is None else tuple((heads, groups) for heads, groups in attentions),
+        widths=None if widths is None else tuple((width, value) for width, value in widths),
+        ranks=None if ranks is None else tuple(tuple(some.get(path, 0) for path in paths) for some in ranks),
         down_bias=added and not fact(entry.mlp_bias),
         shortcuts=entry.irregular and fact("shortcuts"),
         final=None if final == hidden else final,

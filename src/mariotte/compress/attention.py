@@ -56,6 +56,8 @@ def refuse_heads(model: Model) -> str | None:
         )
     if model.shape.attentions is not None:
         return "removes the same number of heads from each block, and the blocks of this model differ: take ffn"
+    if model.shape.widths is not None:
+        return "needs heads whose queries and values are as wide as the config says, and these are not: do it before"
     return None
 
 

@@ -16,7 +16,7 @@ from mariotte import accounting
 from mariotte.compress.surgery import cut_width
 from mariotte.models.model import Model
 
-BY_BLOCK = ("ffn_sizes", "head_sizes")
+BY_BLOCK = ("ffn_sizes", "head_sizes", "width_sizes", "ranks")
 """Lists of irregular models' configs that say something of each block; those of families have "layer" in their name."""
 
 
@@ -87,4 +87,6 @@ def refuse_unlike_blocks(model: Model) -> str | None:
         return "counts blocks of one size, and these have feed-forward widths of their own: remove blocks first"
     if shape.attentions is not None and len(set(shape.attentions)) > 1:
         return "counts blocks of one size, and these have numbers of heads of their own: remove blocks first"
+    if any(sizes is not None and len(set(sizes)) > 1 for sizes in (shape.widths, shape.ranks)):
+        return "counts blocks of one size, and these have widths of heads or ranks of their own: remove blocks first"
     return None

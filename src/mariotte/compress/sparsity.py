@@ -158,9 +158,17 @@ def smallest_of_groups(score_OI: Tensor, pattern: Pattern) -> Tensor:
 
 def readers(block: Block, scope: str) -> dict[str, tuple[nn.Linear, ...]]:
     """The block's matrices in scope, those that read the same input together."""
-    attention = {"attention": block.attention[:-1], "output": block.attention[-1:]}
-    ffn = {"mlp": block.ffn[:-1], "down": block.ffn[-1:]}
-    return {**(attention if scope in ("all", "attention") else {}), **(ffn if scope in ("all", "ffn") else {})}
+    attention, ffn = block.entry.attention_paths, block.entry.ffn_paths
+    paths = {
+        **({"attention": attention[:-1], "output": attention[-1:]} if scope in ("all", "attention") else {}),
+        **({"mlp": ffn[:-1], "down": ffn[-1:]} if scope in ("all", "ffn") else {}),
+    }
+    found: dict[str, tuple[nn.Linear, ...]] = {}
+    for part, some in paths.items():
+        split = [[matrix for _, matrix in block.factors(path)] for path in some]
+        found[part] = tuple(first for first, *_ in split)
+        found |= {f"{part}-{place}": tuple(second) for place, (_, *second) in enumerate(split) if second}
+    return found
 
 
 def store_statistics(

@@ -69,7 +69,8 @@ def derive(
     config : what the config must say now; it has to describe the new shapes
     untie : give the head a weight of its own, which must be among `weights`
     irregular : make it a model of the class for sizes that the family's config cannot state (``models/irregular.py``),
-        whose own sizes `config` then states too; parameters that the model did not have must be among `weights`
+        whose own sizes `config` then states too; parameters and buffers that the model did not have must be among
+        `weights`
 
     Returns
     -------
@@ -88,6 +89,7 @@ def derive(
         sizes = {**(config or {}), model.entry.tied: tied and not untie}
         hf = skeleton(model, sizes)
         wanted = [name for name, _ in hf.named_parameters()]
+        _set_buffers(hf, weights, model.device)
     else:
         # Handing deepcopy the parameters as already copied makes it copy the modules around them only.
         hf = copy.deepcopy(model.hf, {id(parameter): parameter for parameter in shared.values()})
@@ -102,7 +104,7 @@ def derive(
         stored_dtype=model.stored_dtype,
         done=model.done,
     )
-    unknown = set(weights) - set(wanted) - ({head} if untie else set())
+    unknown = set(weights) - {*wanted, *(name for name, _ in hf.named_buffers())} - ({head} if untie else set())
     assert not unknown, f"no parameters {sorted(unknown)}; the head needs untie=True when it is tied"
     embedded = shared[names[model.embeddings.weight]]
     for name in wanted:
@@ -140,6 +142,14 @@ def _value(weights: Mapping[str, Tensor], name: str, old: Tensor) -> Tensor:
     if isinstance(old, Stored):
         return old.cell.pager.stored(new, old.dtype)
     return new.to(old.device, old.dtype, copy=True)
+
+
+def _set_buffers(hf: nn.Module, values: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give the buffers that are named, and all that have no value yet, theirs."""
+    for name, buffer in list(hf.named_buffers()):
+        if name in values or buffer.is_meta:
+            path, _, leaf = name.rpartition(".")
+            hf.get_submodule(path).register_buffer(leaf, values[name].to(device, buffer.dtype, copy=True))
 
 
 def _other_names(model: Model) -> dict[str, list[str]]:

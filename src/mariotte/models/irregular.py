@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mariotte.architectures import IRREGULAR
@@ -51,7 +51,8 @@ def skeleton(model: Model, sizes: Mapping[str, Any]) -> PreTrainedModel:
 
     Returns
     -------
-    In eval mode, parameters on the meta device, buffers copies of `model`'s, where those are
+    In eval mode, parameters on the meta device, buffers copies of `model`'s, where those are; those that
+    `model` does not have, or not in this size, are on the meta device too
     """
     make_config, make_model = CLASSES[model.entry.model_type]
     stated = {key: value for key, value in model.config.items() if key not in _OF_THE_CLASS}
@@ -60,10 +61,13 @@ def skeleton(model: Model, sizes: Mapping[str, Any]) -> PreTrainedModel:
         made = cast(Any, make_model)._from_config(config, attn_implementation="sdpa", dtype=model.hf.dtype)
     hf = cast(PreTrainedModel, made).eval()
     hf.generation_config = copy.deepcopy(model.hf.generation_config)
-    buffers = dict(model.hf.named_buffers())
+    buffers, saved = dict(model.hf.named_buffers()), set(hf.state_dict())
     for name, _ in list(hf.named_buffers()):
         path, _, leaf = name.rpartition(".")
-        setattr(hf.get_submodule(path), leaf, nn.Buffer(buffers[name].clone(), persistent=False))
+        module = hf.get_submodule(path)
+        new, old = cast(Tensor, getattr(module, leaf)), buffers.get(name)
+        if old is not None and old.shape == new.shape:
+            module.register_buffer(leaf, old.clone(), persistent=name in saved)
     restore_(hf)
     return hf
 

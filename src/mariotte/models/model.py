@@ -15,6 +15,7 @@ from mariotte import accounting, architectures
 from mariotte.accounting import Counts
 from mariotte.architectures import Architecture, Kind, Shape
 from mariotte.errors import ModelError
+from mariotte.models.modeling_mariotte import LowRank
 from mariotte.models.paging import pager_of, pieces
 
 
@@ -85,6 +86,19 @@ class Block:
             )
         return cast(nn.Linear, self.module.get_submodule(path))
 
+    def factors(self, path: str) -> list[tuple[str, nn.Linear]]:
+        """A matrix of the block by its path from it; of one that is the product of two, these, the first to read first.
+
+        Raises
+        ------
+        ModelError
+            When the family has no such matrix.
+        """
+        matrix = cast("nn.Linear | LowRank", self._linear(path))
+        if isinstance(matrix, LowRank):
+            return [(f"{path}.inner", matrix.inner), (f"{path}.outer", matrix.outer)]
+        return [(path, matrix)]
+
     @property
     def attention_norm(self) -> nn.Module:
         """The norm that feeds attention."""
@@ -146,13 +160,16 @@ class Block:
 
     @property
     def attention(self) -> tuple[nn.Linear, ...]:
-        """The matrices of attention: query, key, value or the one that holds them, output; those of cross attention."""
-        return tuple(self._linear(path) for path in self.entry.attention_paths)
+        """The matrices of attention: query, key, value or the one that holds them, output; those of cross attention.
+
+        Of one that is the product of two, these; likewise below.
+        """
+        return tuple(matrix for path in self.entry.attention_paths for _, matrix in self.factors(path))
 
     @property
     def ffn(self) -> tuple[nn.Linear, ...]:
         """The matrices of the MLP: gate if there is one, up, down."""
-        return tuple(self._linear(path) for path in self.entry.ffn_paths)
+        return tuple(matrix for path in self.entry.ffn_paths for _, matrix in self.factors(path))
 
 
 class Model:
@@ -317,6 +334,8 @@ class Model:
     def paths(self, *scopes: str) -> dict[str, nn.Linear]:
         """The matrices of these scopes by their path from the model, from input to output, each weight once.
 
+        Of a matrix that is the product of two, these.
+
         Parameters
         ----------
         scopes : attention: projections of attention, cross attention among them; ffn: of the MLPs; all: both, as in the
@@ -340,12 +359,13 @@ class Model:
         paths = [
             *(tables if "embeddings" in parts else ()),
             *(
-                f"{block.path}.{path}"
+                f"{block.path}.{place}"
                 for block in self.blocks
                 for path in (
                     *(block.entry.attention_paths if "attention" in parts else ()),
                     *(block.entry.ffn_paths if "ffn" in parts else ()),
                 )
+                for place, _ in block.factors(path)
             ),
             *([entry.head] if "head" in parts else ()),
         ]

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 models whose sizes an ordinary config cannot state: sliced streams, widths and heads by layer.
+"""Llama and Qwen2 models whose sizes an ordinary config cannot state: sliced streams, widths by layer, factors.
 
 This file is written beside the weights of such a checkpoint and needs nothing but torch and transformers. It is read
 by ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
@@ -7,6 +7,11 @@ What its configs add to those of the family:
 
 * ``ffn_sizes``: feed-forward width of every layer; None where all are ``intermediate_size``
 * ``head_sizes``: query and key-value heads of every layer; None where all have as many as the family's config says
+* ``width_sizes``: of every layer the width of a head's queries and keys, and that of its values; None where all are
+  ``head_dim``. Queries and keys keep some of the pairs of dimensions that rotary embeddings turn, each at its own
+  frequency: those that the buffer ``pairs`` of the layer's attention names, for each key-value head
+* ``ranks``: for every layer, which of its matrices are products of two, and the rank of these: the path of the matrix
+  from the layer, and a number; None where there are none
 * ``output_biases``: the matrices that write to the stream, the last of attention and the last of the MLP, have biases
 * ``shortcuts``: every block hands its input on through a matrix of its own instead of adding it as it is, and norms
   have no weights (they are folded into the matrices behind them). After attention, and again after the MLP:
@@ -26,7 +31,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 
@@ -38,6 +44,8 @@ class MariotteLlamaConfig(LlamaConfig):
 
     ffn_sizes: list[int] | None = None
     head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
     output_biases: bool = False
     shortcuts: bool = False
     norm_size: int | None = None
@@ -55,6 +63,8 @@ class MariotteQwen2Config(Qwen2Config):
 
     ffn_sizes: list[int] | None = None
     head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
     output_biases: bool = False
     shortcuts: bool = False
     norm_size: int | None = None
@@ -90,6 +100,99 @@ class Shortcut(nn.Linear):
         return nn.functional.linear(input, self.weight.detach())
 
 
+class LowRank(nn.Module):
+    """A linear layer whose matrix is the product of two: ``outer(inner(x))``."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(inputs, rank, bias=False)
+        self.outer = nn.Linear(rank, outputs, bias=bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, outputs x inputs: to look at; what is trained and saved are the factors."""
+        return self.outer.weight @ self.inner.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Added at the end."""
+        return self.outer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """What the product makes of an input."""
+        return self.outer(self.inner(input))
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys, (B, heads, T, 2 pairs), each pair turned by its angle; cos and sin are (B, heads, T, pairs)."""
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class NarrowAttention(nn.Module):
+    """Attention of a family without norms of queries and keys, with pairs of dimensions of its own.
+
+    Parameters
+    ----------
+    whole : the family's attention, which is replaced
+    heads, groups : query and key-value heads
+    width, value_width : of a head's queries and keys, a multiple of 2, and of its values
+    """
+
+    pairs: Tensor
+    """(groups, width / 2): of every key-value head the pairs that are kept, as numbers of frequencies."""
+
+    def __init__(self, whole: Any, config: Any, heads: int, groups: int, width: int, value_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = whole.layer_idx
+        self.head_dim, self.value_dim = width, value_width
+        self.num_key_value_groups = heads // groups
+        self.scaling = whole.scaling  # that of the uncut head: the scores are those of its kept part
+        self.attention_dropout = whole.attention_dropout
+        self.is_causal = True
+        self.turns = bool(getattr(whole, "use_rope", True))
+        self.sliding_window = getattr(whole, "sliding_window", getattr(config, "sliding_window", None))
+        self.register_buffer("pairs", torch.arange(width // 2).repeat(groups, 1))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = whole.q_proj, whole.k_proj, whole.v_proj, whole.o_proj
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention adds to the stream, and its weights where they were asked for."""
+        places = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*places, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*places, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*places, -1, self.value_dim).transpose(1, 2)
+        if self.turns:
+            # (B, T, dimensions), the same frequencies twice: (B, groups, T, pairs) of those that are kept.
+            cos, sin = (angles[..., self.pairs].transpose(1, 2) for angles in position_embeddings)
+            key = _turned(key, cos, sin)
+            shared = self.num_key_value_groups
+            query = _turned(query, cos.repeat_interleave(shared, 1), sin.repeat_interleave(shared, 1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        kernels: Any = ALL_ATTENTION_FUNCTIONS
+        attend = kernels.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **settings,
+        )
+        return self.o_proj(attended.reshape(*places, -1).contiguous()), weights
+
+
 def _shape_(layer: Any, config: Any, index: int) -> None:
     """Give a decoder layer of the family the sizes that the config states for it."""
     written = config.hidden_size
@@ -102,12 +205,14 @@ def _shape_(layer: Any, config: Any, index: int) -> None:
     attention, mlp = layer.self_attn, layer.mlp
     mlp.intermediate_size = ffn
     attention.num_key_value_groups = heads // groups
-    query, keys = heads * attention.head_dim, groups * attention.head_dim
+    width = value_width = attention.head_dim
+    if config.width_sizes is not None:
+        width, value_width = config.width_sizes[index]
     for module, name, inputs, outputs, writes in (
-        (attention, "q_proj", config.hidden_size, query, False),
-        (attention, "k_proj", config.hidden_size, keys, False),
-        (attention, "v_proj", config.hidden_size, keys, False),
-        (attention, "o_proj", query, config.hidden_size, True),
+        (attention, "q_proj", config.hidden_size, heads * width, False),
+        (attention, "k_proj", config.hidden_size, groups * width, False),
+        (attention, "v_proj", config.hidden_size, groups * value_width, False),
+        (attention, "o_proj", heads * value_width, config.hidden_size, True),
         (mlp, "gate_proj", config.hidden_size, ffn, False),
         (mlp, "up_proj", config.hidden_size, ffn, False),
         (mlp, "down_proj", ffn, written, True),
@@ -116,6 +221,14 @@ def _shape_(layer: Any, config: Any, index: int) -> None:
         bias = old.bias is not None or (writes and config.output_biases)
         if old.weight.shape != (outputs, inputs) or bias != (old.bias is not None):
             setattr(module, name, nn.Linear(inputs, outputs, bias=bias))
+    if config.width_sizes is not None:
+        layer.self_attn = NarrowAttention(attention, config, heads, groups, width, value_width)
+    ranks: dict[str, int] = {} if config.ranks is None else config.ranks[index]
+    for path, rank in ranks.items():
+        parent, _, name = path.rpartition(".")
+        old = layer.get_submodule(path)
+        new = LowRank(old.in_features, rank, old.out_features, bias=old.bias is not None)
+        setattr(layer.get_submodule(parent), name, new)
     if config.shortcuts:
         size = config.norm_size or config.hidden_size
         layer.input_layernorm = StreamRMSNorm(size, config.rms_norm_eps)

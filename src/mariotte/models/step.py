@@ -294,8 +294,15 @@ class Step(ABC):
 
     def refuse(self, model: Model) -> str | None:
         """Why this step cannot work on `model`, in a clause after its name, or None when it can; extend it."""
-        reason = model.entry.lacking(self.needs)
-        return reason and f"{reason}: take a model of another family, or magnitude, which works on all of them"
+        if reason := model.entry.lacking(self.needs):
+            return f"{reason}: take a model of another family, or magnitude, which works on all of them"
+        if self.family in ("width", "slice") and model.shape.ranks is not None:
+            return "needs whole matrices, and this model holds some as products of two: do it before svd-llm"
+        return None
+
+    def makes_plain(self, model: Model) -> bool:
+        """Whether the result on this model is an ordinary checkpoint: as ``plain``, or more often than that."""
+        return self.plain
 
     def whole(self) -> str | None:
         """Why this step needs a model in memory as a whole, in a clause after its name; None when it streams.

@@ -127,8 +127,8 @@ def left_by(model: Sized, chain: Chain) -> Left | None:
 
 
 def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
-    """Bytes of one token of one sequence in the cache: a key and a value of K heads of width H, every layer."""
-    return 2 * sum(shape.heads_of(layer)[1] for layer in range(shape.layers)) * shape.head_dim * itemsize
+    """Bytes of one token of one sequence in the cache: a key and a value of K heads, every layer."""
+    return sum(shape.heads_of(layer)[1] * sum(shape.widths_of(layer)) for layer in range(shape.layers)) * itemsize
 
 
 def memory_bytes(model: Sized, left: Left, context: int, batch: int) -> int:

@@ -36,11 +36,12 @@ class Learner(Protocol):
 
 
 def matrices(model: Model) -> dict[str, nn.Linear]:
-    """The matrices of the blocks by their path from the model."""
+    """The matrices of the blocks by their path from the model; of one that is the product of two, these."""
     return {
-        f"{block.path}.{path}": cast(nn.Linear, block.module.get_submodule(path))
+        f"{block.path}.{place}": matrix
         for block in model.blocks
         for path in (*block.entry.attention_paths, *block.entry.ffn_paths)
+        for place, matrix in block.factors(path)
     }
 
 

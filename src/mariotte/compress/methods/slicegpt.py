@@ -43,11 +43,10 @@ def _attention_of_wide_heads(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
     """Transformers' own attention, each head filled up with zeros to a multiple of 16 dimensions."""
-    size = query.shape[-1]
-    settings["scaling"] = settings.get("scaling") or size**-0.5
-    wide = [functional.pad(x, (0, -size % 16)) for x in (query, key, value)]
+    settings["scaling"] = settings.get("scaling") or query.shape[-1] ** -0.5
+    wide = [functional.pad(x, (0, -x.shape[-1] % 16)) for x in (query, key, value)]
     out, _ = sdpa_attention_forward(module, wide[0], wide[1], wide[2], attention_mask, **settings)
-    return out[..., :size], None
+    return out[..., : value.shape[-1]], None
 
 
 WIDE_HEADS = "mariotte_wide_heads"
@@ -62,7 +61,9 @@ def _faster_attention(model: Model) -> Generator[None]:
     """
     config = cast(Any, model.hf.config)
     before = config._attn_implementation
-    if before == "sdpa" and model.device.type == "cpu" and model.shape.head_dim % 16:
+    shape = model.shape
+    widths = {width for layer in range(shape.layers) for width in shape.widths_of(layer)}
+    if before == "sdpa" and model.device.type == "cpu" and any(width % 16 for width in widths):
         config._attn_implementation = WIDE_HEADS
     try:
         yield

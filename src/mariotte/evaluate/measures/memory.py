@@ -20,14 +20,14 @@ __all__ = ["Memory"]
 
 
 def kv_bytes(shape: Shape, itemsize: int) -> int:
-    """Bytes that one token of one sequence takes up in the cache: a key and a value of K heads of width H, every layer.
+    """Bytes that one token of one sequence takes up in the cache: a key and a value of K heads, every layer.
 
     Parameters
     ----------
     shape : of the model
     itemsize : bytes of a number
     """
-    return 2 * sum(shape.heads_of(layer)[1] for layer in range(shape.layers)) * shape.head_dim * itemsize
+    return sum(shape.heads_of(layer)[1] * sum(shape.widths_of(layer)) for layer in range(shape.layers)) * itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""modegpt beside ffn and heads at equal parameters, nothing recovered: loss and facts with 10 to 40 % of a model gone.
+
+python benchmarks/modegpt.py qwen2-2m
+python benchmarks/modegpt.py stories260K --data SHARED_DATA
+
+The protocol is that of benchmarks/equal_parameters.py, whose head says it. As there, each model's section of
+benchmarks/results/modegpt.md is replaced when the model is run, and --cache FOLDER keeps what was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from equal_parameters import SHORT, Case, Found, cached, known_facts, row_losses, run, stories, testbed, write
+
+from mariotte import __version__
+
+RESULTS = Path(__file__).parent / "results" / "modegpt.md"
+RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "heads": ("heads", {}),
+    "ffn": ("ffn", {}),
+    "modegpt": ("modegpt", {}),
+    "all alike": ("modegpt", {"allocation": "uniform"}),
+    "queries=0": ("modegpt", {"queries": 0.0}),
+    "as published": ("modegpt", {"queries": 1.0, "neurons": "leverage", "compensate": False}),
+}
+"""What is compared: a method and its fields. All alike: every block loses the same; as published: of our defaults only
+the temperature's unit."""
+
+
+def against(found: dict[str, Found], ratio: float, name: str) -> str:
+    """How modegpt stands against another method that removed as much, with twice the paired standard error."""
+    other = found.get(name)
+    if other is None or other.removed < ratio - SHORT:
+        return "alone"
+    difference_N = found["modegpt"].nll_N - other.nll_N
+    mean, noise = float(difference_N.mean()), 2 * float(difference_N.std() / len(difference_N) ** 0.5)
+    said = "within noise" if abs(mean) <= noise else "better" if mean < 0 else "worse"
+    return f"{mean:+.5f} ± {noise:.5f}: {said}"
+
+
+def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) -> str:
+    """The table of one model."""
+    dense = Found("dense", 0.0, row_losses(case.model, case.test_NT), known_facts(case, case.model), 0.0)
+    by_name: dict[str, list[Found | str]] = {}
+    for label, (method, fields) in VARIANTS.items():
+
+        def work(method: str = method, fields: dict[str, Any] = fields) -> list[Found | str]:
+            return run(case, method, ratios, dense, **fields)
+
+        by_name[label] = cached(cache, f"modegpt-{name}-{label.replace(' ', '-')}", work)
+    facts = "" if dense.known is None else f", {len(dense.known):,} facts known"
+    lines = [
+        f"## {name}",
+        "",
+        f"{case.model.counts.n_params:,} parameters, dense loss {dense.loss:.4f}{facts}. {case.text}. Seed 0.",
+        "",
+        f"| removed | {' | '.join(VARIANTS)} | modegpt against ffn | against heads |",
+        f"|---|{'---|' * (len(VARIANTS) + 2)}",
+    ]
+    for i, ratio in enumerate(ratios):
+        cells: list[str] = []
+        at: dict[str, Found] = {}
+        for label, results in by_name.items():
+            result = results[i]
+            if isinstance(result, str):
+                cells.append("cannot")
+                continue
+            at[label] = result
+            kept = "" if result.known is None or not dense.known else f", {len(result.known) / len(dense.known):.1%}"
+            exact = "" if abs(result.removed - ratio) < SHORT else f" ({result.removed:.1%})"
+            cells.append(f"{result.loss:.4f}{kept}{exact}")
+        lines.append(
+            f"| {ratio:.0%} | {' | '.join(cells)} | {against(at, ratio, 'ffn')} | {against(at, ratio, 'heads')} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+HEAD = f"""# modegpt beside ffn and heads, at equal parameters
+
+Loss on test text and, for testbed models, the share of the dense model's facts that are kept, after a share of all
+parameters (a tied embedding once) was removed, nothing recovered. Made by `benchmarks/modegpt.py`; the protocol is that
+of `benchmarks/equal_parameters.py`. The last columns are differences of the mean loss with twice the standard error of
+the paired difference over test rows; below zero modegpt is better. All alike: `allocation=uniform`; as published:
+`queries=1, neurons=leverage, compensate=false`. Mariotte {__version__}, torch {torch.__version__}, 2026-11-22.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="stories260K, or names of testbed models")
+    parser.add_argument("--data", type=Path, help="folder with models/ and tinystories/, for stories260K")
+    parser.add_argument("--cache", type=Path, help="folder for what was done")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in given.models:
+        if name == "stories260K" and given.data is None:
+            parser.error("stories260K needs --data")
+        case = stories(given.data) if name == "stories260K" else testbed(name)
+        text = section(name, case, RATIOS, given.cache)
+        print(text)
+        write(name, text, RESULTS, HEAD)
+
+
+if __name__ == "__main__":
+    main()
