@@ -157,7 +157,10 @@ def smallest_of_groups(score_OI: Tensor, pattern: Pattern) -> Tensor:
 
 
 def readers(block: Block, scope: str) -> dict[str, tuple[nn.Linear, ...]]:
-    """The block's matrices in scope, those that read the same input together."""
+    """The block's matrices in scope, those that read the same input together.
+
+    Of matrices that are products of two, the first factors stand in their place, and each second one reads by itself.
+    """
     attention, ffn = block.entry.attention_paths, block.entry.ffn_paths
     paths = {
         **({"attention": attention[:-1], "output": attention[-1:]} if scope in ("all", "attention") else {}),
