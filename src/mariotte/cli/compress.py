@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mariotte.cli.console import print_json, print_table, progress, say
+from mariotte.cli.console import duration, print_json, print_table, progress, say
+
+if TYPE_CHECKING:
+    from mariotte.experiments.estimate import Preflight
 
 __all__ = ["compress"]
 
@@ -28,19 +31,35 @@ def compress(
         str | None, typer.Option(help="Dtype of the stored weights.  [default: in which they were computed]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of every random choice.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the chain and say what it means.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read the model block by block from its files instead of loading it whole.  [default: when it would "
+            "not fit into free memory]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check the chain and say what it means and takes: memory, time.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Compress a model by one chain and save it as an ordinary checkpoint.
 
     The checkpoint is loaded back by stock transformers and its logits are compared before the folder appears; a model
-    card says what was done.
+    card says what was done. A model larger than memory is streamed: blocks are read, cut and written one after another,
+    with scratch files beside the checkpoint, and the checkpoint is read back the same way.
     """
+    import contextlib
+    import tempfile
+
     from mariotte import chain as chains
+    from mariotte.errors import ChainError
     from mariotte.experiments import identity
+    from mariotte.experiments.estimate import preflight
     from mariotte.experiments.pipeline import compress_model
     from mariotte.models import checkpoint, dynamic
-    from mariotte.models.load import find_device, find_dtype, load, locate, read_config, weight_files
+    from mariotte.models.load import find_device, find_dtype, load
 
     parts = identity.resolve(chains.parse(chain))
     canonical = " | ".join(str(part.link) for part in parts) or "dense"
@@ -48,21 +67,37 @@ def compress(
         calibration = "testbed/all"
     find_device(device)
     stored = None if store is None else find_dtype(store)
-    checkpoint.check_target(out)
+    target = checkpoint.check_target(out)
+    takes = preflight(
+        model,
+        parts,
+        calibration=calibration,
+        rows=rows,
+        block=block,
+        device=device,
+        dtype=dtype,
+        stream=stream,
+    )
+    if takes.streamed and takes.cannot_stream:
+        raise ChainError(takes.cannot_stream)
     if dry_run:
-        from mariotte import accounting
-
-        folder = locate(model)
-        weight_files(folder)
-        counts = accounting.count(read_config(folder))
-        plan = {"model": model, "n_params": counts.n_params, "chain": canonical, "calibration": calibration}
         if as_json:
-            print_json(plan)
+            plan = {"model": model, "n_params": takes.n_params, "chain": canonical, "calibration": calibration}
+            print_json({**plan, "preflight": takes})
         else:
-            say(f"{model}: {counts.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
+            say(f"{model}: {takes.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
+            say(_said(takes))
         return
-    with progress(f"compress {model}") as update:
-        dense = load(model, device, dtype)
+    tight = takes.free_bytes is not None and takes.peak_bytes > takes.free_bytes
+    if tight or (takes.streamed and stream is None):
+        say(_said(takes))
+    with contextlib.ExitStack() as stack, progress(f"compress {model}") as update:
+        scratch = None
+        if takes.streamed:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+            scratch = Path(stack.enter_context(temporary))
+        dense = load(model, device, dtype, stream=scratch)
         done = compress_model(
             dense,
             chain,
@@ -70,16 +105,17 @@ def compress(
             rows=rows,
             block=block,
             seed=seed,
+            stream=scratch,
             progress=lambda stage, share: update(0, text=stage if not share else f"{stage} {share:.0%}"),
         )
         update(0, text="saving, loading back and comparing")
         folder = checkpoint.save(done, out, dtype=stored, dense_params=dense.counts.n_params)
+        scopes = {step.scope for step in done.done[len(dense.done) :] if step.in_scope}
+        zeros = done.zeros(*scopes) if scopes else 0
     counts, base = done.counts, dense.counts
     stored = stored or done.hf.dtype
     base_bytes, file_bytes = base.n_params * dense.stored_dtype.itemsize, checkpoint.file_bytes(folder)
     packed_bytes = counts.n_bytes if done.rounded else None
-    scopes = {step.scope for step in done.done[len(dense.done) :] if step.in_scope}
-    zeros = done.zeros(*scopes) if scopes else 0
     if as_json:
         print_json(
             {
@@ -127,4 +163,28 @@ def compress(
         say(f"stored as {names[1]}, in which it was computed; --store {names[0]} rounds the weights as the base's are")
     # Elsewhere than here transformers leaves inputs unrounded: the card says so.
     reader = "transformers with mariotte" if dynamic.modules(done.hf.config) else "stock transformers"
+    if takes.streamed:
+        say(f"saved, read back block by block into the modules of {reader}, logits equal: {folder}")
+        return
     say(f"saved, loaded back by {reader}, logits equal: {folder}")
+
+
+def _said(takes: Preflight) -> str:
+    """What a run is expected to take, and why it is streamed or not."""
+
+    def size(n_bytes: int) -> str:
+        return f"{n_bytes / 1e9:.2f} GB"
+
+    free = "" if takes.free_bytes is None else f", of {size(takes.free_bytes)} that are free"
+    other = takes.whole_bytes if takes.streamed else takes.streamed_bytes
+    said = [
+        f"{'streamed block by block' if takes.streamed else 'loaded whole'}: expected peak of memory "
+        f"{size(takes.peak_bytes)} beside the program's {size(takes.program_bytes)}{free}",
+        f"{'loaded whole' if takes.streamed else 'streamed'} {size(other)}"
+        if takes.streamed or not takes.cannot_stream
+        else takes.cannot_stream,
+        f"calibration {takes.calibration_tokens:,} tokens",
+        f"scratch on disk {size(takes.scratch_bytes)}",
+        "time unknown, as the device is not here" if takes.seconds is None else f"time {duration(takes.seconds)}",
+    ]
+    return "; ".join(said) + " (a factor of two either way)"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -19,12 +20,17 @@ import torch
 
 from mariotte import accounting, architectures
 from mariotte.architectures import Shape
+from mariotte.data import corpora
 from mariotte.errors import ModelError
 from mariotte.experiments import identity
+from mariotte.experiments.identity import Part
 from mariotte.experiments.study import Study
 from mariotte.experiments.tree import Node, grow
-from mariotte.models.load import find_device
+from mariotte.models.hardware import free_bytes, resident_bytes
+from mariotte.models.load import find_device, find_dtype, locate, read_config, weight_files
+from mariotte.models.paging import read_header
 from mariotte.models.step import Step
+from mariotte.models.streaming import BLOCKS_HELD
 from mariotte.store.record import Record
 
 _OPERATIONS = 70
@@ -277,3 +283,139 @@ def _kept(keep: str, wanted: list[Node], n_bytes: int) -> int:
     if keep == "all":
         return round(sum(sizes))
     return round(sum({node.parts[0].amount: size for node, size in zip(wanted, sizes, strict=True)}.values()))
+
+
+_MOMENTS_HELD = 6
+"""Second moments at once while one is worked with: itself, damped, ordered, factor, inverse, and a product."""
+
+_MOMENT_FLOPS = 12.0
+"""Operations on one of I inputs, in I³: factors, inverses, and an order found column by column, in float64."""
+
+_MATRICES_HELD = 4
+"""Of the largest matrix at once, in eight bytes a number: as float64, its scores, and what becomes of it."""
+
+_PROBE_TOKENS = 128
+"""With which a saved checkpoint is compared with what was in memory."""
+
+_READ_AT_LEAST = 1 << 26
+"""Bytes that say how fast weights are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What one chain on one model is expected to take on this machine: expect a factor of two.
+
+    Parameters
+    ----------
+    n_params, n_bytes : of the model, in the dtype of its files
+    streamed : whether it is to be streamed
+    whole_bytes, streamed_bytes : peak of memory when it is loaded whole, and when it is streamed; beside the program
+    program_bytes : of this process before it
+    free_bytes : that this process may still take, None when nobody says
+    scratch_bytes : on disk meanwhile, the checkpoint not among them
+    seconds : of the work; None when the device is not here
+    cannot_stream : why the chain cannot be streamed, None when it can
+    calibration_tokens : that are looked at
+    """
+
+    n_params: int
+    n_bytes: int
+    streamed: bool
+    whole_bytes: int
+    streamed_bytes: int
+    program_bytes: int
+    free_bytes: int | None
+    scratch_bytes: int
+    seconds: float | None
+    cannot_stream: str | None
+    calibration_tokens: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of memory, beside the program."""
+        return self.streamed_bytes if self.streamed else self.whole_bytes
+
+
+def preflight(
+    model: str,
+    parts: Sequence[Part],
+    *,
+    calibration: str | None,
+    rows: int,
+    block: int | None,
+    device: str,
+    dtype: str | None,
+    stream: bool | None,
+) -> Preflight:
+    """What a chain will take, before anything of it is done.
+
+    Parameters
+    ----------
+    model : as for `mariotte.load`; its files are looked at, and a little of them is read
+    parts : of the chain
+    calibration, rows, block, device, dtype : as for `compress_model`
+    stream : whether to stream; None streams what does not fit into memory whole, if the chain can be streamed
+
+    Raises
+    ------
+    MariotteError
+        When there is no such model or corpus.
+    """
+    folder = locate(model)
+    config, files = read_config(folder), weight_files(folder)
+    shape, counts = architectures.shape(config), accounting.count(config)
+    width = 4 if dtype is None and device == "cpu" else counts.n_bytes // counts.n_params
+    width = width if dtype is None else find_dtype(dtype).itemsize
+    length = 0
+    if calibration is not None:
+        length = block or min(corpora.find(calibration).block, architectures.of(config).longest(config) or 1 << 62)
+    tokens = rows * length
+    moment = max((part.step.moment(shape) for part in parts), default=0)
+    works = (
+        _MOMENTS_HELD * 8 * moment**2
+        + _MATRICES_HELD * 8 * shape.hidden * max(shape.ffn, shape.heads * shape.head_dim)
+        + width * min(tokens, max(_AT_ONCE, length)) * (4 * shape.hidden + 3 * shape.ffn)
+    )
+    stack = (counts.attention + counts.ffn + counts.shortcuts) // shape.blocks
+    head = 2 * 4 * shape.vocab * shape.embedding_size  # float32, once read and once cast, when results are compared
+    streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, head + 8 * stack)
+    # What enters, what each step makes of it, and when it is saved a copy and two of float32 to compare.
+    whole_bytes = counts.n_params * (width * (1 + len(parts)) + max(width + 8, 0)) + works
+    reasons = [f"{part.step.name()} cannot be streamed: it {reason}" for part in parts if (reason := part.step.whole())]
+    free = free_bytes(device)
+    if stream is None:
+        stream = free is not None and whole_bytes > free and not reasons
+    trains = sum(float(part.amount) for part in parts if part.recovers)
+    seconds = None
+    if _is_here(device):
+        passes = sum(2.0 * tokens for part in parts if not part.recovers) + 2 * _PROBE_TOKENS
+        seconds = forward_seconds(shape, passes, _AT_ONCE, device)
+        seconds += _BACKWARD * forward_seconds(shape, trains, _ROW * _ROWS, device) if trains else 0.0
+        cubes = sum(part.step.moment(shape) ** 3 for part in parts) * shape.blocks
+        seconds += _MOMENT_FLOPS * cubes / multiplications_per_second(shape.hidden, shape.ffn, device)
+        times = 2 + (6 * len(parts) if stream else 1)  # read or written, of all weights
+        seconds += times * counts.n_bytes / _bytes_per_second(files[0])
+    return Preflight(
+        n_params=counts.n_params,
+        n_bytes=counts.n_bytes,
+        streamed=stream,
+        whole_bytes=whole_bytes,
+        streamed_bytes=streamed_bytes,
+        program_bytes=resident_bytes(),
+        free_bytes=free,
+        scratch_bytes=(counts.n_params * width * len(parts) if stream else 0) + 2 * 8 * moment**2 * shape.blocks,
+        seconds=seconds,
+        cannot_stream=next(iter(reasons), None),
+        calibration_tokens=tokens,
+    )
+
+
+def _bytes_per_second(file: Path) -> float:
+    """How fast weights come from a file and into another dtype."""
+    began, done = time.perf_counter(), 0
+    for source in read_header(file).values():
+        source.read().double()
+        done += source.nbytes
+        if done >= _READ_AT_LEAST:
+            break
+    return max(done, 1) / max(time.perf_counter() - began, 1e-9)

@@ -502,6 +502,7 @@ def compress_model(
     device: str = "cpu",
     dtype: str | None = None,
     work: Path | None = None,
+    stream: Path | None = None,
     progress: Callable[[str, float], None] = silent,
 ) -> Model:
     """Compress a model by one chain.
@@ -516,6 +517,8 @@ def compress_model(
     device, dtype : as for `mariotte.load`
     work : folder where preparations are kept for the next call; None keeps none. A model that something was done to
         since it was loaded is not what its files say, so nothing of it is kept
+    stream : for a named model larger than memory: its weights stay in its files, and what the steps make of them goes
+        to this folder, where the result needs it for as long as it is in use; see `mariotte.load`
 
     Returns
     -------
@@ -528,12 +531,17 @@ def compress_model(
         When the chain, the model or the text is not what a step needs.
     """
     parts = identity.resolve(chains.parse(chain) if isinstance(chain, str) else chain)
-    dense = load(model, device, dtype) if isinstance(model, str) else model
+    if stream is not None or (isinstance(model, Model) and model.streamed):
+        for part in parts:
+            part.step.refuse_streamed()
+    dense = load(model, device, dtype, stream=stream) if isinstance(model, str) else model
     spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
     blocks = read_calibration(spec, dense)
     with ExitStack() as stack:
         kept = None if dense.derived else work
-        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
+        # Beside the weights of a streamed model, and not where temporary files may lie in memory.
+        place = None if stream is None else stack.enter_context(tempfile.TemporaryDirectory(dir=_made(stream)))
+        folder = kept or Path(place or stack.enter_context(tempfile.TemporaryDirectory(prefix="mariotte-")))
         bench = Bench(dense, seed, blocks, folder, progress=progress)
         root = grow([parts])
         if not parts:
@@ -543,6 +551,11 @@ def compress_model(
                 raise reached.error
             return reached.model
     raise AssertionError(f"the chain {chain} led nowhere")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def measure(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.chain import Link, print_number
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
@@ -309,7 +309,25 @@ class Step(ABC):
 
         Extend it where fields ask for more than one block at a time, such as gradients through all of them.
         """
-        return None if self.streams else "works on a model in memory as a whole"
+        return None if self.streams else "needs the whole model in memory"
+
+    def refuse_streamed(self) -> None:
+        """Refuse models that are streamed, before any work.
+
+        Raises
+        ------
+        ChainError
+            When the step needs the whole model in memory.
+        """
+        if reason := self.whole():
+            raise ChainError(f"{self.name()} cannot be streamed: it {reason}")
+
+    def moment(self, shape: Shape) -> int:
+        """Inputs I of the largest second moment, (I, I), that this step works with; 0 without any.
+
+        What an estimate of memory and time takes; such a step holds a few of them at once, and spends some I³ on each.
+        """
+        return 0
 
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:
         """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""
@@ -426,6 +444,8 @@ def prepare_once(step: Step, model: Model, context: Context, amounts: Sequence[i
     prepared = Prepared.open(context.scratch)
     if prepared is not None and step.covers(prepared, possible):
         return prepared
+    if model.streamed:
+        step.refuse_streamed()
     if reason := not_finite(model):
         raise ModelError(f"{step.name()} {reason}")
     context.counters.preparations += 1

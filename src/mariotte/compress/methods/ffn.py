@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
@@ -147,6 +147,10 @@ class FFN(Step):
         if self.criterion == "taylor":
             return "takes gradients through all blocks at once for criterion=taylor: leave criterion out"
         return super().whole()
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return shape.ffn if self.compensate or self.criterion not in _BEFORE else 0
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress import llm_compressor
 from mariotte.compress.calibration import Means, outer, rows_at_once, tokens_for, watching
 from mariotte.compress.compensation import invertible, with_ridge
@@ -172,6 +172,7 @@ class GPTQ(Grouped):
     """
 
     reference: ClassVar[str] = "frantar2023gptq"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
 
     act_order: bool = False
@@ -190,6 +191,18 @@ class GPTQ(Grouped):
             raise ChainError("gptq: by=llm-compressor rounds attention and MLP, got the scope head: leave by out")
         if self.by != "mariotte" and not self.sequential:
             raise ChainError("gptq: by=llm-compressor is always sequential, got sequential=false: leave one out")
+
+    @override
+    def whole(self) -> str | None:
+        if self.by != "mariotte":
+            return "needs the whole model in memory for by=llm-compressor: leave by out"
+        if self.scope == "head":
+            return "runs the whole model again and again for the scope head: take rtn, or another scope"
+        return super().whole()
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
 
     @override
     def refuse(self, model: Model) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.attention import (
     BY,
     columns_of,
@@ -316,6 +316,10 @@ class Heads(Step):
         if self.criterion == "taylor":
             return "takes gradients through all blocks at once for criterion=taylor: leave criterion out"
         return super().whole()
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return shape.heads * shape.head_dim
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

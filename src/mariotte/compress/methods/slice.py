@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
 from mariotte.compress.rotation import cannot_turn, principal_directions
@@ -127,6 +127,10 @@ class Slice(Step):
             multiple_of=shape.heads if model.entry.hidden_multiple_of_heads else 1,
         )
         return cut_width(shape.hidden, amount, multiple), multiple
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return shape.hidden
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

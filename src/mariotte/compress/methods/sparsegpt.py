@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.architectures import Shape
 from mariotte.compress.calibration import outer
 from mariotte.compress.compensation import invertible, with_ridge
 from mariotte.compress.sparsity import OneShot, Pattern, smallest_of_groups, whole
@@ -164,6 +165,10 @@ class SparseGPT(OneShot):
             raise ChainError(
                 f"sparsegpt: columns must be a multiple of {pattern.of} for nm={pattern}, got {self.columns}"
             )
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
 
     @override
     def statistic(self, x_MI: Tensor) -> Tensor:
