@@ -28,9 +28,10 @@ from mariotte.experiments.run import run
 from mariotte.experiments.study import Calibration, Chains, Run, Study
 from mariotte.plan import pool
 from mariotte.plan.budget import read_budget
+from mariotte.plan.candidates import CUTS, candidates_of
 from mariotte.plan.locate import config_of
 from mariotte.plan.probes import probe
-from mariotte.plan.search import CUTS, candidates_of, planner
+from mariotte.plan.search import planner
 from mariotte.plan.shapes import Sized
 from mariotte.plan.verify import execute
 from mariotte.store import open_store

@@ -15,7 +15,7 @@ from mariotte.errors import MariotteError, UnknownNameError
 from mariotte.plan import execute, planner, probe, read_budget
 from mariotte.plan.locate import config_of
 from mariotte.plan.pool import Entry, parted, shipped, without
-from mariotte.plan.search import Planner
+from mariotte.plan.ranking import Planner
 from mariotte.plan.speed import Calibration, write_calibration
 from mariotte.store.record import Record
 

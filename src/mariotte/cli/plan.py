@@ -15,7 +15,7 @@ from mariotte.cli.console import print_json, print_table, progress, say
 
 if TYPE_CHECKING:
     from mariotte.plan.answer import Plan
-    from mariotte.plan.search import Planner
+    from mariotte.plan.ranking import Planner
     from mariotte.store.record import Record
 
 __all__ = ["plan"]

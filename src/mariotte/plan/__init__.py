@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mariotte.plan.budget import Floor as Floor
     from mariotte.plan.budget import read_budget as read_budget
     from mariotte.plan.probes import probe as probe
-    from mariotte.plan.search import Planner as Planner
+    from mariotte.plan.ranking import Planner as Planner
     from mariotte.plan.search import plan as plan
     from mariotte.plan.search import planner as planner
     from mariotte.plan.verify import execute as execute
@@ -25,7 +25,7 @@ _HOME = {
     "Floor": "mariotte.plan.budget",
     "Option": "mariotte.plan.answer",
     "Plan": "mariotte.plan.answer",
-    "Planner": "mariotte.plan.search",
+    "Planner": "mariotte.plan.ranking",
     "plan": "mariotte.plan.search",
     "planner": "mariotte.plan.search",
     "probe": "mariotte.plan.probes",

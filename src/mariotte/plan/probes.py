@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mariotte.errors import MariotteError
 from mariotte.plan.pool import Entry, of_records
-from mariotte.plan.search import Planner
+from mariotte.plan.ranking import Planner
 from mariotte.store.record import Record
 
 Bench = Callable[[Sequence[str], Sequence[str]], Sequence[Record]]
@@ -35,8 +35,8 @@ def probe(
     if not 1 <= count <= MOST:
         raise MariotteError(f"probes must be from 1 to {MOST}, got {count}")
     measures = list(dict.fromkeys(quality.measure for quality in planner.qualities))
-    for _ in range(count):
-        plan = planner.plan(experiments=1)
+    for left in range(count, 0, -1):
+        plan = planner.plan(experiments=1, ahead=left)
         if not plan.experiments:
             break
         chosen = plan.experiments[0]

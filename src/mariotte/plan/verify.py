@@ -10,7 +10,7 @@ from mariotte.errors import MariotteError
 from mariotte.plan.answer import Forecast, Plan, Verified
 from mariotte.plan.pool import of_records
 from mariotte.plan.probes import Bench
-from mariotte.plan.search import Planner
+from mariotte.plan.ranking import Planner
 
 SLACK = 1e-4
 """Of the dense value: what other threads and machines may make of the same numbers."""
