@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -240,9 +241,9 @@ def test_stock_transformers_reads_it_where_there_is_no_mariotte(tmp_path):
     prompts = random_tokens(3, 5)
     settings = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     folders, expected = [], []
-    for family in ("llama", "qwen2"):
-        model = run(MoDeGPT(), tiny(family, tied=True, head_dim=16), 0.4, tmp_path / f"cut {family}")
-        folders.append(str(checkpoint.save(model, tmp_path / family)))
+    for family, step in itertools.product(("llama", "qwen2"), (MoDeGPT(), SVDLLM())):
+        model = run(step, tiny(family, tied=True, head_dim=16), 0.4, tmp_path / f"cut {family} {step.name()}")
+        folders.append(str(checkpoint.save(model, tmp_path / f"{family}-{step.name()}")))
         expected.append(model.hf.generate(prompts, **settings).tolist())
     script = [sys.executable, "-c", STOCK, json.dumps(prompts.tolist()), *folders]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -1,12 +1,11 @@
-"""SVD-LLM: what the decomposition is, the ranks that are kept, and what works on factors."""
+"""SVD-LLM: what the decomposition is, the ranks that are kept, and what works on factors.
+
+That stock transformers reads its checkpoints is tested in ``test_modegpt.py``: such a process starts slowly.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -193,39 +192,6 @@ def test_lora_trains_beside_the_factors_and_is_merged_into_them(tmp_path):
     assert healed.measured_params() == cut.measured_params()
     assert not torch.equal(healed.blocks[0].attention[1].weight, cut.blocks[0].attention[1].weight)
     checkpoint.save(healed, tmp_path / "saved")
-
-
-STOCK = """
-import sys, json
-sys.modules["mariotte"] = None
-import torch
-from transformers import AutoModelForCausalLM
-prompts = torch.tensor(json.loads(sys.argv[1]))
-settings = dict(attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False, pad_token_id=0)
-made = []
-for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    made.append(model.generate(prompts, **settings).tolist())
-    model.save_pretrained(folder + "-again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-    assert torch.equal(model(prompts).logits, again(prompts).logits)
-print(json.dumps(made))
-"""
-
-
-def test_stock_transformers_reads_it_where_there_is_no_mariotte(tmp_path):
-    prompts = random_tokens(3, 5)
-    settings = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    folders, expected = [], []
-    for family in ("llama", "qwen2"):
-        model = run(SVDLLM(), tiny(family, tied=True), 0.4, tmp_path / f"cut {family}")
-        folders.append(str(checkpoint.save(model, tmp_path / family)))
-        expected.append(model.hf.generate(prompts, **settings).tolist())
-    script = [sys.executable, "-c", STOCK, json.dumps(prompts.tolist()), *folders]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
 
 
 def test_bad_requests_are_one_sentence(tmp_path):
