@@ -56,7 +56,8 @@ def count(config: Mapping[str, Any], *, context: int = 0, dtype: str | None = No
 
     Notes
     -----
-    FLOPs follow the usual ``2 n`` for every matrix a token passes, plus ``4 L N H context`` for scores and weighted
+    FLOPs follow the usual ``2 n`` for every matrix a token passes (in a mixture those of the experts that it takes, and
+    what chooses them), plus ``4 L N H context`` for scores and weighted
     sum.
     Norms, rotary embeddings and softmax are left out: below one percent for any width in use.
     """
@@ -123,19 +124,27 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
     attention_biases = [(rows * s.attention_bias + s.hidden * s.output_bias) * attentions for rows in read]
     ins = 2 if s.gated else 1
     widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
-    ffn_matrices = [
-        ffn * (ins * s.hidden + written) + more for (ffn, written), (_, more) in zip(widths, factored, strict=True)
+    one = [ffn * (ins * s.hidden + written) + more for (ffn, written), (_, more) in zip(widths, factored, strict=True)]
+    # What chooses among experts is a matrix too, which all tokens pass.
+    ffn_matrices = [weights * (s.experts or 1) + s.hidden * s.experts for weights in one]
+    ffn_passed = [weights * (s.active or 1) + s.hidden * s.experts for weights in one]
+    ffn_biases = [
+        (ins * ffn * s.mlp_bias + written * (s.mlp_bias or s.down_bias)) * (s.experts or 1) + s.experts * s.mlp_bias
+        for ffn, written in widths
     ]
-    ffn_biases = [ins * ffn * s.mlp_bias + written * (s.mlp_bias or s.down_bias) for ffn, written in widths]
     # Norms have weights, or are folded into the matrices behind them.
-    norms = (attentions + 1) * s.hidden * s.blocks + s.final_size * s.final_norm
+    norms = s.norms * s.hidden * s.blocks + s.final_size * s.final_norm
+    of_heads = sum(
+        {None: 0, "each": 2 * s.head_dim, "all": (query + keys) * s.head_dim}[s.head_norms] + query * s.sinks
+        for query, keys in heads[: s.blocks]
+    )
     shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
     return (
         sum(attention_matrices[: s.blocks]) + sum(attention_biases[: s.blocks]),
         sum(ffn_matrices[: s.blocks]) + sum(ffn_biases[: s.blocks]),
-        (0 if s.shortcuts else norms * (1 + s.norm_bias)) + s.relative,
+        (0 if s.shortcuts else norms * (1 + s.norm_bias)) + of_heads + s.relative,
         shortcuts,
-        sum(attention_matrices) + sum(ffn_matrices) + shortcuts,
+        sum(attention_matrices) + sum(ffn_passed) + shortcuts,
         sum(attended) * attentions,
     )
 

@@ -16,7 +16,7 @@ from mariotte.errors import ModelError, unknown
 Kind = Literal["causal", "masked", "seq2seq"]
 """What a family predicts: the next token, tokens masked anywhere, or a text from another that an encoder has read."""
 
-Need = Literal["causal", "linear", "separate", "pre-norm", "rms-norm", "sequential", "gated"]
+Need = Literal["causal", "linear", "separate", "pre-norm", "rms-norm", "sequential", "gated", "dense"]
 """What a method may need of a family; see `Architecture.lacking`."""
 
 
@@ -40,12 +40,25 @@ class Architecture:
     attention_norm, mlp_norm, cross_norm : dotted paths from a block to the norms of attention, MLP and cross attention;
         they feed these parts, or take what they add where the family is post-norm
     query, key, value, output : projections of attention, from a block
-    fused : matrix that holds query, key and value together, from a block, in place of those three
+    fused : matrix that holds query, key and value together, from a block, in place of those three: all queries, then
+        all keys, then all values
+    grouped : `fused` goes by key-value heads instead: of each its queries, its key, its value
+    head_norms : norms of queries and of keys, from a block
+    whole_norms : these take all heads together and not each by itself
+    sinks : a number for each head, beside its scores, from a block
+    slopes : scores depend on the place of a head among the others (ALiBi)
     cross : query, key, value and output of the attention to what an encoder read, from a block
     relative : table of relative positions, from the first block of a stack
     gate, up, down : projections of the MLP, from a block; `gate` is None for an MLP without one
+    fused_mlp : matrix that holds gate and up together, in this order, from a block, in place of those two
+    outer_norms : norms of what attention and MLP add, from a block, where there are others that feed them
+    experts : module that holds the MLPs of a mixture, stacked, from a block; none where a block has a single MLP
+    router : what says which of them a token takes, from a block
+    expert_count, active_experts : keys of the config: how many there are, and how many a token takes
+    experts_transposed : their matrices are held as inputs x outputs, rows of gate and up in turn
     attention_shortcut, mlp_shortcut : matrices through which a block hands on its input, from a block, if it has any
-    hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : keys of the config
+    hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : keys of the config; kv_heads may be the number itself
+    residual : key of the number with which what a block adds to the stream is multiplied
     stored : the config's key that says how many blocks there are where layers share them
     embedding, position_count, type_count, buckets : keys of the config: width of the embeddings, rows of their tables
     position_offset : rows before the first position, beside those that the config counts
@@ -56,16 +69,18 @@ class Architecture:
     ffn_multiple : width of an MLP whose width the config does not state, in hidden sizes
     attention_bias : the config's key that says whether the attention projections carry biases, or the fact itself
     output_bias : likewise for the output projection of attention
-    mlp_bias : likewise for the projections of the MLP
+    mlp_bias : likewise for the projections of the MLP, or of experts and what chooses among them
     rms_norm : norms are RMSNorms: no mean subtracted, no bias
-    norm_first : each norm feeds its sublayer (pre-norm), so that it can be folded into the matrices it feeds
+    norm_first : a norm feeds each sublayer (pre-norm), so that it can be folded into the matrices it feeds
     parallel : attention and MLP read the same stream, neither what the other adds
     transposed : the blocks' matrices are held as inputs x outputs (Conv1D)
     hidden_multiple_of_heads : the family's config validator asks that heads divide the hidden size
+    kernel : what transformers computes attention with: eager for families whose scores sdpa cannot compute
     irregular : sizes may be such as the family's own config cannot state; the class of such models is
         ``models/modeling_mariotte.py``
     encoder : fields that are otherwise in the encoder of an encoder-decoder
-    variants : fields that are otherwise where the config says so, by ``key=value``, in which ``*`` stands for anything
+    variants : fields that are otherwise where the config says so, by ``key=value``, in which ``*`` stands for anything,
+        and a dot leads into a key of a key
     defaults : what the config means when it leaves a key out: a value, or the name of the key in whose place it stands
     assumes : what the config must say, as models with another value are not described here
     ignored : patterns of weights in published checkpoints that the model has no use for
@@ -94,22 +109,35 @@ class Architecture:
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
     fused: str = ""
+    grouped: bool = False
+    head_norms: tuple[str, ...] = ()
+    whole_norms: bool = False
+    sinks: str = ""
+    slopes: bool = False
     cross: tuple[str, ...] = ()
     relative: str = ""
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    fused_mlp: str = ""
+    outer_norms: tuple[str, ...] = ()
+    experts: str = ""
+    router: str = ""
+    expert_count: str = ""
+    active_experts: str = "num_experts_per_tok"
+    experts_transposed: bool = False
     attention_shortcut: str = "attention_shortcut"
     mlp_shortcut: str = "mlp_shortcut"
     hidden: str = "hidden_size"
     layers: str = "num_hidden_layers"
     stored: str = ""
     heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
+    kv_heads: str | int = "num_key_value_heads"
     head_dim: str = "head_dim"
     ffn: str = "intermediate_size"
     vocab: str = "vocab_size"
     tied: str = "tie_word_embeddings"
+    residual: str = ""
     embedding: str = ""
     position_count: str = "max_position_embeddings"
     position_offset: int = 0
@@ -128,6 +156,7 @@ class Architecture:
     parallel: bool = False
     transposed: bool = False
     hidden_multiple_of_heads: bool = False
+    kernel: str = "sdpa"
     irregular: bool = False
     encoder: Mapping[str, Any] = field(default_factory=dict[str, Any])
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -143,8 +172,40 @@ class Architecture:
 
     @property
     def ffn_paths(self) -> tuple[str, ...]:
-        """The matrices of the MLP, from a block: gate if there is one, up, down."""
+        """The matrices of the MLP, from a block: gate if there is one, up, or the one that holds both, down.
+
+        Of a mixture, those that hold the gates and ups, and the downs, of all experts.
+        """
+        if self.experts:
+            return (f"{self.experts}.gate_up_proj", f"{self.experts}.down_proj")
+        if self.fused_mlp:
+            return (self.fused_mlp, self.down)
         return (*(() if self.gate is None else (self.gate,)), self.up, self.down)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the stream can be rotated, so that no logit changes: norms commute with it, and feed matrices."""
+        return self.rms_norm and self.norm_first and not self.outer_norms
+
+    def rows(self, shape: Shape) -> tuple[list[int], list[int], list[int]]:
+        """Rows of the fused matrix that make queries, keys and values, heads in their order."""
+        width, heads, groups = shape.head_dim, shape.heads, shape.kv_heads
+        if not self.grouped:
+            ends = (heads * width, (heads + groups) * width, (heads + 2 * groups) * width)
+            return list(range(ends[0])), list(range(ends[0], ends[1])), list(range(ends[1], ends[2]))
+        of_group = [
+            list(range(at, at + (heads // groups + 2) * width))
+            for at in range(0, (heads + 2 * groups) * width, (heads // groups + 2) * width)
+        ]
+        flat = [
+            [row for rows in part for row in rows]
+            for part in (
+                [rows[: -2 * width] for rows in of_group],
+                [rows[-2 * width : -width] for rows in of_group],
+                [rows[-width:] for rows in of_group],
+            )
+        ]
+        return flat[0], flat[1], flat[2]
 
     @property
     def stacks(self) -> tuple[Architecture, ...]:
@@ -188,7 +249,12 @@ class Architecture:
                 "causal": (self.kind == "causal", "a causal decoder", f"predicts otherwise: it is {self.kind}"),
                 "linear": (not self.transposed, "linear layers", "holds its matrices transposed (Conv1D)"),
                 "separate": (not self.fused, "separate query, key and value", "holds them in one matrix"),
-                "pre-norm": (self.norm_first, "norms before attention and MLP", "has them behind (post-norm)"),
+                "dense": (not self.experts, "one MLP a block", "is a mixture of experts"),
+                "pre-norm": (
+                    self.norm_first and not self.outer_norms,
+                    "norms before attention and MLP alone",
+                    "has them behind, too" if self.norm_first else "has them behind (post-norm)",
+                ),
                 "rms-norm": (self.rms_norm, "RMSNorm", "has LayerNorm, which subtracts the mean and adds a bias"),
                 "sequential": (not self.parallel, "an MLP behind attention", "has both side by side"),
                 "gated": (self.gate is not None, "a gated MLP", "has one without a gate"),
@@ -244,8 +310,159 @@ FAMILIES: Mapping[str, Architecture] = {
             mlp_bias="mlp_bias",
             hidden_multiple_of_heads=True,
         ),
+        Architecture(model_type="mistral"),
         # Qwen2 has biases on query, key and value whatever its config says, and none on the output.
         Architecture(model_type="qwen2", attention_bias=True),
+        Architecture(
+            model_type="qwen3",
+            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            defaults={"head_dim": 128},
+        ),
+        Architecture(
+            model_type="smollm3",
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            mlp_bias="mlp_bias",
+            defaults={"tie_word_embeddings": True},
+        ),
+        Architecture(
+            model_type="granite",
+            residual="residual_multiplier",
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            mlp_bias="mlp_bias",
+        ),
+        Architecture(
+            model_type="gemma2",
+            kernel="eager",
+            mlp_norm="pre_feedforward_layernorm",
+            outer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            hidden_multiple_of_heads=True,
+            defaults={"tie_word_embeddings": True, "head_dim": 256},
+        ),
+        Architecture(
+            model_type="gemma3_text",
+            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            mlp_norm="pre_feedforward_layernorm",
+            outer_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            hidden_multiple_of_heads=True,
+            defaults={"tie_word_embeddings": True, "head_dim": 256},
+        ),
+        Architecture(
+            model_type="olmo2",
+            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            whole_norms=True,
+            attention_norm="post_attention_layernorm",
+            mlp_norm="post_feedforward_layernorm",
+            norm_first=False,
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+        ),
+        # Attention and MLP read the same norm.
+        Architecture(
+            model_type="phi",
+            final_norm="model.final_layernorm",
+            head_biases=("lm_head.bias",),
+            mlp_norm="input_layernorm",
+            output="self_attn.dense",
+            gate=None,
+            up="mlp.fc1",
+            down="mlp.fc2",
+            attention_bias=True,
+            output_bias=True,
+            mlp_bias=True,
+            rms_norm=False,
+            parallel=True,
+            assumes={"qk_layernorm": False},
+        ),
+        Architecture(
+            model_type="phi3",
+            query="",
+            key="",
+            value="",
+            fused="self_attn.qkv_proj",
+            fused_mlp="mlp.gate_up_proj",
+            # Its config counts the factors of a stretched rotation against the hidden size over the heads.
+            variants={"rope_parameters.rope_type=longrope": {"head_dim": ""}},
+        ),
+        Architecture(
+            model_type="falcon",
+            blocks="transformer.h",
+            embeddings="transformer.word_embeddings",
+            final_norm="transformer.ln_f",
+            mlp_norm="input_layernorm",
+            query="",
+            key="",
+            value="",
+            fused="self_attention.query_key_value",
+            output="self_attention.dense",
+            gate=None,
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            kv_heads=1,
+            head_dim="",
+            ffn="ffn_hidden_size",
+            ffn_multiple=4,
+            attention_bias="bias",
+            output_bias="bias",
+            mlp_bias="bias",
+            rms_norm=False,
+            parallel=True,
+            hidden_multiple_of_heads=True,
+            # In this order: the newest layout ignores what the config says of the others.
+            variants={
+                "alibi=True": {"slopes": True},
+                "multi_query=False": {"kv_heads": "num_kv_heads", "grouped": True},
+                "parallel_attn=False": {"parallel": False, "mlp_norm": "post_attention_layernorm"},
+                "new_decoder_architecture=True": {
+                    "kv_heads": "num_kv_heads",
+                    "grouped": True,
+                    "parallel": True,
+                    "attention_norm": "ln_attn",
+                    "mlp_norm": "ln_mlp",
+                },
+                "num_ln_in_parallel_attn=1": {"attention_norm": "input_layernorm", "mlp_norm": "input_layernorm"},
+            },
+            defaults={"tie_word_embeddings": True},
+        ),
+        # Mixtures of experts.
+        Architecture(
+            model_type="mixtral",
+            experts="mlp.experts",
+            router="mlp.gate",
+            expert_count="num_local_experts",
+        ),
+        Architecture(
+            model_type="qwen3_moe",
+            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            experts="mlp.experts",
+            router="mlp.gate",
+            expert_count="num_local_experts",
+            ffn="moe_intermediate_size",
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            defaults={"num_local_experts": "num_experts", "head_dim": 128},
+            assumes={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        ),
+        Architecture(
+            model_type="gpt_oss",
+            kernel="eager",
+            sinks="self_attn.sinks",
+            experts="mlp.experts",
+            router="mlp.router",
+            expert_count="num_local_experts",
+            experts_transposed=True,
+            attention_bias="attention_bias",
+            output_bias="attention_bias",
+            mlp_bias=True,
+            defaults={"head_dim": 64, "attention_bias": True},
+        ),
         Architecture(
             model_type="gpt2",
             blocks="transformer.h",
@@ -319,6 +536,7 @@ FAMILIES: Mapping[str, Architecture] = {
             key="",
             value="",
             fused="attention.query_key_value",
+            grouped=True,
             output="attention.dense",
             gate=None,
             up="mlp.dense_h_to_4h",
@@ -516,7 +734,9 @@ def find(model_type: str) -> Architecture:
     """
     family = model_type.removeprefix(IRREGULAR)
     if family != model_type and family in FAMILIES:
-        return replace(FAMILIES[family], irregular=True, hidden_multiple_of_heads=False)
+        known = FAMILIES[family]
+        head_dim = known.head_dim or "head_dim"
+        return replace(known, irregular=True, hidden_multiple_of_heads=False, head_dim=head_dim)
     if model_type not in FAMILIES:
         raise unknown("model type", model_type, FAMILIES, hint="; see docs/extend.md for describing a family")
     return FAMILIES[model_type]
@@ -541,15 +761,19 @@ def of(config: Mapping[str, Any]) -> Architecture:
             "a config must state its model_type, got none; is this the config.json of a transformers model?"
         )
     entry = find(str(config["model_type"]))
+    stated = entry.stated(config)
     for key, value in entry.assumes.items():
-        if config.get(key, value) != value:
+        if stated.get(key, value) != value:
             raise ModelError(
-                f"of {entry.model_type} models only those with {key}={value} are described, got {config[key]!r}; "
+                f"of {entry.model_type} models only those with {key}={value} are described, got {stated[key]!r}; "
                 "see docs/extend.md for describing others"
             )
     for condition, otherwise in entry.variants.items():
         key, _, wanted = condition.partition("=")
-        if fnmatchcase(str(config.get(key)), wanted):
+        found: Any = stated
+        for part in key.split("."):
+            found = cast("Mapping[str, Any]", found).get(part) if isinstance(found, Mapping) else None
+        if fnmatchcase(str(found), wanted):
             encoder = {**entry.encoder, **otherwise.get("encoder", {})}
             entry = replace(entry, **{**otherwise, "encoder": encoder})
     return entry
@@ -572,6 +796,10 @@ class Shape:
     shortcuts : blocks hand on their input through matrices, and norms have no weights
     final : width of the stream that the last block writes and the head reads, where it is not D
     stored : blocks, where layers share them
+    norms : of the width of the stream, in each block
+    head_norms : parameters of norms of queries and keys: of each head by itself, of all heads together, or none
+    sinks : there is a number for each head beside its scores
+    experts, active : MLPs of each block, and how many of them a token takes; 0 and 0 of a block with a single MLP
     cross : blocks attend to what an encoder read, too
     norm_bias : norms have biases
     final_norm : there is a norm behind the last block
@@ -606,6 +834,11 @@ class Shape:
     shortcuts: bool = False
     final: int | None = None
     stored: int | None = None
+    norms: int = 2
+    head_norms: Literal["each", "all"] | None = None
+    sinks: bool = False
+    experts: int = 0
+    active: int = 0
     cross: bool = False
     norm_bias: bool = False
     final_norm: bool = True
@@ -710,12 +943,17 @@ def _shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=size(entry.kv_heads, heads),
+        kv_heads=entry.kv_heads if isinstance(entry.kv_heads, int) else size(entry.kv_heads, heads),
         head_dim=size(entry.head_dim, hidden // heads),
         ffn=size(entry.ffn, None if entry.ffn_multiple is None else entry.ffn_multiple * hidden),
         vocab=size(entry.vocab),
         tied=tied,
         gated=entry.gate is not None,
+        norms=len({entry.attention_norm, entry.mlp_norm, *entry.outer_norms, *filter(None, (entry.cross_norm,))}),
+        head_norms=None if not entry.head_norms else "all" if entry.whole_norms else "each",
+        sinks=bool(entry.sinks),
+        experts=size(entry.expert_count) if entry.experts else 0,
+        active=size(entry.active_experts) if entry.experts else 0,
         attention_bias=fact(entry.attention_bias),
         output_bias=fact(entry.output_bias) or added,
         mlp_bias=fact(entry.mlp_bias),

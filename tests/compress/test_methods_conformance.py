@@ -28,10 +28,24 @@ class TestMethods(MethodConformance):
     pass
 
 
+WHOLE = [step for step in all_steps() if step.scope == step.scopes[0]]
+PARTS = [step for step in all_steps() if step.scope != step.scopes[0]]
+LIKE_LLAMA = ("mistral", "qwen3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2", "phi", "mixtral", "qwen3_moe")
+"""Where a part of the model is what it is in Llama, or in another family that is tried anyway."""
+
+
 @pytest.mark.parametrize(
     ("step", "family"),
-    cases(all_steps(), OTHER_FAMILIES),
+    [*cases(WHOLE, OTHER_FAMILIES), *cases(PARTS, [family for family in OTHER_FAMILIES if family not in LIKE_LLAMA])],
     ids=lambda v: v if isinstance(v, str) else str(v.link()),
 )
 class TestFamilies(FamilyConformance):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "family"), cases(PARTS, LIKE_LLAMA), ids=lambda v: v if isinstance(v, str) else str(v.link())
+)
+class TestPartsOfFamilies(FamilyConformance):
     pass

@@ -17,7 +17,7 @@ def cannot_turn(entry: Architecture) -> str | None:
     """Why the stream of a family cannot be rotated, in a clause after a method's name; None when it can."""
     if not entry.rms_norm:
         return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
-    if not entry.norm_first:
+    if not entry.turns:
         return f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
     return None
 

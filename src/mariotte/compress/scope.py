@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mariotte import accounting
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.models.model import Model
+from mariotte.models.model import Model, Stacked
 
 SCOPES = ("all", "attention", "ffn", "head")
 """Of the methods that work on matrices one by one, wherever they stand."""
@@ -29,12 +29,20 @@ def in_scope(model: Model, scope: str) -> dict[str, nn.Linear]:
 
 
 def oriented(matrix: nn.Module) -> Tensor:
-    """A matrix's weight as (O, I): a view, also where it is held the other way round (Conv1D)."""
+    """A matrix's weight as (O, I): a view, also where it is held the other way round (Conv1D).
+
+    Of the matrices of a mixture's experts: one below the other, a copy where they are held the other way round.
+    """
     return turned(matrix, cast(Tensor, matrix.weight))
 
 
 def turned(matrix: nn.Module, weight: Tensor) -> Tensor:
-    """A view of a weight: as (O, I) of one as a matrix holds it, and the other way round."""
+    """A weight as (O, I) of one as a matrix holds it, and the other way round; a view where it can be."""
+    if isinstance(matrix, Stacked):
+        if weight.ndim == 3:
+            return (weight.transpose(1, 2) if matrix.transposed else weight).flatten(0, 1)
+        each_EOI = weight.view(matrix.experts, -1, weight.shape[-1])
+        return each_EOI.transpose(1, 2).contiguous() if matrix.transposed else each_EOI
     return weight.T if isinstance(matrix, Conv1D) else weight
 
 

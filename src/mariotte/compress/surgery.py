@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from mariotte.accounting import cut_width as cut_width
 from mariotte.accounting import rounding as rounding
@@ -43,8 +44,8 @@ def norm_weight(norm: nn.Module) -> Tensor:
 
 
 def set_norm_eps_(model: Model, eps: float) -> None:
-    """Give every norm of the residual stream another epsilon; the config has to be told separately."""
-    norms = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm)]
+    """Give every norm another epsilon, of the residual stream and of heads; the config has to be told separately."""
+    norms = [norm for block in model.blocks for norm in (block.attention_norm, block.mlp_norm, *block.head_norms)]
     for norm in (*norms, model.final_norm):
         (attribute,) = (name for name in ("variance_epsilon", "eps") if hasattr(norm, name))
         setattr(norm, attribute, eps)
@@ -173,6 +174,8 @@ def _restate_sizes(module: nn.Module) -> None:
     """Make what modules say of their sizes agree with their weights: adapters and exporters read it."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = module.weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
     else:

@@ -32,6 +32,7 @@ class Zeroing(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     scopes: ClassVar[tuple[str, ...]] = SCOPES
+    mixtures: ClassVar[bool] = True
 
     @property
     @abstractmethod

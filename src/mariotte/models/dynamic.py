@@ -91,9 +91,17 @@ class DynamicConv1D(Conv1D):
 _TWINS: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: DynamicLinear, Conv1D: DynamicConv1D}
 
 
+_ALIKE: Mapping[str, type[nn.Module]] = {"FalconLinear": nn.Linear}
+"""Kinds of layers, by their name, that compute what another one does."""
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return _ALIKE.get(type(module).__name__, type(module))
+
+
 def can_wrap(module: nn.Module) -> bool:
     """Whether a layer is of a kind whose input can be rounded."""
-    return type(module) in _TWINS
+    return _kind(module) in _TWINS
 
 
 def wrap_(hf: PreTrainedModel, paths: Iterable[str], scheme: str) -> None:
@@ -102,7 +110,7 @@ def wrap_(hf: PreTrainedModel, paths: Iterable[str], scheme: str) -> None:
     for path in paths:
         module = cast(Any, hf.get_submodule(path))
         # Its class alone changes: the parameters, and whoever holds the module, stay.
-        module.__class__ = _TWINS[type(module)]
+        module.__class__ = _TWINS[_kind(module)]
         module.scheme = stated[path] = scheme
     hf.config.quantization_config = {"quant_method": METHOD, "modules": stated}
 

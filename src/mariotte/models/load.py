@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Generator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,14 +13,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import (
-    hf_hub_download,  # pyright: ignore[reportUnknownVariableType]
-    hf_hub_url,
-    snapshot_download,  # pyright: ignore[reportUnknownVariableType]
-)
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import build_hf_headers  # pyright: ignore[reportUnknownVariableType]
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,7 +30,8 @@ from transformers import (
 
 from mariotte import architectures
 from mariotte.architectures import Architecture, Kind
-from mariotte.errors import ModelError, UnknownNameError, unknown
+from mariotte.errors import ModelError, UnknownNameError
+from mariotte.locate import folder_of, read_config
 from mariotte.models import packed
 from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
@@ -54,8 +47,6 @@ LOADED_BY: Mapping[Kind, Any] = {
 
 SIDECAR = "mariotte.json"
 """Beside the weights of a checkpoint of ours: what was done to it."""
-
-TESTBED = Path(__file__).resolve().parent.parent / "testbed" / "weights"
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -85,16 +76,9 @@ def locate(name: str) -> Path:
     UnknownNameError
         When `name` is ``testbed/...`` and the testbed has no such model.
     """
-    if name.startswith("testbed/"):
-        known = {f"testbed/{folder.name}" for folder in TESTBED.iterdir() if (folder / "config.json").is_file()}
-        if name not in known:
-            raise unknown("testbed model", name, known)
-        return TESTBED / name.removeprefix("testbed/")
-    folder = Path(name)
-    if folder.is_dir():
+    folder = folder_of(name)
+    if folder is not None:
         return folder
-    if folder.is_absolute() or name.startswith((".", "~")):
-        raise ModelError(f"no model folder at {name}: give an existing folder, testbed/NAME or a hub id")
     try:
         return Path(
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"])
@@ -105,64 +89,6 @@ def locate(name: str) -> Path:
             f"no model {name!r}: it is no folder here and the hub did not give it ({type(error).__name__}: {reason}); "
             "check the name, or download it where there is a network"
         ) from error
-
-
-def peek_config(name: str) -> dict[str, Any] | None:
-    """A model's config without its weights: from its folder, the cache, or the hub's file alone; None without it.
-
-    Raises
-    ------
-    ModelError, UnknownNameError
-        When a folder or a testbed model is named that is not there, or its config cannot be read.
-    """
-    if name.startswith(("testbed/", ".", "~", "/")) or Path(name).is_dir():
-        return read_config(locate(name))
-    try:
-        return read_config(Path(hf_hub_download(name, "config.json", local_files_only=True)).parent)
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        return _asked_config(name)
-
-
-_UNREACHABLE: set[str] = set()
-"""Hosts that did not answer: eight models of a study need not wait for the same silence eight times."""
-
-
-def _asked_config(name: str) -> dict[str, Any] | None:
-    """The config as the hub has it, asked for once: downloads retry for half a minute, and this is only a look."""
-    address = hf_hub_url(name, "config.json")
-    host = address.split("/")[2]
-    if HF_HUB_OFFLINE or host in _UNREACHABLE:
-        return None
-    request = urllib.request.Request(address, headers=build_hf_headers())
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            found: object = json.load(answer)
-    except (urllib.error.HTTPError, UnicodeDecodeError, json.JSONDecodeError):
-        return None  # no such model, or one that has to be asked for
-    except OSError:
-        _UNREACHABLE.add(host)
-        return None
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a model folder's ``config.json``.
-
-    Raises
-    ------
-    ModelError
-        When there is none, or it is no JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} holds no config.json: it is not a transformers model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} must be a JSON object, and cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must be a JSON object, got {type(config).__name__}")
-    return cast("dict[str, Any]", config)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -341,7 +267,7 @@ def read_weights(folder: Path, dtype: torch.dtype, *, what: str, trust_remote_co
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
-                attn_implementation="sdpa",
+                attn_implementation=entry.kernel,
             )
     except (SafetensorError, ValueError, RuntimeError, OSError, KeyError) as error:
         said = " ".join(str(error).split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -65,6 +65,41 @@ def forward(hf: nn.Module, kind: Kind, tokens_BT: Tensor, written_BU: Tensor | N
     return hf(input_ids=tokens_BT, attention_mask=everything_BT, decoder_input_ids=written_BU, use_cache=False).logits
 
 
+class Stacked:
+    """The same matrix of all experts of a block, which transformers holds in one parameter, seen as a layer.
+
+    Parameters
+    ----------
+    module : what holds it
+    name : of the parameter in it; that of the biases, if there are any, ends in ``_bias``
+    transposed : held as (E, I, O) and not as (E, O, I)
+    """
+
+    def __init__(self, module: nn.Module, name: str, *, transposed: bool) -> None:
+        self.weight = cast(nn.Parameter, getattr(module, name))
+        self.bias = cast("nn.Parameter | None", getattr(module, f"{name}_bias", None))
+        self.transposed = transposed
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights, and the biases if there are any."""
+        yield from (parameter for parameter in (self.weight, self.bias) if parameter is not None)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """O of one expert."""
+        return self.weight.shape[2 if self.transposed else 1]
+
+    @property
+    def in_features(self) -> int:
+        """I of one expert."""
+        return self.weight.shape[1 if self.transposed else 2]
+
+
 class Block:
     """One block: its norms and projections, whatever the family calls them.
 
@@ -84,7 +119,14 @@ class Block:
                 f"{self.entry.model_type} holds query, key and value in one matrix, {self.entry.fused}: ask for the "
                 "block's attention instead"
             )
-        return cast(nn.Linear, self.module.get_submodule(path))
+        return cast(nn.Linear, self._at(path))
+
+    def _at(self, path: str) -> nn.Module | Stacked:
+        experts = self.entry.experts
+        if experts and path.startswith(f"{experts}."):
+            held = self.module.get_submodule(experts)
+            return Stacked(held, path.removeprefix(f"{experts}."), transposed=self.entry.experts_transposed)
+        return self.module.get_submodule(path)
 
     def factors(self, path: str) -> list[tuple[str, nn.Linear]]:
         """A matrix of the block by its path from it; of one that is the product of two, these, the first to read first.
@@ -99,6 +141,12 @@ class Block:
             return [(f"{path}.inner", matrix.inner), (f"{path}.outer", matrix.outer)]
         return [(path, matrix)]
 
+    def _of_mlp(self, path: str) -> nn.Linear:
+        if self.entry.experts or (self.entry.fused_mlp and path != self.entry.down):
+            held = "the MLPs of all experts together" if self.entry.experts else "gate and up in one matrix"
+            raise ModelError(f"{self.entry.model_type} holds {held}: ask for the block's ffn instead")
+        return self._linear(path)
+
     @property
     def attention_norm(self) -> nn.Module:
         """The norm that feeds attention."""
@@ -108,6 +156,11 @@ class Block:
     def mlp_norm(self) -> nn.Module:
         """The norm that feeds the MLP."""
         return self.module.get_submodule(self.entry.mlp_norm)
+
+    @property
+    def head_norms(self) -> tuple[nn.Module, ...]:
+        """The norms of queries and of keys, where there are any."""
+        return tuple(self.module.get_submodule(path) for path in self.entry.head_norms)
 
     @property
     def query(self) -> nn.Linear:
@@ -132,17 +185,17 @@ class Block:
     @property
     def gate(self) -> nn.Linear | None:
         """(F, D), or None for an MLP without a gate."""
-        return None if self.entry.gate is None else self._linear(self.entry.gate)
+        return None if self.entry.gate is None else self._of_mlp(self.entry.gate)
 
     @property
     def up(self) -> nn.Linear:
         """(F, D)."""
-        return self._linear(self.entry.up)
+        return self._of_mlp(self.entry.up)
 
     @property
     def down(self) -> nn.Linear:
         """(D, F)."""
-        return self._linear(self.entry.down)
+        return self._of_mlp(self.entry.down)
 
     @property
     def attention_shortcut(self) -> nn.Linear | None:
@@ -168,7 +221,7 @@ class Block:
 
     @property
     def ffn(self) -> tuple[nn.Linear, ...]:
-        """The matrices of the MLP: gate if there is one, up, down."""
+        """The matrices of the MLP: gate if there is one, up, or the one that holds both, down; those of all experts."""
         return tuple(matrix for path in self.entry.ffn_paths for _, matrix in self.factors(path))
 
 
@@ -216,6 +269,11 @@ class Model:
     def shape(self) -> Shape:
         """Sizes, from the config."""
         return architectures.shape(self.config)
+
+    @property
+    def added_times(self) -> float:
+        """The number with which what a block adds to the stream is multiplied: 1 in most families."""
+        return float(self.config.get(self.entry.residual, 1.0)) if self.entry.residual else 1.0
 
     @property
     def rounded(self) -> tuple[Done, ...]:
@@ -356,26 +414,27 @@ class Model:
             *copies,
             *(p for stack in entry.stacks for p in (stack.positions, stack.types) if p),
         ]
-        paths = [
-            *(tables if "embeddings" in parts else ()),
-            *(
-                f"{block.path}.{place}"
-                for block in self.blocks
-                for path in (
-                    *(block.entry.attention_paths if "attention" in parts else ()),
-                    *(block.entry.ffn_paths if "ffn" in parts else ()),
-                )
-                for place, _ in block.factors(path)
-            ),
-            *([entry.head] if "head" in parts else ()),
-        ]
         found: dict[str, nn.Linear] = {}
         seen: set[int] = set()
-        for path in paths:
-            matrix = cast(nn.Linear, self.hf.get_submodule(path))
-            if id(matrix.weight) not in seen:
-                seen.add(id(matrix.weight))
-                found[path] = matrix
+
+        def add(path: str, matrix: nn.Module | Stacked) -> None:
+            weight = cast(nn.Linear, matrix).weight
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                found[path] = cast(nn.Linear, matrix)
+
+        for path in tables if "embeddings" in parts else ():
+            add(path, self.hf.get_submodule(path))
+        for block in self.blocks:
+            within = (
+                *(block.entry.attention_paths if "attention" in parts else ()),
+                *(block.entry.ffn_paths if "ffn" in parts else ()),
+            )
+            for path in within:
+                for place, matrix in block.factors(path):
+                    add(f"{block.path}.{place}", matrix)
+        if "head" in parts:
+            add(entry.head, self.head)
         return found
 
     def matrices(self, *scopes: str) -> list[nn.Linear]:

@@ -160,12 +160,13 @@ class Step(ABC):
 
     Subclasses are frozen keyword-only dataclasses, final, one a file. They declare:
 
-    * ``unit``: what an amount counts: neurons, hidden, blocks, heads, weights, bits or tokens
+    * ``unit``: what an amount counts: neurons, hidden, blocks, heads, groups (of both), weights, bits or tokens
     * ``family``: for the laws: unstructured, width, slice, depth, low-rank, quantization or recovery
     * ``reference``: a key of ``references.bib``
     * ``scopes``: the parts of a model that it can be asked to work on; the first is the default
     * ``needs``: what a model's family must have; see `Architecture.lacking`
     * ``version``: goes up when a correction changes numbers
+    * ``mixtures``: whether it knows what to do with the MLPs of a mixture of experts
     * ``streams``: whether it works on a model larger than memory, a few blocks at a time; see `whole`
     * ``plain``: whether the result is an ordinary transformers checkpoint of the same family
     * ``fixed``: the one amount of a step that is written without any, such as ``int8``
@@ -188,6 +189,7 @@ class Step(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("all",)
     needs: ClassVar[tuple[Need, ...]] = ()
     version: ClassVar[int] = 1
+    mixtures: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     plain: ClassVar[bool] = True
     fixed: ClassVar[int | None] = None
@@ -296,6 +298,11 @@ class Step(ABC):
         """Why this step cannot work on `model`, in a clause after its name, or None when it can; extend it."""
         if reason := model.entry.lacking(self.needs):
             return f"{reason}: take a model of another family, or magnitude, which works on all of them"
+        if model.entry.experts and not self.mixtures and self.scope not in ("attention", "head"):
+            return (
+                f"needs one MLP a block, and {model.entry.model_type} is a mixture of experts: take experts, shortgpt "
+                "or magnitude"
+            )
         if self.family in ("width", "slice") and model.shape.ranks is not None:
             return "needs whole matrices, and this model holds some as products of two: do it before svd-llm"
         return None
@@ -344,6 +351,10 @@ class Step(ABC):
             When the step removes none.
         """
         raise ChainError(f"{self.name()} removes no parameters")
+
+    def slack(self, model: Model) -> int:
+        """Parameters by which `removes` may be off, where what goes depends on more than shapes."""
+        return 0
 
     def training_tokens(self, amounts: Sequence[int]) -> float:
         """Tokens seen in serving these amounts, before rounding to rows; fewer than their sum where they share some."""

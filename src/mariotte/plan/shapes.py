@@ -159,7 +159,7 @@ _Cut = tuple[Shape, float, int]
 
 
 def _neurons(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
-    if shape.ffns is not None or entry.lacking(["causal", "linear"]) is not None:
+    if shape.ffns is not None or entry.lacking(["causal", "dense"]) is not None:
         return None
     multiple = rounding(shape.ffn, _whole(link, "round_to"), at=shape.hidden)
     width = cut_width(shape.ffn, _amount(link), multiple)
@@ -167,7 +167,7 @@ def _neurons(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
 
 
 def _hidden(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
-    if entry.kind != "causal" or shape.shortcuts or not entry.head_dim or not _turns(entry):
+    if entry.kind != "causal" or shape.shortcuts or shape.experts or not entry.head_dim or not _turns(entry):
         return None
     heads = shape.heads if entry.hidden_multiple_of_heads else 1
     multiple = rounding(shape.hidden, _whole(link, "round_to"), multiple_of=heads)
@@ -177,7 +177,7 @@ def _hidden(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
 
 
 def _sliced(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
-    if entry.kind != "causal" or shape.shortcuts or not _turns(entry):
+    if entry.kind != "causal" or shape.shortcuts or shape.experts or not _turns(entry):
         return None
     multiple, amount = _whole(link, "round_to") or 8, _amount(link)
     asked = int(shape.hidden * (1 - amount) + 1e-9)
@@ -203,7 +203,7 @@ def _zeros(shape: Shape, entry: Architecture, link: Link) -> _Cut | None:
 
 def _turns(entry: Architecture) -> bool:
     """Whether the stream can be rotated: as `mariotte.compress.rotation.cannot_turn` says it."""
-    return entry.rms_norm and entry.norm_first
+    return entry.turns
 
 
 _CUTS: Mapping[str, Callable[[Shape, Architecture, Link], _Cut | None]] = {
@@ -241,6 +241,7 @@ def _block_matrices(shape: Shape) -> tuple[int, int]:
     for layer in range(shape.blocks):
         query, keys = (heads * shape.head_dim for heads in shape.heads_of(layer))
         ffn, written = shape.ffn_of(layer), shape.written_by(layer)
-        weights += shape.hidden * (2 * query + 2 * keys) * attentions + ffn * (ins * shape.hidden + written)
-        rows += (query + 2 * keys + shape.hidden) * attentions + ins * ffn + written
+        mlps = shape.experts or 1
+        weights += shape.hidden * (2 * query + 2 * keys) * attentions + ffn * (ins * shape.hidden + written) * mlps
+        rows += (query + 2 * keys + shape.hidden) * attentions + (ins * ffn + written) * mlps
     return weights, rows

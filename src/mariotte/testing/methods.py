@@ -26,7 +26,7 @@ from mariotte.compress.scope import oriented
 from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import LOADED_BY, load, quiet_transformers
-from mariotte.models.model import Done, Model
+from mariotte.models.model import Done, Model, Stacked
 from mariotte.models.step import Context, Prepared, Step, apply_at, prepare_once
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
@@ -415,7 +415,8 @@ class FamilyConformance:
             saved = 4 * weights - done.facts["packed_bytes"] if step.family == "quantization" else 0
             assert cut.counts.n_bytes == 4 * cut.measured_params() - saved
             changed = {name for name, new in cut.hf.named_parameters() if not new.equal(model.hf.get_parameter(name))}
-            assert changed == {f"{path}.weight" for path in model.paths(step.scope)}
+            matrices = model.paths(step.scope).items()
+            assert changed == {path if isinstance(m, Stacked) else f"{path}.weight" for path, m in matrices}
         if step.scope in ("head", step.scopes[0]):
             loaded = load(checkpoint.save(cut, tmp_path / "saved"))
             assert torch.allclose(logits(loaded), said, atol=1e-4 * float(said.abs().max()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,23 @@ from mariotte.models.load import LOADED_BY
 from mariotte.models.model import Model
 
 VOCAB = 64
+
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 8},
+    "gpt_oss": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+"""What a family has that a method might forget, in a size at which a model of two layers and short texts shows it."""
 
 
 @torch.no_grad()
@@ -29,6 +47,8 @@ def tiny(
     ffn: int = 48,
     vocab: int = VOCAB,
     tied: bool = False,
+    experts: int = 4,
+    active: int = 2,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **settings: Any,
@@ -38,6 +58,7 @@ def tiny(
     Parameters
     ----------
     model_type : a family of ``architectures.py``
+    experts, active : of a mixture, its MLPs and how many of them a token takes
     hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : sizes; `head_dim` None takes ``hidden // heads``. A
         family whose config has no key for one of them goes without; an encoder is made like the decoder
     dtype : of its weights
@@ -50,7 +71,7 @@ def tiny(
     from zero, and a norm of ones or a bias of zeros would hide that a method forgets it.
     """
     entry = architectures.find(model_type)
-    sizes: dict[str, Any] = {"max_position_embeddings": 128}
+    sizes: dict[Any, Any] = {"max_position_embeddings": 128}
     for stack in entry.stacks:
         sizes |= {
             stack.hidden: hidden,
@@ -63,14 +84,17 @@ def tiny(
             stack.tied: tied,
             stack.embedding: hidden,
         }
-    sizes.pop("", None)
+        if stack.experts:
+            sizes |= {stack.expert_count: experts, stack.active_experts: active}
+    sizes = {key: value for key, value in sizes.items() if isinstance(key, str) and key}
     if entry.kind != "causal":
         # RoBERTa counts positions from its padding token, and T5 begins to write with it.
         sizes |= {"pad_token_id": 0, "decoder_start_token_id": 0}
-    stated = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **sizes, **settings}
+    stated = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, **sizes}
+    stated |= {**_SETTINGS.get(model_type, {}), **settings}
     config = AutoConfig.for_model(model_type, **stated)
     make = LOADED_BY[entry.kind].from_config
-    made = make(config, attn_implementation="sdpa", dtype=torch.float32)
+    made = make(config, attn_implementation=entry.kernel, dtype=torch.float32)
     hf = cast(PreTrainedModel, made).eval()
     generator = torch.Generator().manual_seed(seed)
     flipped = {id(module.weight) for module in hf.modules() if isinstance(module, Conv1D)}
@@ -80,6 +104,8 @@ def tiny(
             parameter.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.2 * noise)
         else:
             inputs = parameter.shape[0 if id(parameter) in flipped else 1]
+            if parameter.ndim == 3:
+                inputs = parameter.shape[1 if entry.experts_transposed else 2]
             parameter.copy_(noise * (1.0 if parameter.shape[0] == vocab else 1.5 / inputs**0.5))
     hf.to(dtype)  # pyright: ignore[reportArgumentType]
     hf.config.dtype = dtype

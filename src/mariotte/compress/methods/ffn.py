@@ -16,7 +16,14 @@ from typing_extensions import override
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
-from mariotte.compress.neurons import neuron_width, refuse_unequal_widths, removed_with_neurons
+from mariotte.compress.neurons import (
+    neuron_rows,
+    neuron_weights,
+    neuron_width,
+    refuse_unequal_widths,
+    removed_with_neurons,
+)
+from mariotte.compress.scope import oriented, turned
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.errors import ChainError
@@ -30,7 +37,9 @@ _BEFORE = ("taylor", "norm")
 """Criteria that rank the neurons of the model that enters, even when the rest is done block by block."""
 
 
-def _lacking(walk: Walk, block: Block, dense: Walk, before: Block, key: str, gather: Means) -> Tensor:
+def _lacking(
+    walk: Walk, block: Block, dense: Walk, before: Block, key: str, gather: Means, *, scale: float = 1.0
+) -> Tensor:
     """Mean of e hᵀ, (D, F), with e the stream behind the dense block less that behind this one; `dense` advances.
 
     Parameters
@@ -38,8 +47,9 @@ def _lacking(walk: Walk, block: Block, dense: Walk, before: Block, key: str, gat
     walk, block : the block whose neurons are to be cut, and the stream in front of it
     dense, before : the same of the dense model
     key, gather : also given the inputs h of the block's down projection, (M, F)
+    scale : with which the family multiplies what the down projection gives: e is measured before it
     """
-    total_DF = torch.zeros_like(block.down.weight, dtype=torch.float64)
+    total_DF = torch.zeros_like(oriented(block.down), dtype=torch.float64)
     tokens = 0
     for rows in walk.batches():
         seen: list[Tensor] = []
@@ -51,7 +61,7 @@ def _lacking(walk: Walk, block: Block, dense: Walk, before: Block, key: str, gat
         total_DF += (wanted_BTD.double() - found_BTD.double()).flatten(0, 1).T @ h_MF.double()
         tokens += len(h_MF)
         dense.stream_NTD[rows] = wanted_BTD
-    return total_DF / tokens
+    return total_DF / (tokens * scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +122,7 @@ class FFN(Step):
     reference: ClassVar[str] = "hassibi1993optimal"
     streams: ClassVar[bool] = True
     version: ClassVar[int] = 2  # criterion=activation no longer damps what it ranks by
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     criterion: str = "obs"
     compensate: bool = True
@@ -140,7 +150,14 @@ class FFN(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        return super().refuse(model) or refuse_unequal_widths(model)
+        if reason := super().refuse(model) or refuse_unequal_widths(model):
+            return reason
+        if self.sequential and self.compensate and self.correct and model.entry.lacking(["pre-norm"]):
+            return (
+                f"makes up for the stream in front of norms behind the MLP, and {model.entry.model_type} has some: "
+                "write correct=0, or leave sequential out"
+            )
+        return None
 
     @override
     def whole(self) -> str | None:
@@ -172,7 +189,7 @@ class FFN(Step):
         prepared = Prepared(context.scratch)
         for index, block in enumerate(blocks):
             key = f"block-{index}"
-            down_DF = block.down.weight.double()
+            down_DF = oriented(block.down).double()
             moment_FF = moments.pop(key, None)
             tensors: dict[str, Tensor] = {}
             if moment_FF is not None or self.criterion in _BEFORE:
@@ -197,8 +214,8 @@ class FFN(Step):
             score_F = importance_F
         elif self.criterion == "norm":
             score_F = down_DF.square().sum(0).sqrt()
-            for linear in block.ffn[:-1]:
-                score_F = score_F * linear.weight.double().square().sum(1).sqrt()
+            for rows_FD in neuron_rows(block):
+                score_F = score_F * rows_FD.double().square().sum(1).sqrt()
         else:
             assert moment_FF is not None
             size_F = down_DF.abs().sum(0) if self.criterion == "wanda" else down_DF.square().sum(0).sqrt()
@@ -218,9 +235,7 @@ class FFN(Step):
         weights = gathered(model)
         cuts = self._sequential if self.sequential else self._cuts
         for block, (kept_K, down_DK) in zip(model.blocks, cuts(model, prepared, width, context), strict=True):
-            for linear in block.ffn[:-1]:
-                weights |= {names[parameter]: parameter[kept_K] for parameter in linear.parameters()}
-            weights[names[block.down.weight]] = down_DK
+            weights.update(neuron_weights(block, names, kept_K, down_DK))
         return derive(model, weights, {model.entry.ffn: width}).after(done)
 
     def _cuts(self, model: Model, prepared: Prepared, width: int, _context: Context) -> Iterator[tuple[Tensor, Tensor]]:
@@ -229,7 +244,7 @@ class FFN(Step):
             tensors = {key: tensor.to(model.device) for key, tensor in prepared.get(f"block-{index}").items()}
             # In their old order: a kept neuron is then found at the same place whatever ranked it.
             kept_K, position_K = tensors["order"][:width].sort()
-            down_DK = block.down.weight[:, kept_K]
+            down_DK = oriented(block.down)[:, kept_K]
             if self.compensate:
                 down_DK = compensated(tensors["factor"], tensors["product"], width)[:, position_K]
             yield kept_K, down_DK
@@ -245,13 +260,13 @@ class FFN(Step):
         dense = Walk(model, context, self.name()) if correct else None
         for index, (block, before) in enumerate(zip(cut.blocks, model.blocks, strict=True)):
             key = f"block-{index}"
-            down_DF = block.down.weight.double()
+            down_DF = oriented(block.down).double()
             moments = Means(outer)
             lacking_DF = None
             if dense is None:
                 walk.observe(block.module, {key: [block.down]}, moments)
             else:
-                lacking_DF = _lacking(walk, block, dense, before, key, moments)
+                lacking_DF = _lacking(walk, block, dense, before, key, moments, scale=model.added_times)
             moment_FF = moments.result(self.name(), model)[key]
             damped_FF = with_ridge(moment_FF, self.ridge)
             if lacking_DF is not None:
@@ -266,8 +281,9 @@ class FFN(Step):
             down_DK = down_DF[:, kept_K]
             if self.compensate:
                 down_DK = compensated(*least_squares_factors(down_DF, damped_FF, order_F), width)[:, position_K]
-            block.down.weight.zero_()
-            block.down.weight[:, kept_K] = down_DK.to(block.down.weight.dtype)
+            cut_DF = torch.zeros_like(down_DF)
+            cut_DF[:, kept_K] = down_DK.double()
+            block.down.weight.copy_(turned(block.down, cut_DF))
             yield kept_K, down_DK
             walk.advance(block.module)
             context.progress("order", (index + 1) / len(cut.blocks))

@@ -24,11 +24,12 @@ from mariotte.compress.attention import (
     largest_gap,
     possible_counts,
     refuse_heads,
-    restate_heads_,
+    without_heads,
 )
-from mariotte.compress.calibration import check_finite, rows_at_once, second_moments, tokens_for
+from mariotte.compress.calibration import check_finite, mean_squares, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
-from mariotte.compress.surgery import derive, gathered, parameter_names
+from mariotte.compress.scope import oriented
+from mariotte.compress.surgery import gathered, parameter_names
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -36,6 +37,8 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["Heads"]
 
 CRITERIA = ("obs", "norm", "taylor")
+_ENERGIES = ("queries", "keys")
+"""Keys of the mean squares in front of norms over all heads."""
 
 
 class Judge(Protocol):
@@ -260,6 +263,11 @@ class Heads(Step):
 
     Removal orders are nested, so that one preparation serves all amounts.
 
+    Families whose config ties the head width to the hidden size (opt, gpt2, gpt_neox, falcon) become models of a class
+    of ours, which transformers reads with ``trust_remote_code=True``. Where queries and keys are normalised over all
+    heads together (olmo2) the norm's weights take over what the missing heads change of it, in the mean over
+    calibration text: there alone removing a head is not quite the same as its giving nothing.
+
     When to use it: for small shares, in combination with other cuts, and with compensation, which took away a fifth to
     three fifths of what losing about half the heads cost on seven small models. Heads are few and each does much: on
     the five where it was tried, as many parameters of feed-forward neurons cost less. Of the criteria with
@@ -279,7 +287,8 @@ class Heads(Step):
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "michel2019sixteen"
     streams: ClassVar[bool] = True
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "separate", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    mixtures: ClassVar[bool] = True
 
     criterion: str = "obs"
     compensate: bool = True
@@ -299,6 +308,10 @@ class Heads(Step):
     @override
     def refuse(self, model: Model) -> str | None:
         return super().refuse(model) or refuse_heads(model)
+
+    @override
+    def makes_plain(self, model: Model) -> bool:
+        return bool(model.entry.head_dim) and not model.entry.irregular
 
     def _choices(self, model: Model) -> tuple[str, list[tuple[int, int]]]:
         """How heads go, and the counts of query and key-value heads that the family's config can state, all first."""
@@ -337,10 +350,16 @@ class Heads(Step):
         if self.compensate or gradients is None:
             inputs = {f"block-{index}": [block.output] for index, block in enumerate(blocks)}
             moments = second_moments(model, context, self.name(), inputs)
+        normed = {
+            f"block-{index} {path}": [block.module.get_submodule(path)]
+            for index, block in enumerate(blocks)
+            for path in (block.entry.head_norms if block.entry.whole_norms else ())
+        }
+        energies: MutableMapping[str, Tensor] = mean_squares(model, context, self.name(), normed) if normed else {}
         prepared = Prepared(context.scratch)
         for index, block in enumerate(blocks):
             key = f"block-{index}"
-            output_DI = block.output.weight.double()
+            output_DI = oriented(block.output).double()
             moment_II = moments.pop(key, None)
             damped_II = None if moment_II is None else with_ridge(moment_II, self.ridge)
             judge: Judge
@@ -358,6 +377,9 @@ class Heads(Step):
                 assert damped_II is not None
                 columns_I = torch.tensor(columns_of(order, shape.head_dim), device=output_DI.device)
                 tensors["factor"], tensors["product"] = least_squares_factors(output_DI, damped_II, columns_I)
+            if energies:
+                for name, path in zip(_ENERGIES, block.entry.head_norms, strict=True):
+                    tensors[name] = energies[f"{key} {path}"]
             prepared.put(key, tensors)
             context.progress("order", (index + 1) / len(blocks))
         return prepared.finish(heads=shape.heads, by=by)
@@ -389,8 +411,6 @@ class Heads(Step):
             if self.compensate:
                 output_Di = compensated(tensors["factor"], tensors["product"], heads * width)
                 output_Di = output_Di[:, columns_of([ranked.index(head) for head in kept], width)]
-            weights |= head_weights(block, names, shape, kept, output_Di)
-        entry = model.entry
-        cut = derive(model, weights, {entry.heads: heads, entry.kv_heads: groups, entry.head_dim: width})
-        restate_heads_(cut)
-        return cut.after(done)
+            energies = [tensors[name] for name in _ENERGIES if name in tensors]
+            weights.update(head_weights(block, names, shape, kept, output_Di, energies))
+        return without_heads(model, weights, heads, groups).after(done)

@@ -40,6 +40,7 @@ class Int8(Quantizer):
 
     reference: ClassVar[str] = "dettmers2022llmint8"
     streams: ClassVar[bool] = True
+    mixtures: ClassVar[bool] = True
     fixed: ClassVar[int | None] = 8
 
     @override

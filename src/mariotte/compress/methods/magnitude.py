@@ -63,6 +63,7 @@ class Magnitude(Step):
     reference: ClassVar[str] = "namburi2023cost"
     streams: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = SCOPES
+    mixtures: ClassVar[bool] = True
 
     per: str = "model"
     allocation: str = "uniform"

@@ -21,7 +21,13 @@ from torch.nn import functional
 from typing_extensions import override
 
 from mariotte.architectures import Need
-from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
+from mariotte.compress.neurons import (
+    keep_neurons,
+    neuron_rows,
+    neuron_width,
+    refuse_unequal_widths,
+    removed_with_neurons,
+)
 from mariotte.compress.surgery import cut_width
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
@@ -241,7 +247,7 @@ class PruneNet(Step):
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "sengupta2025prunenet"
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     policy_ratio: float | None = None
     policy: str | None = None
@@ -312,7 +318,7 @@ class PruneNet(Step):
             When the file of a policy is missing, or is for a model of another shape.
         """
         neurons = model.shape.ffn
-        weights = [block.ffn[0].weight.detach() for block in model.blocks]
+        weights = [neuron_rows(block)[0].detach() for block in model.blocks]
         widths, shared = {neuron_width(model, amount, self.round_to)[0] for amount in amounts} - {neurons}, False
         if self.policy is not None or self.policy_ratio is not None:
             (width,), shared = (widths := {neuron_width(model, self.policy_ratio or 0.0, self.round_to)[0]}), True
@@ -382,7 +388,7 @@ class PruneNet(Step):
         distances: list[float] = []
         for index, block in enumerate(model.blocks):
             kept.append(orders[f"block-{index}"][:width])
-            cut_S = singular_values(block.ffn[0].weight[kept[-1].to(model.device)])
+            cut_S = singular_values(neuron_rows(block)[0][kept[-1].to(model.device)])
             distances.append(ks_distance(spectra[f"block-{index}"].to(model.device), cut_S))
         done = self.done(
             amount,

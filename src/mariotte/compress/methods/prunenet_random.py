@@ -59,7 +59,7 @@ class PruneNetRandom(Step):
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "compressionlaws2025"
     streams: ClassVar[bool] = True
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     round_to: int | None = None
 

@@ -52,6 +52,7 @@ class RTN(Grouped):
 
     reference: ClassVar[str] = "frantar2023gptq"
     streams: ClassVar[bool] = True
+    mixtures: ClassVar[bool] = True
 
     @override
     def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:

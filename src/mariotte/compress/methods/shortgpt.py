@@ -46,6 +46,7 @@ class ShortGPT(Step):
     reference: ClassVar[str] = "men2024shortgpt"
     streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    mixtures: ClassVar[bool] = True
 
     @override
     def refuse(self, model: Model) -> str | None:

@@ -255,6 +255,13 @@ def _cut(model: Model, prepared: Prepared, width: int) -> Model:
             weights[name] = rotated[name][..., :width]
             if key != "embeddings":
                 weights[name] = weights[name].transpose(0, -1)
+    # A config has one eps for all norms. Those of queries and keys give the same with the new one when what they read
+    # grows as the root of it.
+    for block in model.blocks:
+        for linear in (block.query, block.key) if entry.head_norms else ():
+            for parameter in linear.parameters():
+                name = names[parameter]
+                weights[name] = weights.get(name, parameter) * (shape.hidden / width) ** 0.5
     sizes = {entry.hidden: width, entry.head_dim: shape.head_dim, EPS: eps}
     cut = derive(model, weights, sizes, untie=shape.tied)
     set_norm_eps_(cut, eps)
