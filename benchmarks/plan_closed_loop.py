@@ -26,10 +26,10 @@ from typing import Any
 from mariotte.cli.plan import Workbench
 from mariotte.experiments.run import run
 from mariotte.experiments.study import Calibration, Chains, Run, Study
+from mariotte.locate import config_of
 from mariotte.plan import pool
 from mariotte.plan.budget import read_budget
 from mariotte.plan.candidates import CUTS, candidates_of
-from mariotte.plan.locate import config_of
 from mariotte.plan.probes import probe
 from mariotte.plan.search import planner
 from mariotte.plan.shapes import Sized

@@ -22,8 +22,9 @@ from mariotte.experiments.pipeline import Outcome, Serving, Task
 from mariotte.experiments.run import Summary, plan
 from mariotte.experiments.runners.processes import _buried, _Worker
 from mariotte.experiments.study import Measured, Study, embedded, parse, read, with_run
+from mariotte.locate import read_config
 from mariotte.models import checkpoint
-from mariotte.models.load import load, quiet_transformers, read_config
+from mariotte.models.load import load, quiet_transformers
 from mariotte.models.model import Model
 from mariotte.store import open_store
 from mariotte.testbed import zoo

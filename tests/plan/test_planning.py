@@ -12,8 +12,8 @@ import pytest
 
 import mariotte
 from mariotte.errors import MariotteError, UnknownNameError
+from mariotte.locate import config_of
 from mariotte.plan import execute, planner, probe, read_budget
-from mariotte.plan.locate import config_of
 from mariotte.plan.pool import Entry, parted, shipped, without
 from mariotte.plan.ranking import Planner
 from mariotte.plan.speed import Calibration, write_calibration

@@ -6,7 +6,7 @@ import pytest
 
 from mariotte.chain import parse
 from mariotte.evaluate.measures.memory import kv_bytes
-from mariotte.plan.locate import config_of
+from mariotte.locate import config_of
 from mariotte.plan.pool import shipped
 from mariotte.plan.shapes import Sized, cache_bytes_per_token, left_by, memory_bytes
 

@@ -108,7 +108,7 @@ def _say_plan(study: Study, store: str | None, as_json: bool) -> None:
     from mariotte.errors import MariotteError
     from mariotte.experiments.estimate import estimate
     from mariotte.experiments.run import check, plan
-    from mariotte.models.load import peek_config
+    from mariotte.locate import peek_config
     from mariotte.store import open_store
 
     planned = plan(study)

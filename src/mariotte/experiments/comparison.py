@@ -39,7 +39,8 @@ from mariotte.experiments.judging import (
     measured,
     row_of,
 )
-from mariotte.models.load import load, locate, read_config
+from mariotte.locate import read_config
+from mariotte.models.load import load, locate
 from mariotte.models.model import Model
 
 

@@ -26,8 +26,9 @@ from mariotte.experiments import identity
 from mariotte.experiments.identity import Part
 from mariotte.experiments.study import Study
 from mariotte.experiments.tree import Node, grow
+from mariotte.locate import read_config
 from mariotte.models.hardware import free_bytes, resident_bytes
-from mariotte.models.load import find_device, find_dtype, locate, read_config, weight_files
+from mariotte.models.load import find_device, find_dtype, locate, weight_files
 from mariotte.models.paging import read_header
 from mariotte.models.step import Step
 from mariotte.models.streaming import BLOCKS_HELD

@@ -26,7 +26,8 @@ from mariotte.experiments.runners.processes import processes
 from mariotte.experiments.runners.ray import on_ray
 from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
-from mariotte.models.load import find_device, locate, read_config, weight_files
+from mariotte.locate import read_config
+from mariotte.models.load import find_device, locate, weight_files
 from mariotte.models.step import Counters
 from mariotte.store import open_store
 from mariotte.store.base import Store

@@ -12,11 +12,11 @@ from mariotte import architectures
 from mariotte.architectures import Kind
 from mariotte.chain import parse
 from mariotte.errors import MariotteError, unknown
+from mariotte.locate import config_of
 from mariotte.plan import speed
 from mariotte.plan.answer import Plan
 from mariotte.plan.budget import Budget, Floor
 from mariotte.plan.candidates import CUTS, QUANTIZERS, candidates_of
-from mariotte.plan.locate import config_of
 from mariotte.plan.pool import PUBLISHED, STANDS, Entry, of_records, parted, published, shipped, usable
 from mariotte.plan.quality import Quality, amount_of_recovery, believe
 from mariotte.plan.ranking import Planner
