@@ -37,10 +37,14 @@ print(json.dumps(model.generate(prompts, max_new_tokens=24, do_sample=False).tol
         ("testbed/llama-483k", "slice@0.3"),
         ("testbed/llama-483k", "ffn@0.3 | lora@1024"),
         ("testbed/qwen2-113k", "slice@0.2 | ffn@0.2 | magnitude@0.3"),
+        ("testbed/llama-483k", "shortgpt@0.2 | heads@0.2 | ffn@0.2 | slice@0.1 | lora@1024 | int8"),
+        ("testbed/qwen2-345k", "shortgpt@0.2 | heads@0.2 | ffn@0.2 | slice@0.1 | lora@1024 | gptq@4"),
     ],
 )
 def test_it_generates_the_same_tokens(name: str, chain: str, tmp_path: Path) -> None:
     compressed = compress_model(name, chain, calibration="testbed/all", rows=32)
+    assert len(compressed.done) == len(chain.split(" | "))
+    assert compressed.counts.n_params == compressed.measured_params()
     folder = save(compressed, tmp_path / "out")
     assert compressed.tokenizer is not None
     prompts = [

@@ -55,11 +55,11 @@ def compress(
 
     from mariotte import chain as chains
     from mariotte.errors import ChainError
-    from mariotte.experiments import identity
+    from mariotte.experiments import foresight, identity
     from mariotte.experiments.estimate import preflight
     from mariotte.experiments.pipeline import compress_model
     from mariotte.models import checkpoint, dynamic
-    from mariotte.models.load import find_device, find_dtype, load
+    from mariotte.models.load import find_device, find_dtype, load, locate, read_config
 
     parts = identity.resolve(chains.parse(chain))
     canonical = " | ".join(str(part.link) for part in parts) or "dense"
@@ -68,6 +68,7 @@ def compress(
     find_device(device)
     stored = None if store is None else find_dtype(store)
     target = checkpoint.check_target(out)
+    foresight.check(model, read_config(locate(model)), parts)
     takes = preflight(
         model,
         parts,

@@ -19,7 +19,7 @@ from mariotte.data import corpora, tokens
 from mariotte.data.tokens import Blocks
 from mariotte.errors import MariotteError, ModelError
 from mariotte.evaluate.base import Measure, Measurement
-from mariotte.experiments import identity
+from mariotte.experiments import foresight, identity
 from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.environment import environment
 from mariotte.experiments.identity import Part
@@ -313,6 +313,13 @@ def perform(
                 yield Outcome(task.model, str(node.chain), experiment, before=True)
             elif not missing[id(node)] and id(node) not in lacking:
                 yield Outcome(task.model, str(node.chain), experiment, tuple(ids.values()))
+            else:
+                try:
+                    foresight.check(model.name, model.config, node.parts, model.rounded)
+                except MariotteError as error:
+                    missing[id(node)] = []
+                    lacking.discard(id(node))
+                    yield recorder.failed(Broken(node, "check", error))
 
         def needed(
             node: Node, missing: Mapping[int, list[str]] = missing, lacking: frozenset[int] = frozenset(lacking)
@@ -535,6 +542,7 @@ def compress_model(
         for part in parts:
             part.step.refuse_streamed()
     dense = load(model, device, dtype, stream=stream) if isinstance(model, str) else model
+    foresight.check(dense.name, dense.config, parts, dense.rounded)
     spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
     blocks = read_calibration(spec, dense)
     with ExitStack() as stack:
