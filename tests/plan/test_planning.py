@@ -14,7 +14,8 @@ import mariotte
 from mariotte.errors import MariotteError, UnknownNameError
 from mariotte.locate import config_of
 from mariotte.plan import execute, planner, probe, read_budget
-from mariotte.plan.pool import Entry, parted, shipped, without
+from mariotte.plan.answer import Forecast
+from mariotte.plan.pool import Entry, Parted, of_records, parted, shipped, without
 from mariotte.plan.ranking import Planner
 from mariotte.plan.speed import Calibration, write_calibration
 from mariotte.store.record import Record
@@ -110,6 +111,27 @@ def test_wanting_to_be_surer_never_saves_more() -> None:
         for sure in (0.5, 0.8, 0.95)
     ]
     assert savings == sorted(savings, reverse=True)
+
+
+@pytest.mark.parametrize("probed", [(), ("ffn@0.5",), ("ffn@0.3", "ffn@0.7", "slice@0.2")])
+def test_more_of_a_chain_never_does_less_damage(probed: tuple[str, ...], replay) -> None:  # type: ignore[no-untyped-def]
+    bench, _ = replay
+    known = held_out(max_loss="+5%", bytes="90%", recovery_tokens="64k")
+    if probed:
+        known = known.learned(of_records(bench(list(probed), [LOSS])))
+    (quality,) = known.qualities
+    forecasts = quality.forecasts([c.asked for c in known.candidates])
+    found: dict[Parted, list[tuple[float, Forecast]]] = {}
+    for candidate, forecast in zip(known.candidates, forecasts, strict=True):
+        found.setdefault(candidate.asked.parts, []).append((candidate.asked.amount, forecast))
+    assert len(found) > 20
+    for curve in found.values():
+        ordered = [f for _, f in sorted(curve, key=lambda pair: pair[0])]
+        for name in ("lo", "mean", "hi"):
+            values = [getattr(f, name) for f in ordered if name == "mean" or not f.measured]
+            assert values == sorted(values)
+        sure = [f.probability for f in ordered]
+        assert sure == sorted(sure, reverse=True)
 
 
 def test_own_records_are_known_and_not_predicted() -> None:
