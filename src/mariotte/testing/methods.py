@@ -86,6 +86,8 @@ def logits(model: Model) -> Tensor:
 def rounding_allowed(done: Done, model: Model) -> float:
     """How far the obtained amount may be from the asked one."""
     shape = model.shape
+    if done.unit == "groups":
+        return done.facts["rounding"]
     if done.unit == "weights":
         if done.family == "low-rank":
             return done.facts["rounding"] / sum(matrix.weight.numel() for matrix in model.matrices(done.scope))
@@ -95,6 +97,7 @@ def rounding_allowed(done: Done, model: Model) -> float:
         once = sum(len(matrix.weight) for matrix in matrices) if done.facts.get("per") == "row" else len(matrices)
         return once / max(done.in_scope, 1)  # at most one weight a row, or a matrix
     sizes = {"hidden": shape.hidden, "neurons": shape.ffn, "heads": shape.heads, "blocks": shape.layers}
+    sizes["experts"] = shape.experts
     return done.facts.get("rounding", 1) / sizes[done.unit]
 
 
@@ -103,16 +106,20 @@ def with_dead_parts(model: Model) -> Model:
     """The model with a dimension of the stream that is always zero and a neuron that never fires, in each block."""
     model.embeddings.weight[:, 3] = 0
     for block in model.blocks:
-        for linear in (block.output, block.down):
+        *ins, down = block.ffn
+        for linear in (block.output, down):
             _clear_output(linear, 3)
-        _clear_output(block.up, 5)
+        _clear_output(ins[-1], 5)
     return model
 
 
-def _clear_output(matrix: nn.Linear, index: int) -> None:
-    oriented(matrix)[index] = 0
+def _clear_output(matrix: nn.Linear | Stacked, index: int) -> None:
+    if isinstance(matrix, Stacked):  # of every expert
+        (matrix.weight.transpose(1, 2) if matrix.transposed else matrix.weight)[:, index] = 0
+    else:
+        oriented(matrix)[index] = 0
     if matrix.bias is not None:  # pyright: ignore[reportUnnecessaryComparison] some families have none
-        matrix.bias[index] = 0
+        matrix.bias[..., index] = 0
 
 
 @torch.no_grad()
@@ -201,12 +208,13 @@ class MethodConformance:
         for amount in (0.0, *amounts(step)):
             cut = step.apply(model, prepared, amount, context)
             removed = model.measured_params() - cut.measured_params() + cut.done[-1].zeros
-            assert step.removes(model, amount) == removed
+            assert abs(step.removes(model, amount) - removed) <= step.slack(model)
             share = removed / model.measured_params()
             if share > 0:
                 same = apply_at(of_model, model, prepared, share, context)
-                assert same.measured_params() == cut.measured_params()
-                assert same.done[-1].obtained == pytest.approx(share)
+                assert abs(same.measured_params() - cut.measured_params()) <= 2 * step.slack(model)
+                slack = 2 * step.slack(model) / model.measured_params()
+                assert same.done[-1].obtained == pytest.approx(share, rel=1e-6, abs=slack)
                 assert same.done[-1].unit == "parameters"
         with pytest.raises(ChainError, match="can remove at most"):
             apply_at(of_model, model, prepared, 0.999, context)
@@ -293,7 +301,10 @@ class MethodConformance:
         assert cut.head.weight.shape == (shape.vocab, shape.final_size)
         for index, block in enumerate(cut.blocks):
             assert oriented(block.output).shape == (shape.hidden, shape.heads_of(index)[0] * shape.widths_of(index)[1])
-            assert oriented(block.down).shape == (shape.written_by(index), shape.ffn_of(index))
+            assert oriented(block.ffn[-1]).shape == (
+                shape.written_by(index) * max(shape.experts, 1),
+                shape.ffn_of(index),
+            )
         assert cut.hf.config.to_dict() == type(cut.hf.config).from_dict(cut.hf.config.to_dict()).to_dict()
 
     @pytest.mark.parametrize("odd", ["dead parts", "tied", "odd widths", "one layer", "bfloat16", "few tokens"])
@@ -353,7 +364,7 @@ class MethodConformance:
             model = tiny(family)
             last = model.blocks[-1]
             norm = model.final_norm if model.entry.final_norm else last.mlp_norm
-            module = (model.embeddings, last.down, norm, model.head)[part]
+            module = (model.embeddings, last.ffn[-1], norm, model.head)[part]
             cast(Tensor, module.weight).detach().view(-1)[3] = value
             context = context_of(model, tmp_path / str(part))
             with pytest.raises(ModelError, match=f"tiny-{family} .*weight holds NaN or infinity: ") as raised:
@@ -402,7 +413,8 @@ class FamilyConformance:
         assert (done.step, done.scope) == (str(step.link(amount)), step.scope)
         assert cut.measured_params() == cut.counts.n_params
         if type(step).removes is not Step.removes:
-            assert step.removes(model, amount) == model.measured_params() - cut.measured_params() + done.zeros
+            removed = model.measured_params() - cut.measured_params() + done.zeros
+            assert abs(step.removes(model, amount) - removed) <= step.slack(model)
         said = logits(cut)
         assert bool(said.isfinite().all())
         assert not torch.equal(said, logits(model))
