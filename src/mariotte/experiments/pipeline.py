@@ -210,20 +210,32 @@ class Task:
 
 
 class Held:
-    """The dense model that was loaded last, for the next task of the same model; no step changes it."""
+    """The dense model that was loaded last and its calibration text, for the next task of the same model.
+
+    No step changes either.
+    """
 
     def __init__(self) -> None:
         self._of: tuple[str, str, str | None] | None = None
         self._model: Model | None = None
+        self._text: Calibration | None = None
+        self._blocks: Blocks | None = None
 
     def load(self, task: Task, counters: Counters) -> Model:
         """The dense model of a task."""
         of = task.model, task.device, task.dtype
         if self._model is None or self._of != of:
             self._of = self._model = None  # before the next one: two at once may be more than memory holds
+            self._text = self._blocks = None
             self._model, self._of = load(*of), of
             counters.loads += 1
         return self._model
+
+    def calibration(self, task: Task, model: Model) -> Blocks | None:
+        """The calibration blocks of a task, as tokens of its model, which was loaded just before."""
+        if self._text != task.calibration:
+            self._text, self._blocks = task.calibration, read_calibration(task.calibration, model)
+        return self._blocks
 
 
 @dataclass(frozen=True)
@@ -277,8 +289,9 @@ def perform(
         torch.set_num_threads(task.threads)
     progress("loading", 0.0)
     try:
-        model = (held or Held()).load(task, counters)
-        calibration = read_calibration(task.calibration, model)
+        held = held or Held()
+        model = held.load(task, counters)
+        calibration = held.calibration(task, model)
         measures = {text: identity.resolve_measure(text) for text in task.measures}
         protocols = {text: measure.protocol(model) for text, measure in measures.items()}
         root = grow(identity.resolve(chains.parse(text)) for text in task.chains)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import mariotte
@@ -42,6 +42,9 @@ _ORPHAN_S = 60.0
 
 _OBJECTS_BYTES = 128 * 2**20
 """Ray's shared memory on a cluster of our own: only records come back, and Ray would take a third of the machine."""
+
+_BREATH_S = 0.002
+"""How long a worker waits for more to tell: what it says together costs the driver one answer instead of several."""
 
 _held: dict[str, Held] = {}
 """Of a worker, which Ray uses again for the next task: the present run's model; between runs its files may change."""
@@ -136,9 +139,12 @@ def _connected(address: str | None, cpus: float, gpus: float, workers: int | Non
     except (Exception, SystemExit) as error:  # Ray leaves the process when a cluster goes in the middle of its answer
         said = " ".join(str(error).split())[:300]
         raise StudyError(f"the Ray cluster {address} cannot be used: {said}; see `ray status`") from error
+    # What Ray says of a worker that died goes to standard output, where --json is; we say it ourselves.
+    ray._private.worker._worker_logs_enabled = False
     try:
         yield ray
     finally:
+        ray._private.worker._worker_logs_enabled = True
         ray.shutdown()
 
 
@@ -175,7 +181,7 @@ def _alone(folder: Path, branch: str) -> Generator[None]:
         yield
 
 
-def _branch(task: Task, run: str, home: str, version: str) -> Iterator[Said]:
+def _branch(task: Task, run: str, home: str, version: str) -> Iterator[list[Said]]:
     """In a worker: do a task and yield what there is to tell, as `narrate` says, while it is being done.
 
     Parameters
@@ -207,8 +213,15 @@ def _branch(task: Task, run: str, home: str, version: str) -> Iterator[Said]:
 
     # In a thread of its own, so that what is told in the middle of the work is on its way before the work ends.
     threading.Thread(target=labour, daemon=True).start()
-    while (said := told.get()) is not None:
-        yield said
+    end = False
+    while not end:
+        said = [told.get()]
+        time.sleep(_BREATH_S)
+        with contextlib.suppress(Empty):
+            while True:
+                said.append(told.get_nowait())
+        end = said[-1] is None
+        yield [one for one in said if one is not None]
 
 
 def _room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
@@ -286,6 +299,7 @@ def on_ray(
                         given_up = tuple(s for s in blamed if deaths[task.branch, s.experiment] >= TRIES)
                         rest, lost = work.left(f"{error}, {TRIES} times", given_up)
                         yield from lost
+                        progress(f"{error}; another goes on", 0.0)
                         if rest is not None:
                             branches.put_back(rest)
                         else:
@@ -294,8 +308,10 @@ def on_ray(
                     if said is None:
                         del running[place]
                         branches.finished(task)
-                    elif outcome := work.hear(said, counters, progress):
-                        yield outcome
+                        continue
+                    for one in said:
+                        if outcome := work.hear(one, counters, progress):
+                            yield outcome
         finally:
             for stream, _ in running:
                 with contextlib.suppress(ray.exceptions.RayError):  # of a cluster that is gone, tasks and all
@@ -306,7 +322,7 @@ class _DiedError(Exception):
     """A worker, or its node, is gone."""
 
 
-def _next(ray: Any, stream: Any) -> Said | None:
+def _next(ray: Any, stream: Any) -> list[Said] | None:
     """What a task says next, None at its end.
 
     Raises
@@ -318,7 +334,7 @@ def _next(ray: Any, stream: Any) -> Said | None:
     """
     errors = ray.exceptions
     try:
-        return cast("Said", ray.get(next(stream)))
+        return cast("list[Said]", ray.get(next(stream)))
     except StopIteration:
         return None
     except errors.OutOfMemoryError as error:
