@@ -7,7 +7,7 @@ import pytest
 from mariotte.errors import UnknownNameError
 from mariotte.named import Catalogue
 
-LAWS = Catalogue("law", "mariotte.laws.forms", "mariotte.laws")
+LAWS = Catalogue("law", "mariotte.laws.forms", "mariotte.laws", "mariotte.laws.base:Law")
 
 
 def test_listing_names_imports_none_of_them() -> None:

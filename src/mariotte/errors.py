@@ -38,6 +38,10 @@ class FitError(MariotteError):
     """Points on which a law cannot be fitted, or a fit that cannot answer what it was asked."""
 
 
+class PluginError(MariotteError):
+    """A package of somebody else whose method, recovery, measure or law is not what an entry point should name."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UnknownNameError:
     """The error for a name that nothing defines: the nearest names, then all of them."""
     known = sorted(known)

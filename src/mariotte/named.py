@@ -11,10 +11,13 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
 
-from mariotte.errors import unknown
+from mariotte.errors import PluginError, unknown
 
 
 @functools.lru_cache(maxsize=64)
@@ -42,11 +45,13 @@ class Catalogue:
     kind : what an error calls one of them, such as "method"
     package : the package whose modules define them
     group : entry-point group through which other packages add theirs
+    base : what each of them must be, as ``module:Class``
     """
 
     kind: str
     package: str
     group: str
+    base: str
 
     def names(self) -> list[str]:
         """Every name, sorted; imports none of the files behind them."""
@@ -62,12 +67,54 @@ class Catalogue:
         ------
         UnknownNameError
             When nothing defines it; the message lists its neighbours and all that exist.
+        PluginError
+            When another package defines it, and not as it should.
         """
-        for point in _plugins(self.group):
-            if point.name == name:
-                return point.load()
+        if points := [point for point in _plugins(self.group) if point.name == name]:
+            return self._outside(name, points)
         if name not in self.names():
             raise unknown(self.kind, name, self.names())
         module = importlib.import_module(f"{self.package}.{name.replace('-', '_')}")
         (defined,) = module.__all__
         return getattr(module, defined)
+
+    def _outside(self, name: str, points: list[importlib.metadata.EntryPoint]) -> type:
+        """The class that another package defines, if it is what the group is for."""
+        point = points[0]
+        packages = sorted(_package(each) for each in points)
+        owners = ["mariotte", *packages] if name in _own(self.package) else packages
+        if len(owners) > 1:
+            raise PluginError(
+                f"a name must be one {self.kind}'s alone, and {name!r} is that of one in "
+                f"{' and of one in '.join(owners)}: uninstall {owners[-1]}, or have its author take another name"
+            )
+        package = owners[0]
+        told = f"uninstall {package}, or have its author mend it"
+        what = f"the {self.kind} {name!r} of the package {package}"
+        try:
+            found: Any = point.load()
+        except Exception as error:  # whatever its code does when it is run
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise PluginError(f"{what} must be imported from {point.value}, which fails ({said}): {told}") from error
+        if not isinstance(found, ModuleType) or point.module.rpartition(".")[2].replace("_", "-") != name:
+            raise PluginError(
+                f"{what} must be in a module of that name, ending in {name.replace('-', '_')}, and its entry point "
+                f"names {point.value}: {told}"
+            )
+        listed = cast("list[str] | None", getattr(found, "__all__", None))
+        if listed is None or len(listed) != 1 or not hasattr(found, listed[0]):
+            came = "has none" if listed is None else f"has {list(listed)}"
+            raise PluginError(f"{what} needs an __all__ with the name of one class, and {point.value} {came}: {told}")
+        kind: Any = getattr(found, listed[0])
+        module, _, base = self.base.partition(":")
+        if not isinstance(kind, type) or not issubclass(kind, getattr(importlib.import_module(module), base)):
+            raise PluginError(f"{what} must be a {base} of {module}, and {point.value} defines {kind!r}: {told}")
+        if inspect.isabstract(kind):
+            lacking = ", ".join(sorted(cast("frozenset[str]", kind.__abstractmethods__)))
+            raise PluginError(f"{what} must define all that a {base} does, and {listed[0]} lacks {lacking}: {told}")
+        return kind
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    """The distribution that declares an entry point, as pip calls it."""
+    return point.value if point.dist is None else point.dist.name

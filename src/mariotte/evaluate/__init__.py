@@ -2,4 +2,4 @@
 
 from mariotte.named import Catalogue
 
-MEASURES = Catalogue("measure", "mariotte.evaluate.measures", "mariotte.measures")
+MEASURES = Catalogue("measure", "mariotte.evaluate.measures", "mariotte.measures", "mariotte.evaluate.base:Measure")

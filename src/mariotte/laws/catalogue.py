@@ -8,7 +8,7 @@ from mariotte.laws.base import Kind, Law
 from mariotte.laws.ensemble import JOIN, ensemble
 from mariotte.named import Catalogue
 
-LAWS = Catalogue("law", "mariotte.laws.forms", "mariotte.laws")
+LAWS = Catalogue("law", "mariotte.laws.forms", "mariotte.laws", "mariotte.laws.base:Law")
 
 
 def find(name: str) -> Law:

@@ -2,4 +2,4 @@
 
 from mariotte.named import Catalogue
 
-PAPERS = Catalogue("paper with claims", "mariotte.report.claims", "mariotte.claims")
+PAPERS = Catalogue("paper with claims", "mariotte.report.claims", "mariotte.claims", "mariotte.report.claim:Paper")

@@ -1,0 +1,1 @@
+"""A method, a law and a measure for Mariotte."""
