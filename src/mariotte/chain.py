@@ -32,6 +32,9 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _PERCENT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)%")
 _WORD = re.compile(r"[A-Za-z0-9_.+%/~-][A-Za-z0-9_.+%/~:-]*")
 _SCOPE = re.compile(r"[A-Za-z0-9_.+%/~:-][A-Za-z0-9_.+%/~:=,-]*")
+_CHANGE = re.compile(
+    r"\s*(?P<number>[+\-\N{MINUS SIGN}]\s*(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>%|pp)?\s*"
+)
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
@@ -68,6 +71,29 @@ def print_number(value: int | float) -> str:
         if value and value % scale == 0:
             return f"{value // scale}{suffix}"
     return str(value)
+
+
+def parse_change(text: str) -> tuple[float, str]:
+    """Read a signed change: ``+3%``, ``-2pp`` or ``+0.05``.
+
+    Returns
+    -------
+    the number, and its unit: ``%`` of a value, ``pp`` percentage points of a share, or nothing
+
+    Raises
+    ------
+    ChainError
+        When the text is none, or its number is not finite.
+    """
+    found = _CHANGE.fullmatch(text)
+    if found is None:
+        raise ChainError(
+            f"a change is a signed number with %, pp (percentage points) or nothing, got {text!r}: such as +3% or -2pp"
+        )
+    number = float(re.sub(r"\s", "", found["number"].replace("\N{MINUS SIGN}", "-")))
+    if not math.isfinite(number):
+        raise ChainError(f"the number of a change must be finite, got {text!r}: write a smaller one")
+    return number, found["unit"] or ""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from mariotte.chain import parse_change
 from mariotte.errors import ChainError, MariotteError
 from mariotte.evaluate import conditions
-from mariotte.plan.budget import Budget, max_loss, parse_change, parse_floor, parse_size, parse_times, read_budget
+from mariotte.plan.budget import Budget, max_loss, parse_floor, parse_size, parse_times, read_budget
 
 
 @pytest.mark.parametrize(

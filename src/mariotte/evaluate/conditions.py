@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from mariotte.chain import parse_change
 from mariotte.errors import ChainError
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -20,7 +21,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 _WRITTEN = re.compile(
     # Signs may stand within the brackets of a measure alone: `loss:x(rows=4).loss > +3%`.
     r"\s*(?P<metric>[^\s<>=()](?:[^<>=()]|\([^<>()]*\))*?)\s*(?P<sign><=|>=|<|>)\s*"
-    r"(?P<number>[+\-\N{MINUS SIGN}]\s*(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>%|pp)?\s*"
+    r"(?P<change>[^<>=]*)"
 )
 
 
@@ -66,15 +67,15 @@ def parse(text: str) -> Condition:
         When the text is none.
     """
     found = _WRITTEN.fullmatch(text)
-    if found is None:
+    try:
+        number, unit = parse_change(found["change"] if found else "")
+    except ChainError as error:
         raise ChainError(
-            f"a condition is METRIC OP ±NUMBER with < <= > >= and %, pp or nothing after the signed number, such as "
+            f"a condition is METRIC OP ±NUMBER with < <= > >= and a finite number with %, pp or nothing, such as "
             f"'loss > +3%' or 'knowledge.top1 < -2pp', got {text!r}"
-        )
-    number = float(found["number"].replace("\N{MINUS SIGN}", "-").replace(" ", ""))
-    if not math.isfinite(number):
-        raise ChainError(f"the number of a condition must be finite, got {text!r}: write a smaller one")
-    return Condition(text.strip(), found["metric"], found["sign"], number, found["unit"] or "")
+        ) from error
+    assert found is not None
+    return Condition(text.strip(), found["metric"], found["sign"], number, unit)
 
 
 def names_of(measure: str, metric: str) -> tuple[str, str, str]:

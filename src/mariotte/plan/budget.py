@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from mariotte.chain import parse_number
+from mariotte.chain import parse_change, parse_number
 from mariotte.errors import ChainError, MariotteError
 
 _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
@@ -17,7 +17,6 @@ _UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _SIZE = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>%|[kKMGT]?i?B|)\s*")
 _TIMES = re.compile(rf"\s*(?P<number>{_NUMBER})\s*[xX×]\s*")
-_CHANGE = re.compile(rf"\s*(?P<number>[+\-\u2212]\s*{_NUMBER})\s*(?P<unit>%|pp)?\s*")
 _FLOOR = re.compile(r"\s*(?P<metric>[^\s<>=]+)\s*(?P<sign><=|>=|<|>)\s*(?P<change>.+)")
 
 
@@ -171,25 +170,6 @@ def parse_times(text: str) -> float:
     if found is None or not 0 < float(found["number"]) < math.inf:
         raise ChainError(f"a speed-up is a number above 0 with an x, got {text!r}: such as 1.3x")
     return float(found["number"])
-
-
-def parse_change(text: str) -> tuple[float, str]:
-    """Read a signed change: ``+3%``, ``-2pp`` or ``+0.05``; as ``mariotte compare --fail-if`` reads it.
-
-    Raises
-    ------
-    ChainError
-        When the text is none.
-    """
-    found = _CHANGE.fullmatch(text)
-    if found is None:
-        raise ChainError(
-            f"a change is a signed number with %, pp (percentage points) or nothing, got {text!r}: such as +3% or -2pp"
-        )
-    number = float(found["number"].replace("\N{MINUS SIGN}", "-").replace(" ", ""))
-    if not math.isfinite(number):
-        raise ChainError(f"the number of a change must be finite, got {text!r}: write a smaller one")
-    return number, found["unit"] or ""
 
 
 def max_loss(text: str) -> Floor:
