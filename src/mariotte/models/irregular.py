@@ -19,10 +19,18 @@ from mariotte.architectures import IRREGULAR
 from mariotte.models.dynamic import restore_
 from mariotte.models.model import Model
 from mariotte.models.modeling_mariotte import (
+    MariotteGraniteConfig,
+    MariotteGraniteForCausalLM,
     MariotteLlamaConfig,
     MariotteLlamaForCausalLM,
+    MariotteMistralConfig,
+    MariotteMistralForCausalLM,
     MariotteQwen2Config,
     MariotteQwen2ForCausalLM,
+    MariotteQwen3Config,
+    MariotteQwen3ForCausalLM,
+    MariotteSmolLM3Config,
+    MariotteSmolLM3ForCausalLM,
     Shortcut,
 )
 from mariotte.models.modeling_mariotte_heads import (
@@ -39,6 +47,10 @@ from mariotte.models.modeling_mariotte_heads import (
 CLASSES: Mapping[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (MariotteLlamaConfig, MariotteLlamaForCausalLM),
     "qwen2": (MariotteQwen2Config, MariotteQwen2ForCausalLM),
+    "mistral": (MariotteMistralConfig, MariotteMistralForCausalLM),
+    "qwen3": (MariotteQwen3Config, MariotteQwen3ForCausalLM),
+    "smollm3": (MariotteSmolLM3Config, MariotteSmolLM3ForCausalLM),
+    "granite": (MariotteGraniteConfig, MariotteGraniteForCausalLM),
 }
 """Config and model of every family that can be irregular."""
 

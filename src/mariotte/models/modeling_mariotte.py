@@ -1,4 +1,4 @@
-"""Llama and Qwen2 models whose sizes an ordinary config cannot state: sliced streams, widths by layer, factors.
+"""Models of six families whose sizes an ordinary config cannot state: sliced streams, widths by layer, factors.
 
 This file is written beside the weights of such a checkpoint and needs nothing but torch and transformers. It is read
 by ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
@@ -30,10 +30,33 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 
 @strict  # checks what this class says of validity, and not what its parent says
@@ -60,6 +83,70 @@ class MariotteQwen2Config(Qwen2Config):
     """The config of a Qwen2 model with irregular sizes; see the top of this file."""
 
     model_type = "mariotte_qwen2"
+
+    ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
+    output_biases: bool = False
+    shortcuts: bool = False
+    norm_size: int | None = None
+    final_size: int | None = None
+
+
+@strict
+class MariotteMistralConfig(MistralConfig):
+    """The config of a Mistral model with irregular sizes; see the top of this file."""
+
+    model_type = "mariotte_mistral"
+
+    ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
+    output_biases: bool = False
+    shortcuts: bool = False
+    norm_size: int | None = None
+    final_size: int | None = None
+
+
+@strict
+class MariotteQwen3Config(Qwen3Config):
+    """The config of a Qwen3 model with irregular sizes; see the top of this file."""
+
+    model_type = "mariotte_qwen3"
+
+    ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
+    output_biases: bool = False
+    shortcuts: bool = False
+    norm_size: int | None = None
+    final_size: int | None = None
+
+
+@strict
+class MariotteSmolLM3Config(SmolLM3Config):
+    """The config of a SmolLM3 model with irregular sizes; see the top of this file."""
+
+    model_type = "mariotte_smollm3"
+
+    ffn_sizes: list[int] | None = None
+    head_sizes: list[list[int]] | None = None
+    width_sizes: list[list[int]] | None = None
+    ranks: list[dict[str, int]] | None = None
+    output_biases: bool = False
+    shortcuts: bool = False
+    norm_size: int | None = None
+    final_size: int | None = None
+
+
+@strict
+class MariotteGraniteConfig(GraniteConfig):
+    """The config of a Granite model with irregular sizes; see the top of this file."""
+
+    model_type = "mariotte_granite"
 
     ffn_sizes: list[int] | None = None
     head_sizes: list[list[int]] | None = None
@@ -239,92 +326,161 @@ def _shape_(layer: Any, config: Any, index: int) -> None:
         layer.attention_shortcut = layer.mlp_shortcut = nn.Identity()
 
 
-def _forward(layer: Any, hidden_states: Tensor, position_embeddings: Any = None, **settings: Any) -> Tensor:
-    """A decoder layer's pass: the family's, with the stream handed on through the shortcuts."""
-    attended, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden_states), position_embeddings=position_embeddings, **settings
-    )
-    hidden_states = layer.attention_shortcut(hidden_states) + attended
-    return layer.mlp_shortcut(hidden_states) + layer.mlp(layer.post_attention_layernorm(hidden_states))
+class _Layer(nn.Module):
+    """What the blocks of all families have of this file; the family's class stands behind it."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        _shape_(self, config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **settings: Any) -> Any:
+        """The stream behind the block: the family's pass, with the stream handed on through the shortcuts."""
+        block: Any = self
+        # Some families multiply what a block adds.
+        times: float = getattr(block, "residual_multiplier", 1.0)
+        attended, _ = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **settings)
+        hidden_states = block.attention_shortcut(hidden_states) + _times(attended, times)
+        return block.mlp_shortcut(hidden_states) + _times(
+            block.mlp(block.post_attention_layernorm(hidden_states)), times
+        )
 
 
-def _shape_ends_(model: Any, config: Any) -> None:
-    """Give the last norm of a body the size that the config states."""
-    if config.shortcuts:
-        model.norm = StreamRMSNorm(config.norm_size or config.hidden_size, config.rms_norm_eps)
+def _times(added: Tensor, times: float) -> Tensor:
+    return added if times == 1.0 else added * times
 
 
-class MariotteLlamaDecoderLayer(LlamaDecoderLayer):
+class _Body(nn.Module):
+    """Likewise of the bodies."""
+
+    layer_class: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        body: Any = self
+        body.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+        if config.shortcuts:
+            body.norm = StreamRMSNorm(config.norm_size or config.hidden_size, config.rms_norm_eps)
+        body._no_split_modules = {self.layer_class.__name__}  # and not the blocks that were replaced
+        body.post_init()
+
+
+class _CausalLM(nn.Module):
+    """Likewise of the whole models."""
+
+    body_class: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        model: Any = self
+        model.model = self.body_class(config)
+        model.lm_head = nn.Linear(config.final_size or config.hidden_size, config.vocab_size, bias=False)
+        model._no_split_modules = {self.body_class.layer_class.__name__}
+        model.post_init()
+
+
+class MariotteLlamaDecoderLayer(_Layer, LlamaDecoderLayer):
     """A Llama block of stated sizes."""
 
-    def __init__(self, config: MariotteLlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        _shape_(self, config, layer_idx)
 
-    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] the family's arguments, whatever they are in a version
-        """The stream behind the block."""
-        return _forward(self, hidden_states, **settings)
-
-
-class MariotteQwen2DecoderLayer(Qwen2DecoderLayer):
-    """A Qwen2 block of stated sizes."""
-
-    def __init__(self, config: MariotteQwen2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        _shape_(self, config, layer_idx)
-
-    def forward(self, hidden_states: Tensor, **settings: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] the family's arguments, whatever they are in a version
-        """The stream behind the block."""
-        return _forward(self, hidden_states, **settings)
-
-
-class MariotteLlamaModel(LlamaModel):
+class MariotteLlamaModel(_Body, LlamaModel):
     """The body of a Llama model with irregular sizes."""
 
     config_class = MariotteLlamaConfig
-
-    def __init__(self, config: MariotteLlamaConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(MariotteLlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        _shape_ends_(self, config)
-        self._no_split_modules = {"MariotteLlamaDecoderLayer"}  # and not the blocks that were replaced
-        self.post_init()
+    layer_class = MariotteLlamaDecoderLayer
 
 
-class MariotteQwen2Model(Qwen2Model):
-    """The body of a Qwen2 model with irregular sizes."""
-
-    config_class = MariotteQwen2Config
-
-    def __init__(self, config: MariotteQwen2Config) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(MariotteQwen2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        _shape_ends_(self, config)
-        self._no_split_modules = {"MariotteQwen2DecoderLayer"}  # and not the blocks that were replaced
-        self.post_init()
-
-
-class MariotteLlamaForCausalLM(LlamaForCausalLM):
+class MariotteLlamaForCausalLM(_CausalLM, LlamaForCausalLM):
     """A Llama model with irregular sizes."""
 
     config_class = MariotteLlamaConfig
-
-    def __init__(self, config: MariotteLlamaConfig) -> None:
-        super().__init__(config)
-        self.model = MariotteLlamaModel(config)
-        self.lm_head = nn.Linear(config.final_size or config.hidden_size, config.vocab_size, bias=False)
-        self._no_split_modules = {"MariotteLlamaDecoderLayer"}  # and not the blocks that were replaced
-        self.post_init()
+    body_class = MariotteLlamaModel
 
 
-class MariotteQwen2ForCausalLM(Qwen2ForCausalLM):
+class MariotteQwen2DecoderLayer(_Layer, Qwen2DecoderLayer):
+    """A Qwen2 block of stated sizes."""
+
+
+class MariotteQwen2Model(_Body, Qwen2Model):
+    """The body of a Qwen2 model with irregular sizes."""
+
+    config_class = MariotteQwen2Config
+    layer_class = MariotteQwen2DecoderLayer
+
+
+class MariotteQwen2ForCausalLM(_CausalLM, Qwen2ForCausalLM):
     """A Qwen2 model with irregular sizes."""
 
     config_class = MariotteQwen2Config
+    body_class = MariotteQwen2Model
 
-    def __init__(self, config: MariotteQwen2Config) -> None:
-        super().__init__(config)
-        self.model = MariotteQwen2Model(config)
-        self.lm_head = nn.Linear(config.final_size or config.hidden_size, config.vocab_size, bias=False)
-        self._no_split_modules = {"MariotteQwen2DecoderLayer"}  # and not the blocks that were replaced
-        self.post_init()
+
+class MariotteMistralDecoderLayer(_Layer, MistralDecoderLayer):
+    """A Mistral block of stated sizes."""
+
+
+class MariotteMistralModel(_Body, MistralModel):
+    """The body of a Mistral model with irregular sizes."""
+
+    config_class = MariotteMistralConfig
+    layer_class = MariotteMistralDecoderLayer
+
+
+class MariotteMistralForCausalLM(_CausalLM, MistralForCausalLM):
+    """A Mistral model with irregular sizes."""
+
+    config_class = MariotteMistralConfig
+    body_class = MariotteMistralModel
+
+
+class MariotteQwen3DecoderLayer(_Layer, Qwen3DecoderLayer):
+    """A Qwen3 block of stated sizes."""
+
+
+class MariotteQwen3Model(_Body, Qwen3Model):
+    """The body of a Qwen3 model with irregular sizes."""
+
+    config_class = MariotteQwen3Config
+    layer_class = MariotteQwen3DecoderLayer
+
+
+class MariotteQwen3ForCausalLM(_CausalLM, Qwen3ForCausalLM):
+    """A Qwen3 model with irregular sizes."""
+
+    config_class = MariotteQwen3Config
+    body_class = MariotteQwen3Model
+
+
+class MariotteSmolLM3DecoderLayer(_Layer, SmolLM3DecoderLayer):
+    """A SmolLM3 block of stated sizes."""
+
+
+class MariotteSmolLM3Model(_Body, SmolLM3Model):
+    """The body of a SmolLM3 model with irregular sizes."""
+
+    config_class = MariotteSmolLM3Config
+    layer_class = MariotteSmolLM3DecoderLayer
+
+
+class MariotteSmolLM3ForCausalLM(_CausalLM, SmolLM3ForCausalLM):
+    """A SmolLM3 model with irregular sizes."""
+
+    config_class = MariotteSmolLM3Config
+    body_class = MariotteSmolLM3Model
+
+
+class MariotteGraniteDecoderLayer(_Layer, GraniteDecoderLayer):
+    """A Granite block of stated sizes."""
+
+
+class MariotteGraniteModel(_Body, GraniteModel):
+    """The body of a Granite model with irregular sizes."""
+
+    config_class = MariotteGraniteConfig
+    layer_class = MariotteGraniteDecoderLayer
+
+
+class MariotteGraniteForCausalLM(_CausalLM, GraniteForCausalLM):
+    """A Granite model with irregular sizes."""
+
+    config_class = MariotteGraniteConfig
+    body_class = MariotteGraniteModel

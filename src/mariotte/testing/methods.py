@@ -301,7 +301,9 @@ class MethodConformance:
         assert cut.head.weight.shape == (shape.vocab, shape.final_size)
         for index, block in enumerate(cut.blocks):
             assert oriented(block.output).shape == (shape.hidden, shape.heads_of(index)[0] * shape.widths_of(index)[1])
-            assert oriented(block.ffn[-1]).shape == (
+            # The first factor of a product reads, the last writes; a whole matrix does both.
+            (_, first), *_, (_, last) = block.factors(block.entry.ffn_paths[-1]) * 2
+            assert (len(oriented(last)), oriented(first).shape[1]) == (
                 shape.written_by(index) * max(shape.experts, 1),
                 shape.ffn_of(index),
             )

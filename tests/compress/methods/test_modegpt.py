@@ -265,7 +265,7 @@ def test_bad_requests_are_one_sentence():
             MoDeGPT(**fields)
     model = tiny("llama")
     model.entry = dataclasses.replace(model.entry, model_type="other")
-    assert str(MoDeGPT().refuse(model)).startswith("needs a class for widths by layer, and other has none; llama and ")
+    assert str(MoDeGPT().refuse(model)).startswith("needs a class for widths by layer, and other has none; llama, ")
     normed = tiny("llama")
     normed.blocks[0].module.self_attn.q_norm = torch.nn.Identity()
     assert "and llama has q_norm: take the scope ffn" in str(MoDeGPT().refuse(normed))

@@ -253,7 +253,7 @@ def test_only_families_that_can_be_cut_are_accepted(tmp_path):
     for change, words in (
         ({"rms_norm": False}, "needs RMSNorm"),
         ({"norm_first": False}, "norms that feed"),
-        ({}, "other has none; llama and qwen2 have one"),
+        ({}, "other has none; llama, qwen2, mistral, qwen3, smollm3, granite have one"),
     ):
         model.entry = dataclasses.replace(tiny("llama").entry, model_type="other", **change)
         reason = SliceGPT().refuse(model)

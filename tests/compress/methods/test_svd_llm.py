@@ -200,7 +200,7 @@ def test_bad_requests_are_one_sentence(tmp_path):
         run(SVDLLM(sequential=True), model, 0.5, tmp_path, random_tokens(1, 1))
     assert "gpt2 holds its matrices transposed" in str(SVDLLM().refuse(tiny("gpt2")))
     model.entry = dataclasses.replace(model.entry, model_type="other")
-    assert str(SVDLLM().refuse(model)).startswith("needs a class for models of factors, and other has none; llama and ")
+    assert str(SVDLLM().refuse(model)).startswith("needs a class for models of factors, and other has none; llama, ")
     config = {**tiny("llama").config, "model_type": "mariotte_llama"}
     with pytest.raises(ModelError, match="ranks must name matrices of the block for each of the 2 layers"):
         accounting.count({**config, "ranks": [{"self_attn.x_proj": 3}, {}]})

@@ -185,7 +185,7 @@ class MoDeGPT(Step):
     calibration text: the amounts are proportional to softmax(-s / eps) (section 3.3, equations 10 and 11).
 
     When to use it: 10 to 40 % of the largest testbed decoder, where it beats `ffn` and `heads` at equal parameters (see
-    ``benchmarks/results/modegpt.md``); not on models with few pairs a head: with four, on stories260K, losing one of
+    ``benchmarks/results/low_rank.md``); not on models with few pairs a head: with four, on stories260K, losing one of
     them costs more than neurons do, and `queries=0` is better.
 
     The result has widths by layer, and heads whose frequencies are not those of a head so wide, which no family's
@@ -250,7 +250,7 @@ class MoDeGPT(Step):
         entry, shape = model.entry, model.shape
         if entry.model_type not in CLASSES and not self._plain:
             return (
-                f"needs a class for widths by layer, and {entry.model_type} has none; {' and '.join(CLASSES)} have "
+                f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(CLASSES)} have "
                 "one: take ffn, or heads"
             )
         if shape.shortcuts or shape.ranks is not None or shape.attentions is not None:

@@ -106,7 +106,7 @@ class HalfWalk(Walk):
         for rows in self.batches():
             x_BTD = self.stream_NTD[rows]
             out_BTD, *_ = attention(hidden_states=block.attention_norm(x_BTD), **self.beside(block.module))
-            self.stream_NTD[rows] = _handed_on(block.attention_shortcut, x_BTD) + out_BTD
+            self.stream_NTD[rows] = _handed_on(block.attention_shortcut, x_BTD) + _added(block, out_BTD)
 
     @torch.no_grad()
     def feed_forward(self, block: Block) -> None:
@@ -114,11 +114,16 @@ class HalfWalk(Walk):
         mlp = block.module.get_submodule(block.entry.down.rpartition(".")[0])
         for rows in self.batches():
             x_BTD = self.stream_NTD[rows]
-            self.stream_NTD[rows] = _handed_on(block.mlp_shortcut, x_BTD) + mlp(block.mlp_norm(x_BTD))
+            self.stream_NTD[rows] = _handed_on(block.mlp_shortcut, x_BTD) + _added(block, mlp(block.mlp_norm(x_BTD)))
 
 
 def _handed_on(shortcut: nn.Linear | None, x_BTD: Tensor) -> Tensor:
     return x_BTD if shortcut is None else shortcut(x_BTD)
+
+
+def _added(block: Block, out_BTD: Tensor) -> Tensor:
+    """What a sublayer adds to the stream: some families multiply it first."""
+    return out_BTD * float(getattr(block.module, "residual_multiplier", 1.0))
 
 
 def text_mask(tokens_NT: Tensor, pad: int | None) -> Tensor | None:
@@ -212,7 +217,7 @@ class SliceGPT(Step):
             return reason
         if entry.model_type not in CLASSES:
             return (
-                f"needs a class for sliced models, and {entry.model_type} has none; {' and '.join(CLASSES)} have one: "
+                f"needs a class for sliced models, and {entry.model_type} has none; {', '.join(CLASSES)} have one: "
                 "take slice"
             )
         return None

@@ -97,10 +97,14 @@ class SVDLLM(Step):
     Notes
     -----
     The amount is the share of the weights in scope that goes. A matrix of O x I weights keeps the rank
-    R = floor((1 - amount) O I / (O + I)), at least 1, as published; its bias stays. So a square matrix loses half of
-    its rank before it loses any weight, and small amounts are not mild ones: below a quarter take another method. The
-    two factors are never larger than the matrix was. One that no two factors can be smaller than (a single row) stays
-    whole.
+    R = floor((1 - amount) O I / (O + I)), at least 1, as published; its bias stays. So the two factors are never
+    larger than the matrix was; one that no two factors can be smaller than (a single row) stays whole.
+
+    When to use it: to compare with it, or where matrices must keep their outer sizes. A square matrix loses half of its
+    rank before it loses any weight, so that small amounts are not mild ones: with 10, 25 and 40 % of all parameters
+    gone, the largest testbed decoder (dense 1.345) came to 1.349, 1.394 and 1.755, with `ffn` to 1.345, 1.345 and
+    1.395; stories260K (1.765) to 3.175, 4.146 and 5.239, with `ffn` to 2.036, 2.749 and 3.639. Sequentially these are
+    1.349, 1.407 and 1.820; 3.213, 4.080 and 4.717: better at deep cuts of the smaller model alone.
 
     With G = S Sᵀ the mean of x xᵀ over the inputs, W S = U Σ Vᵀ: of all matrices of rank R,
     W' = U_R Σ_R V_Rᵀ S⁻¹ has the least mean |W x - W' x|², the sum of the squares of the singular values dropped. It
@@ -141,7 +145,7 @@ class SVDLLM(Step):
         if model.entry.model_type not in CLASSES:
             return (
                 f"needs a class for models of factors, and {model.entry.model_type} has none; "
-                f"{' and '.join(CLASSES)} have one: take ffn, or magnitude"
+                f"{', '.join(CLASSES)} have one: take ffn, or magnitude"
             )
         return None
 

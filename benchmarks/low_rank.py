@@ -1,10 +1,10 @@
-"""modegpt beside ffn and heads at equal parameters, nothing recovered: loss and facts with 10 to 40 % of a model gone.
+"""modegpt and svd-llm beside ffn and heads at equal parameters, nothing recovered, with 10 to 40 % of a model gone.
 
-python benchmarks/modegpt.py qwen2-2m
-python benchmarks/modegpt.py stories260K --data SHARED_DATA
+python benchmarks/low_rank.py qwen2-2m
+python benchmarks/low_rank.py stories260K --data SHARED_DATA
 
 The protocol is that of benchmarks/equal_parameters.py, whose head says it. As there, each model's section of
-benchmarks/results/modegpt.md is replaced when the model is run, and --cache FOLDER keeps what was done.
+benchmarks/results/low_rank.md is replaced when the model is run, and --cache FOLDER keeps what was done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from equal_parameters import SHORT, Case, Found, cached, known_facts, row_losses
 
 from mariotte import __version__
 
-RESULTS = Path(__file__).parent / "results" / "modegpt.md"
+RESULTS = Path(__file__).parent / "results" / "low_rank.md"
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads": ("heads", {}),
@@ -28,6 +28,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all alike": ("modegpt", {"allocation": "uniform"}),
     "queries=0": ("modegpt", {"queries": 0.0}),
     "as published": ("modegpt", {"queries": 1.0, "neurons": "leverage", "compensate": False}),
+    "svd-llm": ("svd-llm", {}),
+    "svd-llm, sequential": ("svd-llm", {"sequential": True}),
 }
 """What is compared: a method and its fields. All alike: every block loses the same; as published: of our defaults only
 the temperature's unit."""
@@ -53,7 +55,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) 
         def work(method: str = method, fields: dict[str, Any] = fields) -> list[Found | str]:
             return run(case, method, ratios, dense, **fields)
 
-        by_name[label] = cached(cache, f"modegpt-{name}-{label.replace(' ', '-')}", work)
+        by_name[label] = cached(cache, f"low-rank-{name}-{label.replace(' ', '-').replace(',', '')}", work)
     facts = "" if dense.known is None else f", {len(dense.known):,} facts known"
     lines = [
         f"## {name}",
@@ -81,13 +83,14 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) 
     return "\n".join([*lines, ""])
 
 
-HEAD = f"""# modegpt beside ffn and heads, at equal parameters
+HEAD = f"""# modegpt and svd-llm beside ffn and heads, at equal parameters
 
 Loss on test text and, for testbed models, the share of the dense model's facts that are kept, after a share of all
-parameters (a tied embedding once) was removed, nothing recovered. Made by `benchmarks/modegpt.py`; the protocol is that
-of `benchmarks/equal_parameters.py`. The last columns are differences of the mean loss with twice the standard error of
-the paired difference over test rows; below zero modegpt is better. All alike: `allocation=uniform`; as published:
-`queries=1, neurons=leverage, compensate=false`. Mariotte {__version__}, torch {torch.__version__}, 2026-11-22.
+parameters (a tied embedding once) was removed, nothing recovered. Made by `benchmarks/low_rank.py`; the protocol is
+that of `benchmarks/equal_parameters.py`. The last columns are differences of the mean loss with twice the standard
+error of the paired difference over test rows; below zero modegpt is better. All alike: `allocation=uniform`; as
+published: `queries=1, neurons=leverage, compensate=false`; both of modegpt. Mariotte {__version__}, torch
+{torch.__version__}, 2026-11-22.
 """
 
 
