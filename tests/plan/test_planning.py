@@ -196,6 +196,17 @@ def test_bytes_are_met_by_quantizing_and_cutting() -> None:
     assert found.winner.bytes_share <= 0.3
     assert "rtn" in found.winner.chain
     assert any("damages add" in sentence for sentence in found.unknowns)
+    assert any("rtn@4 and rtn@3 are simulated" in sentence for sentence in found.unknowns)
+    assert not any("nothing was measured" in sentence for sentence in found.unknowns)
+    assert not any("simulated" in sentence for sentence in held_out().plan(experiments=0).unknowns)
+
+
+def test_a_quantizer_of_which_nothing_is_known_is_said() -> None:
+    pool = [e for e in without(shipped(), MODEL) if not e.chain.startswith("rtn@3")]
+    found = planner(MODEL, read_budget(max_loss="+10%", bytes="60%"), pool=pool, step=0.1).plan(experiments=0)
+    said = [sentence for sentence in found.unknowns if "nothing was measured" in sentence]
+    assert said == ["what rtn@3 costs such a model: nothing was measured, so no chain here has it"]
+    assert not any("rtn@3" in option.chain for option in found.options)
 
 
 def test_recovery_is_used_where_it_may_be() -> None:

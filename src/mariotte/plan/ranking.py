@@ -12,7 +12,7 @@ from mariotte.errors import MariotteError
 from mariotte.plan import speed
 from mariotte.plan.answer import Forecast, Option, Plan, Rival, Verdict
 from mariotte.plan.budget import Budget
-from mariotte.plan.candidates import Candidate
+from mariotte.plan.candidates import QUANTIZERS, Candidate
 from mariotte.plan.curves import NEAR_SIZE
 from mariotte.plan.experiments import propose
 from mariotte.plan.pool import Entry, parted
@@ -287,9 +287,17 @@ class Planner:
                     f"intervals of {metric} are not calibrated: that takes curves of three other models, there are "
                     f"{len(quality.curves.models)}"
                 )
-        sizes = self.budget.bytes is not None or self.budget.memory is not None
-        if sizes and not any(c.asked.parts.quantizer for c in self.candidates):
-            said.append("what quantizing costs such a model: nothing was measured, so that no chain here quantizes")
+        known = list(dict.fromkeys(q for c in self.candidates if (q := c.asked.parts.quantizer)))
+        if self.budget.bytes is not None or self.budget.memory is not None:
+            for quantizer in QUANTIZERS:
+                if quantizer not in known:
+                    said.append(f"what {quantizer} costs such a model: nothing was measured, so no chain here has it")
+        if known:
+            said.append(
+                f"bytes and memory of {' and '.join(known)} are simulated: they count the weights as packed, while the "
+                "step keeps them rounded in the model's own dtype, so that a checkpoint of it is not smaller until "
+                "something packs it"
+            )
         if self.calibration is None:
             said.append("speed is not calibrated on this machine: 'mariotte doctor --bench' measures what it takes")
         if winner is not None:
