@@ -1,13 +1,17 @@
-"""The curve of recovery L∞ + (Lcut - L∞)(1 + D/Dc)^-κ of a given shape: what further tokens would bring.
+"""Curves of recovery over its tokens D: what further tokens would bring.
 
-The bench stops recoveries by it, the desk learns its shape (`mariotte.laws.recovery`).
+`continued` is the whole curve L∞ + (Lcut - L∞)(1 + D/Dc)^-κ at a given shape, which the desk learns
+(`mariotte.laws.recovery`). Far beyond Dc it is a power law, in which each doubling brings 2^-κ of what the one before
+it brought, whatever L∞ and Dc are: by this tail the bench stops recoveries (`Stopping`).
 
 Shape legend: M amounts of recovery data, K amounts asked for.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,31 +37,37 @@ def continued(tokens_M: Array, value_M: Array, asked_K: Array, scale: float, exp
 
 @dataclass(frozen=True, kw_only=True)
 class Stopping:
-    """The shape by which recoveries stop.
+    """The law by which recoveries stop: L∞ + A D^-κ through the last two amounts, and how far it is off.
 
     Parameters
     ----------
-    scale : Dc, in first amounts
     exponent : κ
-    share : of the change that the curve predicts beyond its last point, how much is believed
+    spread : standard deviation of ln(what a doubling brought / what was expected of it)
+    level : probability with which a gain lies below `possible`
     """
 
-    scale: float
     exponent: float
-    share: float
+    spread: float
+    level: float
 
     def gain(self, tokens_M: Array, loss_M: Array, asked: float) -> float:
-        """How much lower the loss will be at a further amount than at the last one, as a share of the last.
+        """How much lower the loss will be at a further amount than at the last one, as a share of the last: the median.
 
         Parameters
         ----------
-        tokens_M : amounts, ascending, none first
+        tokens_M : amounts, ascending; the last two, which count, are not none
         """
-        expected = continued(tokens_M, loss_M, np.array([asked]), self.scale * float(tokens_M[1]), self.exponent)
-        return self.share * float((loss_M[-1] - expected[0]) / loss_M[-1])
+        left_M = np.append(tokens_M[-2:], asked) ** -self.exponent
+        drop = (loss_M[-2] - loss_M[-1]) * (left_M[1] - left_M[2]) / (left_M[0] - left_M[1])
+        return float(drop / loss_M[-1])
+
+    def possible(self, tokens_M: Array, loss_M: Array, asked: float) -> float:
+        """The gain that is not exceeded with probability `level`."""
+        gain = self.gain(tokens_M, loss_M, asked)
+        return gain * math.exp(self.spread * NormalDist().inv_cdf(self.level)) if gain > 0 else gain
 
 
-STOPPING = Stopping(scale=2.5, exponent=1.2, share=0.25)
-"""Learned with `mariotte.laws.recovery.learn` from 539 curves of eight testbed models, the shipped records of
-``studies/testbed/recovery`` and ``compression-laws``: Dc 10k tokens where the first amount was 4k. That Dc grows with
-the first amount, and so with the tokens of a batch, is assumed, not measured."""
+STOPPING = Stopping(exponent=0.521, spread=0.478, level=0.9)
+"""Learned with `mariotte.laws.recovery.learn_tail` from ``benchmarks/results/recovery_doublings.csv``: 4k to 128k tokens of
+LoRA on seven testbed models after four cuts. The level is chosen by us, on the same curves; see
+``benchmarks/results/recovery_stopping.md``."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mariotte.errors import FitError
-from mariotte.laws.recovery import Curve, Shape, hold_out, learn
+from mariotte.laws.recovery import Curve, Shape, hold_out, learn, learn_tail
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "recovery_curves.py"
 LEVELS = np.array([0.0, 4e3, 1.6e4, 6.4e4, 2.56e5])
@@ -93,3 +93,26 @@ def test_published_and_shipped_curves_as_the_results_page_has_them():
         found = hold_out(curves)
         assert len(found) == n
         assert "\n".join(module.table(found)) in page
+
+
+def test_the_exponent_of_exact_tails_is_learned_from_any_amounts():
+    curves = [
+        Curve("exact", f"m{i % 3}", levels, np.where(levels > 0, 2.0 + (1 + i) * (levels + 1e-9) ** -0.4, 9.0))
+        for i, levels in enumerate([LEVELS, LEVELS[1:], LEVELS[[0, 2, 3, 4]], np.array([1e3, 2e3, 3e3, 1e4])])
+    ]
+    tail = learn_tail(curves)
+    assert (tail.exponent, tail.spread) == pytest.approx((0.4, 0.0), abs=1e-6)
+    assert (tail.steps, tail.clusters) == (2 + 2 + 1 + 2, 3)
+
+
+def test_the_spread_of_a_tail_is_that_of_its_drops():
+    rng = np.random.default_rng(0)
+    drops = np.exp(rng.normal(np.log(2**-0.5), 0.4, 4000))
+    tail = learn_tail([Curve("two", "m", LEVELS[1:4] ** 0 * [1, 2, 4], np.array([3.0, 2.0, 2.0 - d])) for d in drops])
+    assert (tail.exponent, tail.spread) == pytest.approx((0.5, 0.4), abs=0.03)
+
+
+def test_a_loss_that_does_not_fall_twice_has_no_tail():
+    rising = Curve("rising", "m", LEVELS, np.array([3.0, 2.0, 2.1, 2.2, 2.3]))
+    with pytest.raises(FitError, match="over which the loss falls twice; of 1 curves given none"):
+        learn_tail([rising])

@@ -3,7 +3,7 @@
 `mariotte.laws.forms.recovery_curve` needs four amounts of recovery data for its four parameters. Curves of three, or
 the first three of a longer one, are described here with two of their own, L∞ and Lcut, while Dc and κ are learned from
 other curves, as is the share of the predicted gain that is believed: those that would have predicted the others' ends
-best.
+best. `learn_tail` learns of curves of many amounts how the gains of doublings follow one another.
 
 Shape legend: M amounts of recovery data, S shapes tried.
 """
@@ -28,6 +28,10 @@ SCALES = tuple(float(10.0**power) for power in np.arange(2.5, 12.1, 0.5))
 EXPONENTS = (0.15, 0.3, 0.5, 0.8, 1.2, 2.0, 4.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Shapes tried: Dc in tokens, κ, and how much of the gain that they predict is believed."""
+
+_EXPONENTS_OF_TAILS, _HALVINGS = (1e-3, 8.0), 40
+_NORMAL_PER_MAD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +93,23 @@ class Shape:
             )
         last = curve.value_M[-1]
         return last + self.share * (_continued(curve, tokens_M, self.scale, self.exponent) - last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """How what further amounts bring follows from what the last one brought: L = L∞ + A D^-κ beyond the first amount.
+
+    Parameters
+    ----------
+    exponent : κ
+    spread : standard deviation of ln(measured drop / expected drop), by the median absolute deviation
+    steps, clusters : drops and clusters that it was learned from
+    """
+
+    exponent: float
+    spread: float
+    steps: int
+    clusters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +178,46 @@ def hold_out(curves: Sequence[Curve], seen: int = SEEN) -> list[HeldOutCurve]:
         rmse = {name: float(np.sqrt(np.mean((p_M - value_M) ** 2))) for name, p_M in predictions.items()}
         found.append(HeldOutCurve(curve=curve, errors=rmse, shape=shapes[curve.cluster]))
     return found
+
+
+def learn_tail(curves: Sequence[Curve]) -> Tail:
+    """The exponent at which half of all drops are larger than expected from the drop before them, and their spread.
+
+    The amount none, from which nothing is doubled, says nothing; nor do drops of nothing or less, and drops after them.
+
+    Raises
+    ------
+    FitError
+        When no curve has three amounts beside none with a loss that falls twice.
+    """
+    steps = [
+        (tokens_M[i : i + 3], value_M[i] - value_M[i + 1], value_M[i + 1] - value_M[i + 2], curve.cluster)
+        for curve in curves
+        for tokens_M, value_M in [(curve.tokens_M[curve.tokens_M > 0], curve.value_M[curve.tokens_M > 0])]
+        for i in range(len(tokens_M) - 2)
+    ]
+    steps = [step for step in steps if step[1] > 0 and step[2] > 0]
+    if not steps:
+        raise FitError(
+            f"the tail of recovery is learned from three amounts of data over which the loss falls twice; of "
+            f"{len(curves)} curves given none has them: recover with more amounts"
+        )
+
+    def surprises(exponent: float) -> Array:
+        """(steps,) ln(measured / expected), which rises with the exponent."""
+        lefts = [tokens_M**-exponent for tokens_M, *_ in steps]
+        expected = [
+            step[1] * (left[1] - left[2]) / (left[0] - left[1]) for step, left in zip(steps, lefts, strict=True)
+        ]
+        return np.log(np.array([step[2] for step in steps]) / np.array(expected))
+
+    low, high = _EXPONENTS_OF_TAILS
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.median(surprises(middle)) < 0 else (low, middle)
+    left = surprises(low)
+    spread = _NORMAL_PER_MAD * float(np.median(np.abs(left - np.median(left))))
+    return Tail(exponent=low, spread=spread, steps=len(steps), clusters=len({cluster for *_, cluster in steps}))
 
 
 def _continued(curve: Curve, tokens_M: Array, scale: float, exponent: float) -> Array:

@@ -18,7 +18,7 @@ HELD_ROWS = 64
 """Rows of the validation split that decide: the same ones for every amount."""
 
 SEEN = 3
-"""Amounts, none counted as one, that the law's shape was learned to predict from: before them nothing is decided."""
+"""Amounts, none counted as one, before which nothing is decided: what recovery brings is known of one doubling then."""
 
 _FIRST, _FIRST_BATCHES = 1_000, 15
 _LEVELS = "levels.json"
@@ -70,15 +70,20 @@ class Levels:
         draft.replace(self.file)
 
 
-def expected_gain(loss: Mapping[int, float]) -> float | None:
-    """What doubling the last amount is expected to take off the loss, as a share of it; None while it is early.
+def expected_gain(loss: Mapping[int, float]) -> tuple[float, float] | None:
+    """What doubling the last amount will take off the loss, as a share of it; None while it is early.
 
     Parameters
     ----------
     loss : held out, by amount, none among them
+
+    Returns
+    -------
+    what is expected, and what is not exceeded with the law's probability: the latter decides
     """
     if len(loss) < SEEN:
         return None
     amounts = sorted(loss)
     loss_M = np.array([loss[amount] for amount in amounts])
-    return STOPPING.gain(np.array(amounts, dtype=np.float64), loss_M, 2.0 * amounts[-1])
+    tokens_M = np.array(amounts, dtype=np.float64)
+    return STOPPING.gain(tokens_M, loss_M, 2.0 * amounts[-1]), STOPPING.possible(tokens_M, loss_M, 2.0 * amounts[-1])

@@ -80,7 +80,7 @@ class Recovery(Step):
     keep_best : true keeps the state with the lowest loss on the validation split, of the model as it came, the point
         where the decay begins and four points of the decay; studies of recovery leave it off
     repeats : true allows D beyond the training text, which then repeats, shuffled anew
-    gain : with the amount auto, the share of the held-out loss under which the expected gain of a doubling ends it
+    gain : with the amount auto, the share of the held-out loss: a doubling that is unlikely to bring so much ends it
     most : with the amount auto, tokens that it may see at most; None takes 1M
 
     Notes
@@ -92,14 +92,14 @@ class Recovery(Step):
     with one number of threads). D counts every token seen, decay included, rounded down to whole rows; the last batch
     holds the rows that are left.
 
-    With the amount auto, D is doubled from 15 batches or a little more (4k tokens with four rows of 64) until the loss
-    on 64 rows of the validation split is expected to fall by less than `gain` of itself with the next doubling, or
+    With the amount auto, D is doubled from 15 batches or a little more (4k tokens with four rows of 64) until it is
+    unlikely (one in ten) that the next doubling takes `gain` of the loss on 64 rows of the validation split off it, or
     `most` or the end of the training text is reached, or training no longer gives numbers. The loss, not the damage
     that remains, is what the gain is a share of: a model recovered on the text that it is scored on can end below the
-    dense one. What is expected is a curve of recovery through all amounts so far, none among them, whose shape was
-    learned from the testbed (`mariotte.gains`); it is asked from the second amount on. The result is that of the
-    amount with the lowest loss, to the bit what the recovery gives when asked for this amount; the record says it as
-    its tokens, and its facts all losses, what was expected, and why it ended (``stopped``).
+    dense one. What is likely goes by the last doubling and by how gains of doublings follow one another, learned from
+    the testbed (`mariotte.gains`); it is asked from the second amount on. The result is that of the amount with the
+    lowest loss, to the bit what the recovery gives when asked for this amount; the record says it as its tokens, and
+    its facts all losses, what was expected, and why it ended (``stopped``).
 
     A loss or a gradient that is no number ends the trunk: the D that left it before are served, the others fail.
 
@@ -336,7 +336,7 @@ class Recovery(Step):
         return [min(amount, stopping.first_amount(self.batch, block)) for amount in amounts]
 
     def _until(self, gain: float, most: int, model: Model, context: Context) -> Model:
-        """The model after doublings of the amount, until the next is expected to bring less than `gain`.
+        """The model after doublings of the amount, until the next is unlikely to bring `gain`.
 
         Raises
         ------
@@ -356,12 +356,13 @@ class Recovery(Step):
             levels.add(0, token_nll(model, held_NT).double().mean().item())
         seen: dict[int, float] = {0: levels.loss[0]}
         expected: dict[str, float] = {}
+        possible: dict[str, float] = {}
         result: tuple[int, Model] | None = None
         while True:
             last = max(seen)
             if (found := stopping.expected_gain(seen)) is not None:
-                expected[str(2 * last)] = found
-                if found < gain:
+                expected[str(2 * last)], possible[str(2 * last)] = found
+                if possible[str(2 * last)] < gain:
                     stopped = "gain"
                     break
             following = min(most, 2 * last or stopping.first_amount(self.batch, block))
@@ -394,6 +395,7 @@ class Recovery(Step):
             "held_rows": len(held_NT),
             "held_loss": {str(amount): loss for amount, loss in seen.items()},
             "expected_gain": expected,
+            "possible_gain": possible,
         }
         return result[1].rewritten(dataclasses.replace(done, step=str(self.link(most)), facts={**done.facts, **facts}))
 
