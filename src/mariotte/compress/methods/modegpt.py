@@ -184,9 +184,10 @@ class MoDeGPT(Step):
     How much of each goes in all blocks together is told by the shapes; how blocks share it, by their influence s on
     calibration text: the amounts are proportional to softmax(-s / eps) (section 3.3, equations 10 and 11).
 
-    When to use it: 10 to 40 % of the largest testbed decoder, where it beats `ffn` and `heads` at equal parameters (see
-    ``benchmarks/results/low_rank.md``); not on models with few pairs a head: with four, on stories260K, losing one of
-    them costs more than neurons do, and `queries=0` is better.
+    When to use it: from a quarter to 40 % of the largest testbed decoder it loses less than `ffn` at equal parameters;
+    at 10 and 20 % neither loses what could be measured, and `heads` loses nats (``benchmarks/results/low_rank.md``).
+    Not on models with few pairs a head: with four, on stories260K, losing one of them costs more than neurons do,
+    `queries=0` is better and `ffn` better still.
 
     The result has widths by layer, and heads whose frequencies are not those of a head so wide, which no family's
     config can state: a model of the class for irregular sizes, which ``transformers`` reads with ``trust_remote_code``.
@@ -270,6 +271,11 @@ class MoDeGPT(Step):
         if cast("dict[str, Any]", model.config.get("rope_parameters") or {}).get("partial_rotary_factor", 1) != 1:
             return "needs heads that rotary embeddings turn as a whole, and turn here in part: take the scope ffn"
         return None
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        of_heads = max(shape.hidden, shape.heads * shape.head_dim)
+        return {"attention": of_heads, "ffn": shape.ffn}.get(self.scope, max(of_heads, shape.ffn))
 
     def _multiples(self, shape: Shape) -> tuple[int, int, int]:
         """Multiples of neurons, of pairs and of a value's width."""

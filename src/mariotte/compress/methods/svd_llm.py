@@ -162,6 +162,15 @@ class SVDLLM(Step):
             found.append(tuple(here))
         return found
 
+    @override
+    def moment(self, shape: Shape) -> int:
+        of_heads = shape.heads * shape.head_dim
+        return max(
+            {"attention": (shape.hidden, of_heads), "ffn": (shape.hidden, shape.ffn)}.get(
+                self.scope, (shape.hidden, of_heads, shape.ffn)
+            )
+        )
+
     def _after(self, shape: Shape, amount: int | float) -> Shape:
         return replace(shape, ranks=tuple(self.ranks(shape, amount)))
 
