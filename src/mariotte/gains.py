@@ -68,6 +68,6 @@ class Stopping:
 
 
 STOPPING = Stopping(exponent=0.521, spread=0.478, level=0.9)
-"""Learned with `mariotte.laws.recovery.learn_tail` from ``benchmarks/results/recovery_doublings.csv``: 4k to 128k tokens of
-LoRA on seven testbed models after four cuts. The level is chosen by us, on the same curves; see
+"""Learned with `mariotte.laws.recovery.learn_tail` from ``benchmarks/results/recovery_doublings.csv``: LoRA with 4k to
+128k tokens on seven testbed models after four cuts. The level is chosen by us, on the same curves; see
 ``benchmarks/results/recovery_stopping.md``."""
