@@ -119,8 +119,9 @@ class LaCo(Step):
     its mean over rows. A block keeps its own norms, as in the authors' code, and its own kind of attention. At
     least one block stays. With a threshold of one's own an amount that is not reached over it is refused.
 
-    When to use it: to compare with LaCo. The formula extrapolates: a run of k blocks counts its first 2 - k times, and
-    on the models of docs/methods.md removing blocks (`shortgpt`, `sleb`) lost less at the same size.
+    When to use it: to compare with LaCo. The formula extrapolates: of a run of k blocks the first counts 2 - k times.
+    Removing blocks lost less at the same size: of the seven of testbed llama-1m (dense 1.345) two were merged away at
+    2.145 nats, with ``rule=last`` at 1.620, `shortgpt` came to 1.521 and `sleb` to 1.432.
 
     Cost: at most L forward passes for each threshold that is tried, about ten; those after the same merges are made
     once. Few rows are enough: the authors take five sentences. Memory: the merged blocks a second time, and the final

@@ -69,8 +69,9 @@ class SLEB(Step):
     model. One nested order serves all amounts; asked for more later, it is continued and not begun again. At least one
     block stays, and those that are spared: of an amount that asks for more, what can go goes.
 
-    When to use it: as `shortgpt`, where more calibration may be spent. It lost no more than that on the models of
-    docs/methods.md, and there it matters most where several blocks go.
+    When to use it: as `shortgpt`, where more calibration may be spent, above all where several blocks go: without two
+    of the seven blocks of testbed llama-1m (dense 1.345) it came to 1.432 nats, `shortgpt` to 1.521; without one of the
+    five of stories260K both take the same.
 
     Cost: L forward passes for the first block that goes, one fewer for each that follows: of k blocks about k L, each
     over all calibration tokens and as much faster as the model has lost blocks. Memory: the model and its activations.
