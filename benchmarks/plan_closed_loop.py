@@ -5,10 +5,11 @@ Also: compress the big one, or take the small one?
 
     python benchmarks/plan_closed_loop.py brute STORE     measures every candidate of every decoder (resumable)
     python benchmarks/plan_closed_loop.py loop STORE      plans with probes; writes results/plan_closed_loop.*
+    python benchmarks/plan_closed_loop.py replay STORE    the same, its measurements read from STORE (a second a loop)
     python benchmarks/plan_closed_loop.py check STORE     the same for targets, texts and a seed that the loop has not
 
 The loop makes its probes and its executions anew, through the same bench as the command line; the store of all
-candidates is only looked at afterwards, to see which was the best. The check takes both from the store.
+candidates is only looked at afterwards, to see which was the best. Replay and check take both from the store.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def measured(store: str, measure: str, seed: int) -> dict[str, dict[str, Any]]:
         return {m: {r.chain: r for r in opened.records(model=m, measure=measure, seed=seed)} for m in MODELS}
 
 
-def loop(store: str, probes: int = 3) -> None:
+def loop(store: str, probes: int = 3, replayed: bool = False) -> None:
     """Plans with probes, executed; their winners against the best of all candidates."""
     truth = measured(store, MEASURE, 0)
     rows: list[dict[str, Any]] = []
@@ -95,13 +96,27 @@ def loop(store: str, probes: int = 3) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:
             known = pool.without(pool.shipped(), model)
-            bench = Workbench(
-                model, store=f"{folder}/{model.replace('/', '-')}.db", calibration="testbed/all", rows=256
+            bench = (
+                reading(truth[model])
+                if replayed
+                else Workbench(
+                    model, store=f"{folder}/{model.replace('/', '-')}.db", calibration="testbed/all", rows=256
+                )
             )
             for target in TARGETS:
                 rows.append(one(model, target, known, bench, truth[model], probes))
                 print(json.dumps(rows[-1]), flush=True)
-    write(rows, pairs(truth), time.perf_counter() - began, probes)
+    write(rows, pairs(truth), time.perf_counter() - began, probes, replayed)
+
+
+def replay(store: str) -> None:
+    """The loop with measurements from the store."""
+    loop(store, replayed=True)
+
+
+def reading(found: dict[str, Any]) -> Bench:
+    """A bench that reads what was measured before."""
+    return lambda chains, measures: [found[chain] for chain in chains]
 
 
 def check(store: str, probes: int = 3) -> None:
@@ -109,8 +124,8 @@ def check(store: str, probes: int = 3) -> None:
     lines = [
         "# Does a plan keep what it promises elsewhere?",
         "",
-        "The closed loop (`plan_closed_loop.md`) with other targets, other texts, and cuts with another seed; its probes",
-        f"are read from the measurements of all candidates, {probes} each. Ways to choose probes were compared on other",
+        "The closed loop (`plan_closed_loop.md`) with other targets, other texts, and cuts with another seed; probes,",
+        f"{probes} a loop, are read from the measurements of all candidates. Ways of choosing were compared on other",
         "targets and texts before; the other seed was looked at once, at the end.",
         "",
         "| what | targets | loops | 90 % interval held | median half-width, of L0 | floor kept "
@@ -125,15 +140,7 @@ def check(store: str, probes: int = 3) -> None:
             known = pool.without(pool.shipped(), model)
             found = truth[model]
             for target in targets:
-                row = one(
-                    model,
-                    target,
-                    known,
-                    lambda chains, _, found=found: [found[c] for c in chains],
-                    found,
-                    probes,
-                    measure,
-                )
+                row = one(model, target, known, reading(found), found, probes, measure)
                 rows.append(row)
                 print(what, json.dumps(row), flush=True)
                 if abs(row["shortfall"]) > 0.03 + 1e-9:
@@ -232,7 +239,9 @@ def pairs(truth: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: float, probes: int) -> None:
+def write(
+    rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: float, probes: int, replayed: bool
+) -> None:
     """Both tables, as JSON and for people."""
     inside = sum(row["inside"] for row in rows)
     widths = statistics.median(row["half_width"] for row in rows)
@@ -274,7 +283,8 @@ def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: flo
         f"{summary['blind_inside']}, median half-width {summary['blind_median_half_width']:.4f}",
         f"* the saving was within 3 points of the best candidate's in {near} of {len(rows)}; the target was kept in "
         f"{summary['kept']}",
-        f"* {summary['seconds_a_loop']:.1f} s a loop, probes and execution included",
+        f"* {summary['seconds_a_loop']:.1f} s a loop, "
+        + ("measurements read from the store of all candidates" if replayed else "probes and execution included"),
         "",
         "| model | target | unprobed | probes | chosen | saving | best | its saving | predicted (90 %) | measured |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -311,4 +321,4 @@ def write(rows: list[dict[str, Any]], ladder: list[dict[str, Any]], seconds: flo
 
 
 if __name__ == "__main__":
-    {"brute": brute, "loop": loop, "check": check}[sys.argv[1]](*sys.argv[2:])
+    {"brute": brute, "loop": loop, "replay": replay, "check": check}[sys.argv[1]](*sys.argv[2:])
