@@ -60,6 +60,7 @@ def compress(
     from mariotte.experiments.pipeline import compress_model
     from mariotte.models import checkpoint, dynamic
     from mariotte.models.load import find_device, find_dtype, load, locate, read_config
+    from mariotte.models.packed import is_packed
 
     parts = identity.resolve(chains.parse(chain))
     canonical = " | ".join(str(part.link) for part in parts) or "dense"
@@ -150,7 +151,8 @@ def compress(
         ],
         ["FLOPs a token", f"{base.flops_per_token:,.0f}", f"{counts.flops_per_token:,.0f}", ""],
     ]
-    if packed_bytes is not None and packed_bytes != file_bytes:
+    held = is_packed(read_config(folder)) and all("stored" in step.facts for step in done.rounded)
+    if packed_bytes is not None and not held:
         rows_of.insert(2, ["bytes if packed", f"{base.n_bytes:,}", f"{packed_bytes:,}", "quantization is simulated"])
     print_table(f"{model} after {canonical}", ["", "dense", "compressed", ""], rows_of)
     for step in done.done:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -42,20 +41,8 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     return stated.get("quant_method") == METHOD
 
 
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """While it is imported, torchao says which kernels for other machines it cannot load."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _config() -> Any:
-    with _quiet():
-        import torchao.quantization as quantization
+    import torchao.quantization as quantization
 
     made: Any = cast(Any, quantization).Float8WeightOnlyConfig()
     return made
@@ -68,8 +55,7 @@ def _float8(weight_OI: Tensor, dtype: torch.dtype | None = None) -> Any:
     ----------
     dtype : of what it stands for; None takes the matrix' own
     """
-    with _quiet():
-        from torchao.quantization import Float8Tensor, quantize_
+    from torchao.quantization import Float8Tensor, quantize_
 
     outputs, inputs = weight_OI.shape
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
