@@ -27,8 +27,8 @@ def hardware(device: torch.device | str = "cpu") -> str:
     return torch.cuda.get_device_name(where) if where.type == "cuda" else _processor()
 
 
-def _stated(file: str, key: str) -> int | None:
-    """Kilobytes that a file of the kernel states under a key, in bytes."""
+def stated_bytes(file: str, key: str) -> int | None:
+    """Bytes that a file of Linux states in kilobytes under a key, such as ``VmHWM`` in ``/proc/self/status``."""
     with suppress(OSError, ValueError, IndexError):
         for line in Path(file).read_text(encoding="ascii").splitlines():
             if line.startswith(f"{key}:"):
@@ -38,7 +38,7 @@ def _stated(file: str, key: str) -> int | None:
 
 def resident_bytes() -> int:
     """Memory of this process that is in use just now."""
-    return _stated("/proc/self/status", "VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return stated_bytes("/proc/self/status", "VmRSS") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -49,9 +49,9 @@ def free_bytes(device: torch.device | str = "cpu") -> int | None:
     where = torch.device(device)
     if where.type == "cuda":
         return int(torch.cuda.mem_get_info(where)[0])
-    found = [_stated("/proc/meminfo", "MemAvailable")]
+    found = [stated_bytes("/proc/meminfo", "MemAvailable")]
     for limit, key in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
-        allowed, used = resource.getrlimit(limit)[0], _stated("/proc/self/status", key)
+        allowed, used = resource.getrlimit(limit)[0], stated_bytes("/proc/self/status", key)
         if allowed != resource.RLIM_INFINITY and used is not None:
             found.append(allowed - used)
     for most in ("memory.max", "memory/memory.limit_in_bytes"):

@@ -1,0 +1,393 @@
+"""Models larger than memory: read, cut and written block by block, with the result of the whole model to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mariotte import chain as chains
+from mariotte.errors import ChainError, ModelError
+from mariotte.experiments import estimate, identity
+from mariotte.experiments.estimate import preflight
+from mariotte.experiments.pipeline import compress_model
+from mariotte.models import checkpoint, paging
+from mariotte.models.load import load
+from mariotte.models.model import Model
+from mariotte.testing.tiny import random_tokens, tiny
+
+LARGE = (
+    "ffn@0.3",
+    "ffn@0.3(sequential=true)",
+    "heads@0.5",
+    "slice@0.25",
+    "prunenet-random@0.5",
+    "shortgpt@0.25",
+    "magnitude@0.5",
+    "wanda@0.5",
+    "sparsegpt@0.5",
+    "rtn@4",
+    "gptq@4",
+    "shortgpt@0.25 | heads@0.25 | ffn@0.2 | slice@0.1 | int8",
+)
+CHAINS = (
+    *LARGE,
+    "ffn@0.3(criterion=norm, compensate=false)",
+    "heads@0.5(criterion=norm, compensate=false)",
+    "slice@0.25(compensate=false)",
+    "magnitude@0.5(per=layer, allocation=influence)",
+    "magnitude@0.5:head",
+    "wanda@0.5(sequential=false)",
+    "sparsegpt@0.5(sequential=false)",
+    "random@0.3",
+    "magnitude-structured@0.3",
+    "int8",
+)
+
+LIMITED = """
+import gc, json, resource, sys, time
+from pathlib import Path
+from mariotte.experiments.pipeline import compress_model
+from mariotte.models import checkpoint
+from mariotte.models.hardware import resident_bytes, stated_bytes
+from mariotte.models.load import load
+
+model, out, allowance, texts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+
+def run(model, text, name, stream):
+    how = dict(calibration="testbed/all", rows=8, block=64, stream=stream)
+    return checkpoint.save(compress_model(model, text, **how), out / name)
+
+# Everything imported, compiled and cached once, on a model of no size.
+for place, text in enumerate(texts):
+    run("testbed/qwen2-46k", text, f"warm-{place}", out / f"warm-scratch-{place}")
+gc.collect()
+taken = stated_bytes("/proc/self/status", "VmData")
+resource.setrlimit(resource.RLIMIT_DATA, (taken + allowance, taken + allowance))
+before = resident_bytes()
+Path("/proc/self/clear_refs").write_text("5")
+found = {}
+for place, text in enumerate(texts):
+    began = time.perf_counter()
+    print(text, file=sys.stderr)
+    run(model, text, f"limited-{place}", out / f"scratch-{place}")
+    found[text] = time.perf_counter() - began
+    gc.collect()
+peak = stated_bytes("/proc/self/status", "VmHWM") - before
+try:
+    load(model)
+    whole = "loaded"
+except Exception as error:
+    whole = " ".join(str(error).split())[:300]
+print(json.dumps({"peak": peak, "seconds": found, "whole": whole}))
+"""
+"""Runs chains with so many bytes of private memory beyond those of the program; then tries to load the model whole."""
+
+
+def large(folder: Path, *, hidden: int, layers: int, ffn: int) -> int:
+    """A random model of Llama's shape on disk in shards, made one block at a time; its bytes."""
+    source = load("testbed/qwen2-46k")
+    folder.mkdir(parents=True)
+    assert source.tokenizer is not None
+    source.tokenizer.save_pretrained(folder)
+    vocab = source.shape.vocab
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": hidden // 8,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * (1.5 / shape[1] ** 0.5)
+
+    shards = {"ends": {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden)}}
+    shards["ends"]["model.norm.weight"] = torch.ones(hidden)
+    index: dict[str, str] = {}
+    total = 0
+    for layer in range(-1, layers):
+        if layer < 0:
+            name, tensors = "ends", shards["ends"]
+        else:
+            at = f"model.layers.{layer}"
+            name = f"{layer:03}"
+            tensors = {f"{at}.self_attn.{p}_proj.weight": matrix(hidden, hidden) for p in "qkvo"}
+            tensors |= {f"{at}.mlp.{p}_proj.weight": matrix(ffn, hidden) for p in ("gate", "up")}
+            tensors[f"{at}.mlp.down_proj.weight"] = matrix(hidden, ffn)
+            norms = ("input_layernorm", "post_attention_layernorm")
+            tensors |= {f"{at}.{p}.weight": 1 + 0.1 * torch.randn(hidden, generator=generator) for p in norms}
+        file = f"model-{name}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    stated = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stated), encoding="utf-8")
+    return total
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def under_a_limit(tmp_path: Path, texts: tuple[str, ...], *, hidden: int, layers: int, ffn: int) -> None:
+    """Chains on a model of at least four times the memory that the process may take, against the unlimited run."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    n_bytes = large(model, hidden=hidden, layers=layers, ffn=ffn)
+    allowance = n_bytes // 4
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(model), str(out), str(allowance), json.dumps(texts)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{n_bytes / 1e6:.1f} MB of weights, {allowance / 1e6:.1f} MB allowed, peak {found['peak'] / 1e6:.1f} MB")
+    # The limit is on private memory; resident memory has files' pages too, if any are mapped.
+    assert found["peak"] <= allowance * 1.1, found
+    assert "memory" in found["whole"].lower(), found  # loaded whole, it does not fit
+    for place, text in enumerate(texts):
+        streamed = weights(out / f"limited-{place}")
+        unlimited = compress_model(str(model), text, calibration="testbed/all", rows=8, block=64)
+        expected = weights(checkpoint.save(unlimited, out / f"whole-{place}"))
+        assert streamed.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(streamed[name], tensor), (text, name)
+        loaded = load(out / f"limited-{place}")
+        assert loaded.done == unlimited.done
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits private memory, which Linux can")
+def test_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
+    under_a_limit(tmp_path, ("ffn@0.3",), hidden=320, layers=40, ffn=320)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits private memory, which Linux can")
+def test_every_method_on_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
+    under_a_limit(tmp_path, LARGE, hidden=448, layers=32, ffn=448)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with the testbed's tokenizer, tied, in bfloat16."""
+    source = load("testbed/qwen2-46k")
+    model = tiny("qwen2", hidden=64, layers=4, ffn=96, vocab=source.shape.vocab, tied=True)
+    model.tokenizer = source.tokenizer
+    return checkpoint.save(model, tmp_path_factory.mktemp("small") / "model", dtype=torch.bfloat16)
+
+
+def compressed(model: Path, text: str, stream: Path | None = None) -> Model:
+    return compress_model(str(model), text, calibration="testbed/all", rows=6, block=32, stream=stream)
+
+
+@pytest.mark.parametrize("text", CHAINS)
+def test_streamed_is_whole_to_the_bit(small: Path, tmp_path: Path, text: str) -> None:
+    whole, streamed = compressed(small, text), compressed(small, text, tmp_path / "scratch")
+    assert streamed.streamed
+    assert not whole.streamed
+    expected = dict(whole.hf.named_parameters())
+    found = dict(streamed.hf.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(found[name], parameter), name
+    assert streamed.done == whole.done
+    assert streamed.config == whole.config
+    tokens = random_tokens(vocab=whole.shape.vocab)
+    assert torch.equal(streamed.logits(tokens), whole.logits(tokens))
+
+
+def test_a_walk_reads_each_block_a_few_times(small: Path, tmp_path: Path) -> None:
+    """However many batches of calibration text there are."""
+    dense = load(small, stream=tmp_path / "scratch")
+    pager = paging.pager_of(dense.embeddings.weight)
+    assert pager is not None
+    pager.limit //= 3  # one block
+    blocks = 2 * sum(p.numel() for block in dense.blocks for p in block.module.parameters())
+    table, batches = 2 * dense.embeddings.weight.numel(), 10
+    compress_model(dense, "shortgpt@0.25", calibration="testbed/all", rows=64 * batches, block=64)
+    # Blocks: a pass of one row, which finds out what they are given, and one of all rows. Of the table each time the
+    # rows that a batch has.
+    assert 2 * blocks <= pager.read_bytes <= 2.1 * blocks + (batches + 1) * table
+
+
+@pytest.mark.parametrize("shards", [10**9, 40_000])
+def test_the_checkpoint_is_an_ordinary_one(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    monkeypatch.setattr(paging, "SHARD_BYTES", shards)
+    whole = checkpoint.save(compressed(small, "ffn@0.3"), tmp_path / "whole", dtype=torch.bfloat16)
+    streamed = compressed(small, "ffn@0.3", tmp_path / "scratch")
+    saved = checkpoint.save(streamed, tmp_path / "streamed", dtype=torch.bfloat16)
+    for name in ("config.json", "generation_config.json", "README.md", "mariotte.json", "tokenizer.json"):
+        assert (saved / name).read_bytes() == (whole / name).read_bytes(), name
+    assert (len(list(saved.glob("*.safetensors"))) == 1) == (shards == 10**9)
+    found, expected = (load(folder).hf.state_dict() for folder in (saved, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_checkpoint_that_reads_back_otherwise_is_not_kept(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = compressed(small, "rtn@8", tmp_path / "scratch")
+    write = paging.write_file
+
+    def damaged(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+        write({name: tensor * 1.5 if "down" in name else tensor for name, tensor in tensors.items()}, path, dtype)
+
+    monkeypatch.setattr(paging, "write_file", damaged)
+    with pytest.raises(ModelError, match="loads back to other logits"):
+        checkpoint.save(streamed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_in_scratch(small: Path, tmp_path: Path) -> None:
+    streamed = compressed(small, "ffn@0.3 | rtn@4", tmp_path / "scratch")
+    checkpoint.save(streamed, tmp_path / "out")
+    kept = list((tmp_path / "scratch").iterdir())
+    assert kept
+    assert all(path.suffix == ".bin" for path in kept)  # no preparation, and of the steps the last one's weights
+    total = sum(path.stat().st_size for path in kept)
+    assert total <= sum(p.numel() * p.dtype.itemsize for p in streamed.hf.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora@1k", "lora cannot be streamed: it needs the whole model in memory"),
+        ("shortgpt@0.25 | lora@1k", "lora cannot be streamed"),
+        ("prunenet@0.3", "prunenet cannot be streamed"),
+        ("ffn@0.3(criterion=taylor)", "ffn cannot be streamed: it takes gradients through all blocks"),
+        ("heads@0.3(criterion=taylor)", "heads cannot be streamed: it takes gradients through all blocks"),
+        ("magnitude@0.3(per=layer, allocation=greedy)", "magnitude cannot be streamed: it measures the loss"),
+        ("wanda@0.3(allocation=greedy)", "wanda cannot be streamed: it measures the loss"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_before_any_work(
+    small: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(ChainError, match=said):
+        compressed(tmp_path / "no such model", text, tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+    # Also of a model that somebody streamed before.
+    with pytest.raises(ChainError, match=said):
+        compress_model(load(small, stream=tmp_path / "scratch"), text, calibration="testbed/all")
+
+
+def test_families_that_keep_weights_otherwise_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint.save(tiny("gpt_neox"), tmp_path / "model")
+    with pytest.raises(ModelError, match="cannot be streamed: files of gpt_neox hold weights in another layout"):
+        load(folder, stream=tmp_path / "scratch")
+
+
+def test_files_that_do_not_fit_the_config_are_refused(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks weights that its config asks for, such as {name}"):
+        load(tmp_path / "model", stream=tmp_path / "scratch")
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="other shapes than its config says"):
+        load(tmp_path / "model", stream=tmp_path / "scratch")
+    save_file({**tensors, "model.layers.9.weight": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights that its config does not know, such as model\.layers\.9"):
+        load(tmp_path / "model", stream=tmp_path / "scratch")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="are one, and holds two different ones"):
+        load(tmp_path / "model", stream=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gpt2", "opt"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_streamed_model_computes_as_a_loaded_one(family: str, tied: bool, tmp_path: Path) -> None:
+    folder = checkpoint.save(tiny(family, tied=tied), tmp_path / "model")
+    loaded, streamed = load(folder), load(folder, stream=tmp_path / "scratch")
+    tokens = random_tokens()
+    assert torch.equal(streamed.logits(tokens), loaded.logits(tokens))
+    assert (streamed.fingerprint, streamed.shape, streamed.zeros()) == (
+        loaded.fingerprint,
+        loaded.shape,
+        loaded.zeros(),
+    )
+    assert streamed.measured_params() == loaded.measured_params()
+
+
+class TestPreflight:
+    def takes(self, model: Path, text: str, stream: bool | None = None, block: int | None = None):
+        parts = identity.resolve(chains.parse(text))
+        how = {"calibration": "testbed/all", "rows": 4, "block": block, "device": "cpu", "dtype": None}
+        return preflight(str(model), parts, stream=stream, **how)
+
+    def test_the_length_of_calibration_rows_is_the_corpus_own(self, tmp_path: Path) -> None:
+        """And never the number of positions, which a config may say in the hundred thousands."""
+        large(tmp_path / "model", hidden=32, layers=2, ffn=32)
+        assert self.takes(tmp_path / "model", "ffn@0.3").calibration_tokens == 4 * 64
+        found = compress_model(str(tmp_path / "model"), "wanda@0.5", calibration="testbed/all", rows=2)
+        assert found.config["max_position_embeddings"] == 131072
+
+    def test_streams_what_does_not_fit(self, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(estimate, "free_bytes", lambda device: 10**12)
+        assert not self.takes(small, "ffn@0.3").streamed
+        assert self.takes(small, "ffn@0.3", stream=True).streamed
+        monkeypatch.setattr(estimate, "free_bytes", lambda device: 1000)
+        found = self.takes(small, "ffn@0.3")
+        assert found.streamed
+        assert found.peak_bytes == found.streamed_bytes
+        assert not self.takes(small, "ffn@0.3", stream=False).streamed
+        # What cannot be streamed is tried whole: the estimate may be wrong by a factor of two.
+        found = self.takes(small, "ffn@0.3 | lora@1k")
+        assert not found.streamed
+        assert found.cannot_stream == "lora cannot be streamed: it needs the whole model in memory"
+        monkeypatch.setattr(estimate, "free_bytes", lambda device: None)
+        assert not self.takes(small, "ffn@0.3").streamed
+
+    def test_of_a_large_model_a_few_blocks_are_held(self, tmp_path: Path) -> None:
+        n_bytes = large(tmp_path / "model", hidden=128, layers=60, ffn=128)
+        found = self.takes(tmp_path / "model", "rtn@4")
+        assert found.n_bytes == n_bytes
+        assert found.streamed_bytes < n_bytes / 4 < n_bytes * 2 < found.whole_bytes
+        assert found.scratch_bytes == 0
+        assert self.takes(tmp_path / "model", "rtn@4", stream=True).scratch_bytes == n_bytes
+        assert found.seconds is not None
+        assert found.seconds > 0
+
+
+def test_free_memory_is_within_the_limits_of_the_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import resource, mariotte.models.hardware as h\n"
+            "print(h.free_bytes())\n"
+            "resource.setrlimit(resource.RLIMIT_DATA, (h.stated_bytes('/proc/self/status', 'VmData') + 10**8,) * 2)\n"
+            "print(h.free_bytes())",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    assert after <= min(before, 10**8)
