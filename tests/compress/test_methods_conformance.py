@@ -3,7 +3,9 @@
 import pytest
 
 from mariotte.compress import METHODS
+from mariotte.compress.methods.experts import Experts
 from mariotte.compress.methods.ffn import FFN
+from mariotte.compress.methods.heads import Heads
 from mariotte.compress.methods.magnitude import Magnitude
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
@@ -20,6 +22,10 @@ CASES = [
     *cases([Magnitude()], ["gpt2", "opt", "bert", "albert", "t5", "bart"]),
     *cases([FFN(), ShortGPT(), Wanda()], ["gpt_neox"]),
     *cases([SparseGPT()], ["opt"]),
+    *cases([Heads()], ["gpt2", "falcon", "olmo2"]),
+    *cases([Heads(), FFN()], ["phi3"]),
+    *cases([Experts()], ["mixtral", "gpt_oss"]),
+    *cases([ShortGPT(), Heads(), Magnitude()], ["gpt_oss"]),
 ]
 
 
