@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,10 @@ _BYTES = 256 << 20
 """Of the matrix that meets a vector: more than any cache holds."""
 
 
+_FEW, _MANY = 2, 10
+"""Blocks of the models whose steps are timed."""
+
+
 def doctor(
     bench: Annotated[
         bool, typer.Option("--bench", help="Measure the speed of this machine, for plans; takes some seconds.")
@@ -57,7 +62,7 @@ def doctor(
         from mariotte.plan.speed import write_calibration
 
         with progress(f"measure {device}") as update:
-            measured = _measured(device, dtype, lambda what: update(0, text=what))
+            measured = measure_speed(device, dtype, lambda what: update(0, text=what))
         write_calibration(measured)
     found = [
         {"package": name, "version": _version(name), "for": what, "missing": _version(name) is None}
@@ -84,9 +89,17 @@ def doctor(
         return
     print_table(
         f"speed, from {calibration_file()}",
-        ["device", "dtype", "GFLOP/s", "GB/s", "operation, us", "measured"],
+        ["device", "dtype", "GFLOP/s", "GB/s", "operation, us", "block, us", "measured"],
         [
-            [c.machine, c.dtype, c.flops_per_s / 1e9, c.bytes_per_s / 1e9, c.operation_s * 1e6, c.measured]
+            [
+                c.machine,
+                c.dtype,
+                c.flops_per_s / 1e9,
+                c.bytes_per_s / 1e9,
+                c.operation_s * 1e6,
+                1e6 * c.block_s if c.block_s else "-",
+                c.measured,
+            ]
             for c in here.values()
         ],
     )
@@ -99,8 +112,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _measured(device: str, dtype: str | None, told: Callable[[str], None]) -> Calibration:
-    """What the device reaches: on a product of matrices, on a matrix and a vector, on the smallest operation."""
+def measure_speed(
+    device: str,
+    dtype: str | None,
+    told: Callable[[str], None] = lambda what: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """What the device reaches: a product of matrices, a matrix and a vector, the smallest operation, blocks of a model.
+
+    Parameters
+    ----------
+    device, dtype : what and in what; None for float32 on a CPU and bfloat16 elsewhere
+    told : of each part before it is measured
+    clock : seconds
+
+    Raises
+    ------
+    MariotteError
+        When torch is missing, or the device or dtype is unknown or not here.
+    """
     import datetime
 
     from mariotte.errors import MariotteError
@@ -119,14 +149,16 @@ def _measured(device: str, dtype: str | None, told: Callable[[str], None]) -> Ca
     kind = find_dtype(name)
     square = torch.randn(_SQUARE, _SQUARE, device=where).to(kind)
     told("multiplying matrices")
-    product_s = _seconds(lambda: square @ square, where)
+    product_s = _seconds(lambda: square @ square, where, clock)
     rows = _BYTES // (_SQUARE * kind.itemsize)
     wide, vector = torch.randn(rows, _SQUARE, device=where).to(kind), torch.randn(_SQUARE, device=where).to(kind)
     told("reading memory")
-    read_s = _seconds(lambda: wide @ vector, where)
+    read_s = _seconds(lambda: wide @ vector, where, clock)
     small = torch.randn(8, 8, device=where)
     told("calling operations")
-    operation_s = _seconds(lambda: small + small, where, repeat=256)
+    operation_s = _seconds(lambda: small + small, where, clock, repeat=256)
+    told("calling blocks")
+    block_s, step_s = _blocks(where, kind, clock)
     return Calibration(
         machine=hardware(where),
         device=where.type,
@@ -135,14 +167,47 @@ def _measured(device: str, dtype: str | None, told: Callable[[str], None]) -> Ca
         flops_per_s=2.0 * _SQUARE**3 / product_s,
         bytes_per_s=float(wide.numel() * kind.itemsize) / read_s,
         operation_s=operation_s,
+        block_s=block_s,
+        step_s=step_s,
         measured=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
 
-def _seconds(operation: Callable[[], Any], where: Any, repeat: int = 1) -> float:
-    """The least of seven timings: what the device can do when nothing else disturbs it."""
-    import time
+def _blocks(where: Any, kind: Any, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds that a decoding step takes for each block, and beside all blocks, where there is next to nothing to do.
 
+    A tiny Llama of two depths: the difference is what calls cost, which for small models is all.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def step(layers: int) -> float:
+        sizes = LlamaConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            vocab_size=16,
+        )
+        model = LlamaForCausalLM(sizes).to(where, kind).eval()
+        ids = torch.zeros(1, 8, dtype=torch.long, device=where)
+        cache = model(ids, use_cache=True).past_key_values
+
+        def one() -> None:
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            cache.crop(-1)  # the token just written
+
+        return _seconds(one, where, clock, repeat=8)
+
+    with torch.no_grad():
+        few, many = step(_FEW), step(_MANY)
+    block_s = max((many - few) / (_MANY - _FEW), 1e-9)
+    return block_s, max(few - _FEW * block_s, 1e-9)
+
+
+def _seconds(operation: Callable[[], Any], where: Any, clock: Callable[[], float], repeat: int = 1) -> float:
+    """The least of seven timings: what the device can do when nothing else disturbs it."""
     import torch
 
     def wait() -> None:
@@ -153,9 +218,9 @@ def _seconds(operation: Callable[[], Any], where: Any, repeat: int = 1) -> float
     wait()
     found: list[float] = []
     for _ in range(7):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(repeat):
             operation()
         wait()
-        found.append((time.perf_counter() - began) / repeat)
+        found.append((clock() - began) / repeat)
     return min(found)

@@ -37,6 +37,8 @@ class Calibration:
     flops_per_s : multiplications and additions of large matrices
     bytes_per_s : read from memory while a large matrix meets one vector
     operation_s : of the smallest operation, with its call
+    block_s, step_s : what a decoding step of a tiny model takes for each block, and beside all blocks; None in
+        calibrations of earlier versions
     measured : UTC, ISO 8601
     """
 
@@ -48,6 +50,8 @@ class Calibration:
     bytes_per_s: float
     operation_s: float
     measured: str
+    block_s: float | None = None
+    step_s: float | None = None
 
 
 def calibration_file() -> Path:
@@ -144,8 +148,22 @@ def decode_seconds(model: Sized, left: Left, context: int, batch: int, calibrati
     weights = (left.n_bytes - table) * (1.0 if quantized else scale)
     cache = context * batch * cache_bytes_per_token(shape, BYTES[calibration.dtype])
     flops = batch * count_shape(shape, context=context).flops_per_token
-    waiting = shape.layers * OPERATIONS * calibration.operation_s
-    return max((weights + cache) / calibration.bytes_per_s, flops / calibration.flops_per_s) + waiting
+    return max((weights + cache) / calibration.bytes_per_s, flops / calibration.flops_per_s) + _calls(
+        shape, calibration
+    )
+
+
+def prompt_seconds(shape: Shape, tokens: int, calibration: Calibration) -> float:
+    """Seconds of reading a prompt of so many tokens: arithmetic, and the calls of operations beside it."""
+    flops = tokens * count_shape(shape, context=tokens // 2).flops_per_token
+    return flops / calibration.flops_per_s + _calls(shape, calibration)
+
+
+def _calls(shape: Shape, calibration: Calibration) -> float:
+    """Seconds of the calls of one forward pass, however little they compute."""
+    if calibration.block_s is None or calibration.step_s is None:
+        return shape.layers * OPERATIONS * calibration.operation_s
+    return shape.layers * calibration.block_s + calibration.step_s
 
 
 def training_seconds(shape: Shape, tokens: float, calibration: Calibration) -> float:
@@ -164,6 +182,7 @@ __all__ = [
     "decode_seconds",
     "find_calibration",
     "processor",
+    "prompt_seconds",
     "read_calibrations",
     "reading_seconds",
     "training_seconds",
