@@ -21,6 +21,7 @@ from mariotte.experiments.pipeline import compress_model
 from mariotte.models import checkpoint, paging
 from mariotte.models.load import load
 from mariotte.models.model import Model
+from mariotte.testing.large import large
 from mariotte.testing.tiny import random_tokens, tiny
 
 LARGE = (
@@ -91,59 +92,6 @@ print(json.dumps({"peak": peak, "seconds": found, "whole": whole}))
 """Runs chains with so many bytes of private memory beyond those of the program; then tries to load the model whole."""
 
 
-def large(folder: Path, *, hidden: int, layers: int, ffn: int) -> int:
-    """A random model of Llama's shape on disk in shards, made one block at a time; its bytes."""
-    source = load("testbed/qwen2-46k")
-    folder.mkdir(parents=True)
-    assert source.tokenizer is not None
-    source.tokenizer.save_pretrained(folder)
-    vocab = source.shape.vocab
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": hidden // 8,
-        "intermediate_size": ffn,
-        "vocab_size": vocab,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * (1.5 / shape[1] ** 0.5)
-
-    shards = {"ends": {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden)}}
-    shards["ends"]["model.norm.weight"] = torch.ones(hidden)
-    index: dict[str, str] = {}
-    total = 0
-    for layer in range(-1, layers):
-        if layer < 0:
-            name, tensors = "ends", shards["ends"]
-        else:
-            at = f"model.layers.{layer}"
-            name = f"{layer:03}"
-            tensors = {f"{at}.self_attn.{p}_proj.weight": matrix(hidden, hidden) for p in "qkvo"}
-            tensors |= {f"{at}.mlp.{p}_proj.weight": matrix(ffn, hidden) for p in ("gate", "up")}
-            tensors[f"{at}.mlp.down_proj.weight"] = matrix(hidden, ffn)
-            norms = ("input_layernorm", "post_attention_layernorm")
-            tensors |= {f"{at}.{p}.weight": 1 + 0.1 * torch.randn(hidden, generator=generator) for p in norms}
-        file = f"model-{name}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    stated = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(stated), encoding="utf-8")
-    return total
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -177,6 +125,7 @@ def under_a_limit(tmp_path: Path, texts: tuple[str, ...], *, hidden: int, layers
         assert loaded.done == unlimited.done
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits private memory, which Linux can")
 def test_a_model_of_four_times_the_memory(tmp_path: Path) -> None:
     under_a_limit(tmp_path, ("ffn@0.3",), hidden=320, layers=40, ffn=320)
