@@ -314,7 +314,7 @@ def stream_weights(
         with quiet_transformers():
             config = cast(PreTrainedConfig, AutoConfig.from_pretrained(folder, local_files_only=True))
             with torch.device("meta"):
-                made = LOADED_BY[entry.kind].from_config(config, attn_implementation="sdpa", dtype=dtype)
+                made = LOADED_BY[entry.kind].from_config(config, attn_implementation=entry.kernel, dtype=dtype)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     hf = cast(PreTrainedModel, made).eval()
