@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte.architectures import Need
 from mariotte.compress.quantize import Quantizer, packed_bytes
+from mariotte.compress.scope import in_scope
 from mariotte.models import packed
 from mariotte.models.model import Model
 
@@ -54,6 +55,10 @@ class FP8(Quantizer):
     def refuse(self, model: Model) -> str | None:
         if reason := super().refuse(model):
             return reason
+        # A subclass with a pass of its own, such as Falcon's, asks of packed weights what torchao does not give.
+        own = {type(m).__name__ for m in in_scope(model, self.scope).values() if type(m) is not nn.Linear}
+        if own:
+            return f"needs torch's own linear layers, and {model.entry.model_type} has {sorted(own)[0]}: take int8"
         return None if packed.installed() else f"needs torchao, which is not installed: {packed.INSTALL}, or take int8"
 
     @override
