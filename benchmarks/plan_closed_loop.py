@@ -34,8 +34,8 @@ from mariotte.plan.budget import read_budget
 from mariotte.plan.candidates import CUTS, candidates_of
 from mariotte.plan.probes import Bench, probe
 from mariotte.plan.search import planner
-from mariotte.plan.shapes import Sized
 from mariotte.plan.verify import execute
+from mariotte.shapes import Sized
 from mariotte.store import open_store
 from mariotte.testbed.zoo import NAMES
 

@@ -20,8 +20,8 @@ import transformers
 from mariotte.chain import parse
 from mariotte.cli.doctor import measure_speed
 from mariotte.locate import config_of
-from mariotte.plan.shapes import Sized, left_by
 from mariotte.plan.speed import decode_seconds, prompt_seconds
+from mariotte.shapes import Sized, left_by
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 256

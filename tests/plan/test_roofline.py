@@ -8,8 +8,8 @@ import pytest
 
 from mariotte.chain import parse
 from mariotte.locate import config_of
-from mariotte.plan.shapes import Sized, left_by
 from mariotte.plan.speed import Calibration, decode_seconds, prompt_seconds
+from mariotte.shapes import Sized, left_by
 
 NOTHING = Calibration(
     machine="here",

@@ -14,7 +14,7 @@ from mariotte.compress.quantize import Grouped, input_widths, misfit
 from mariotte.errors import ChainError, ModelError
 from mariotte.experiments.identity import Part
 from mariotte.models.model import Done, Model
-from mariotte.plan.shapes import Sized, left_by
+from mariotte.shapes import Sized, left_by
 
 
 def check(name: str, config: Mapping[str, Any], parts: Sequence[Part], done: Sequence[Done] = ()) -> None:

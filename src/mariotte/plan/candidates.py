@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mariotte.chain import Link, parse
 from mariotte.plan.pool import Parted, parted
 from mariotte.plan.quality import Asked, amount_of_recovery
-from mariotte.plan.shapes import Left, Sized, left_by
+from mariotte.shapes import Left, Sized, left_by
 
 CUTS = ("ffn", "slice", "slicegpt", "shortgpt", "prunenet-random")
 """Methods that a plan considers unless told otherwise: those that take parameters away. Zeros alone save nothing."""

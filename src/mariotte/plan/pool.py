@@ -13,7 +13,7 @@ from mariotte import chain as chains
 from mariotte.chain import Chain
 from mariotte.errors import StoreError
 from mariotte.laws.base import metric_kind
-from mariotte.plan.shapes import RECOVERIES
+from mariotte.shapes import RECOVERIES
 from mariotte.store.record import Record, digest
 
 SHIPPED = Path(__file__).parent / "testbed.csv"

@@ -17,7 +17,7 @@ from mariotte.plan.curves import NEAR_SIZE
 from mariotte.plan.experiments import propose
 from mariotte.plan.pool import Entry, parted
 from mariotte.plan.quality import Quality
-from mariotte.plan.shapes import Left, Sized, left_by, memory_bytes
+from mariotte.shapes import Left, Sized, left_by, memory_bytes
 
 CALIBRATION_TOKENS = 256 * 64
 """Read by a cut, about."""

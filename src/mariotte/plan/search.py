@@ -20,7 +20,7 @@ from mariotte.plan.candidates import CUTS, QUANTIZERS, candidates_of
 from mariotte.plan.pool import PUBLISHED, STANDS, Entry, of_records, parted, published, shipped, usable
 from mariotte.plan.quality import Quality, amount_of_recovery, believe
 from mariotte.plan.ranking import Planner
-from mariotte.plan.shapes import Sized
+from mariotte.shapes import Sized
 
 
 def planner(

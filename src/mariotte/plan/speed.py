@@ -13,7 +13,7 @@ from typing import Any, cast
 from mariotte.accounting import BYTES, count_shape
 from mariotte.architectures import Shape
 from mariotte.errors import MariotteError
-from mariotte.plan.shapes import Left, Sized, cache_bytes_per_token
+from mariotte.shapes import Left, Sized, cache_bytes_per_token
 
 FORMAT = 1
 

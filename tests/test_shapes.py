@@ -8,7 +8,7 @@ from mariotte.chain import parse
 from mariotte.evaluate.measures.memory import kv_bytes
 from mariotte.locate import config_of
 from mariotte.plan.pool import shipped
-from mariotte.plan.shapes import Sized, cache_bytes_per_token, left_by, memory_bytes
+from mariotte.shapes import Sized, cache_bytes_per_token, left_by, memory_bytes
 
 
 def test_every_shipped_record_is_foreseen_to_the_parameter() -> None:
