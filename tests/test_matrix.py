@@ -28,7 +28,7 @@ MIXTURES = [family for family, entry in FAMILIES.items() if entry.experts]
     [
         (["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"], STRUCTURED),
         (DECODERS, ("ffn", "heads", "shortgpt", "magnitude", "int8-dynamic")),
-        (MIXTURES, ("shortgpt", "experts")),
+        (MIXTURES, ("shortgpt", "experts", "expert-ffn")),
     ],
 )
 def test_nothing_is_taken_away(families: list[str], methods: tuple[str, ...]) -> None:

@@ -91,7 +91,7 @@ SAMPLE = {
     "phi": ("ffn",),
     "phi3": ("slice", "heads", "ffn"),
     "falcon": ("ffn",),
-    "qwen3_moe": ("experts",),
+    "qwen3_moe": ("experts", "expert-ffn"),
     "gpt_oss": ("experts", "heads"),
     "bart": ("magnitude",),
 }

@@ -3,6 +3,7 @@
 import pytest
 
 from mariotte.compress import METHODS
+from mariotte.compress.methods.expert_ffn import ExpertFFN
 from mariotte.compress.methods.experts import Experts
 from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.heads import Heads
@@ -24,7 +25,7 @@ CASES = [
     *cases([SparseGPT()], ["opt"]),
     *cases([Heads()], ["gpt2", "falcon", "olmo2"]),
     *cases([Heads(), FFN()], ["phi3"]),
-    *cases([Experts()], ["mixtral", "gpt_oss"]),
+    *cases([Experts(), ExpertFFN()], ["mixtral", "gpt_oss"]),
     *cases([ShortGPT(), Heads(), Magnitude()], ["gpt_oss"]),
 ]
 

@@ -149,7 +149,7 @@ def keep_expert_neurons(
         weights[names[ins.weight]] = turned(cast(nn.Module, ins), cut_OI)
         if ins.bias is not None:
             weights[names[ins.bias]] = torch.stack([ins.bias[expert, some] for expert, some in enumerate(rows)])
-        old_EDF = oriented(cast(nn.Module, down)).view(down.experts, -1, down.in_features)
+        old_EDF = expert_downs(block)
         new = [
             old_EDF[expert][:, kept_K.to(model.device)] if downs is None else downs[index][expert].to(old_EDF)
             for expert, kept_K in enumerate(kept[index])
@@ -158,6 +158,12 @@ def keep_expert_neurons(
     cut = derive(model, weights, {model.entry.ffn: width})
     _restate(cut, {"intermediate_dim": width, "intermediate_size": width})
     return cut
+
+
+def expert_downs(block: Block) -> Tensor:
+    """(E, D, F) the down projections of a block's experts."""
+    down = cast(Stacked, block.ffn[-1])
+    return oriented(cast(nn.Module, down)).view(down.experts, -1, down.in_features)
 
 
 def expert_rows(block: Block, kept_K: Tensor) -> Tensor:

@@ -300,8 +300,8 @@ class Step(ABC):
             return f"{reason}: take a model of another family, or magnitude, which works on all of them"
         if model.entry.experts and not self.mixtures and self.scope not in ("attention", "head"):
             return (
-                f"needs one MLP a block, and {model.entry.model_type} is a mixture of experts: take experts, shortgpt "
-                "or magnitude"
+                f"needs one MLP a block, and {model.entry.model_type} is a mixture of experts: take experts, "
+                "expert-ffn, shortgpt or magnitude"
             )
         if self.family in ("width", "slice") and model.shape.ranks is not None:
             return "needs whole matrices, and this model holds some as products of two: do it before svd-llm"
