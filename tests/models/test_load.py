@@ -51,7 +51,7 @@ def refused(name: str | Path, said: str, kind: type[MariotteError] = ModelError)
 
 def test_unknown_model_type(copy: Path) -> None:
     edit_config(copy, model_type="qwen9")
-    refused(copy, "no model type named 'qwen9'; did you mean 'qwen2'?", UnknownNameError)
+    refused(copy, "no model type named 'qwen9'; did you mean 'qwen3' or 'qwen2'?", UnknownNameError)
 
 
 def test_no_model_type(copy: Path) -> None:
