@@ -6,6 +6,7 @@ import pytest
 
 from mariotte.chain import parse
 from mariotte.evaluate.measures.memory import kv_bytes
+from mariotte.experiments.pipeline import compress_model
 from mariotte.locate import config_of
 from mariotte.plan.pool import shipped
 from mariotte.shapes import Sized, cache_bytes_per_token, left_by, memory_bytes
@@ -32,6 +33,17 @@ def test_what_is_obtained_is_what_records_obtained(method: str) -> None:
             left = left_by(Sized.of(entry.model, config_of(entry.model)), parse(entry.chain))
             assert left is not None
             assert left.obtained == pytest.approx(entry.obtained, abs=1e-6)
+
+
+@pytest.mark.parametrize("chain", ["sleb@0.5", "laco@0.4", "gptq@4", "ffn@0.3 | gptq@3(symmetric=true)"])
+def test_what_no_shipped_record_has_is_foreseen_too(chain: str) -> None:
+    model = Sized.of("testbed/qwen2-113k", config_of("testbed/qwen2-113k"))
+    made = compress_model(model.name, chain, calibration="testbed/all", rows=4)
+    left = left_by(model, parse(chain))
+    assert left is not None
+    assert left.n_params == made.counts.n_params
+    if left.bits is not None:
+        assert left.n_bytes == made.counts.n_bytes
 
 
 def test_steps_that_shapes_do_not_tell_of_are_unknown() -> None:

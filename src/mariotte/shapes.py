@@ -95,7 +95,7 @@ def left_by(model: Sized, chain: Chain) -> Left | None:
             if set(link.fields) - {"symmetric"} or link.scope not in (None, "all"):
                 return None
             bits = _QUANTIZERS[link.name](link)
-            zero_points = link.name == "rtn" and not link.fields.get("symmetric")
+            zero_points = link.name != "int8" and not link.fields.get("symmetric")
             continue
         if link.name not in _CUTS or link.amount is None or isinstance(link.amount, str) or "of" in link.fields:
             return None
@@ -213,15 +213,19 @@ _CUTS: Mapping[str, Callable[[Shape, Architecture, Link], _Cut | None]] = {
     "slice": _hidden,
     "slicegpt": _sliced,
     "shortgpt": _blocks,
+    "sleb": _blocks,
+    "laco": _blocks,
     "magnitude": _zeros,
     "wanda": _zeros,
     "sparsegpt": _zeros,
 }
 
-_QUANTIZERS: Mapping[str, Callable[[Link], int]] = {
-    "int8": lambda link: 8,
-    "rtn": lambda link: int(link.amount) if isinstance(link.amount, int | float) else 8,
-}
+
+def _asked_bits(link: Link) -> int:
+    return int(link.amount) if isinstance(link.amount, int | float) else 8
+
+
+_QUANTIZERS: Mapping[str, Callable[[Link], int]] = {"int8": lambda link: 8, "rtn": _asked_bits, "gptq": _asked_bits}
 
 
 def _amount(link: Link) -> float:

@@ -9,7 +9,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -418,6 +418,12 @@ class _AdvisoryLocks(Claims):
 
     @override
     def close(self) -> None:
+        if self._connection.closed:
+            return
+        # The server frees what an ended session held, but only when it notices; a session that is lost holds nothing.
+        if not self._connection.invalidated:
+            with suppress(exc.DBAPIError):
+                self._connection.execute(sa.text("SELECT pg_advisory_unlock_all()"))
         self._connection.close()
 
 
