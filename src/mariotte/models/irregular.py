@@ -108,8 +108,3 @@ def freeze_shortcuts_(hf: nn.Module) -> None:
     for module in hf.modules():
         if isinstance(module, Shortcut):
             module.weight.requires_grad_(False)
-
-
-def is_irregular(model_type: str) -> bool:
-    """Whether this is the model type of irregular models, which other programs read with the code in the folder."""
-    return model_type.startswith(IRREGULAR)
