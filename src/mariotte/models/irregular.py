@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from mariotte.architectures import IRREGULAR
 from mariotte.models.dynamic import restore_
 from mariotte.models.model import Model
 from mariotte.models.modeling_mariotte import (
