@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mariotte.architectures import Shape, shape
-from mariotte.errors import ModelError
+from mariotte.errors import ChainError, ModelError
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes a parameter, by the dtype's name in a config."""
@@ -198,6 +198,24 @@ def rounding(width: int, round_to: int | None = None, *, multiple_of: int = 1, a
     coarsest = max(general, width // 8)
     divisors = [d for d in range(general, 0, -1) if general % d == 0]
     return next((m for d in divisors if (m := math.lcm(d, multiple_of)) <= coarsest), multiple_of)
+
+
+def check_round_to(step: str, round_to: int | None, *, of: str) -> None:
+    """Refuse a `round_to` to which nothing can be rounded.
+
+    Parameters
+    ----------
+    step : whose field it is, as the message calls it
+    round_to : as asked for; None is `rounding`'s own choice
+    of : what is rounded, such as "neurons"
+
+    Raises
+    ------
+    ChainError
+        When it is below one.
+    """
+    if round_to is not None and round_to < 1:
+        raise ChainError(f"{step}: round_to must be a positive number of {of}, got {round_to}")
 
 
 def cut_width(width: int, amount: float, multiple: int) -> int:

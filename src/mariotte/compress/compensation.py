@@ -46,6 +46,23 @@ def with_ridge(moment_II: Tensor, ridge: float) -> Tensor:
     )
 
 
+def check_ridge(step: str, ridge: float) -> None:
+    """Refuse a `ridge` with which a second moment may not be invertible.
+
+    Parameters
+    ----------
+    step : whose field it is, as the message calls it
+    ridge : as asked for, a share of the mean diagonal
+
+    Raises
+    ------
+    ChainError
+        When it is not positive.
+    """
+    if not ridge > 0:
+        raise ChainError(f"{step}: ridge must be positive, such as 0.01, got {ridge}")
+
+
 @invertible()
 def obs_order(down_DF: Tensor, moment_FF: Tensor) -> Tensor:
     """Columns in the order in which optimal brain surgeon removes them.

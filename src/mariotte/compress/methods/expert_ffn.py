@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.accounting import check_round_to
 from mariotte.architectures import Need
 from mariotte.compress.calibration import check_finite, tokens_for
-from mariotte.compress.compensation import compensated, least_squares_factors, obs_order, with_ridge
+from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.mixture import Routed, expert_downs, keep_expert_neurons, refuse_dense, watch_experts
 from mariotte.compress.neurons import neuron_width, removed_with_neurons
-from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -71,10 +71,8 @@ class ExpertFFN(Step):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ridge > 0:
-            raise ChainError(f"expert-ffn: ridge must be positive, such as 0.01, got {self.ridge}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"expert-ffn: round_to must be a positive number of neurons, got {self.round_to}")
+        check_ridge(self.name(), self.ridge)
+        check_round_to(self.name(), self.round_to, of="neurons")
 
     @override
     def refuse(self, model: Model) -> str | None:

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.accounting import check_round_to
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, taylor, tokens_for, watching
-from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
+from mariotte.compress.compensation import (
+    check_ridge,
+    compensated,
+    invertible,
+    least_squares_factors,
+    obs_order,
+    with_ridge,
+)
 from mariotte.compress.neurons import (
     neuron_rows,
     neuron_weights,
@@ -136,8 +144,7 @@ class FFN(Step):
         super().__post_init__()
         if self.criterion not in CRITERIA:
             raise ChainError(f"ffn: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
-        if not self.ridge > 0:
-            raise ChainError(f"ffn: ridge must be positive, such as 0.01, got {self.ridge}")
+        check_ridge(self.name(), self.ridge)
         if not 0 <= self.correct <= 1:
             raise ChainError(f"ffn: correct must be a share in [0, 1], got {self.correct}")
         if self.sequential and not self.compensate and self.criterion in _BEFORE:
@@ -145,8 +152,7 @@ class FFN(Step):
                 f"ffn: sequential=true needs compensation or a criterion of activations, got criterion={self.criterion}"
                 " and compensate=false, which look at the uncut model alone: leave sequential out"
             )
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"ffn: round_to must be a positive number of neurons, got {self.round_to}")
+        check_round_to(self.name(), self.round_to, of="neurons")
 
     @override
     def refuse(self, model: Model) -> str | None:

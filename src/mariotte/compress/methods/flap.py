@@ -156,8 +156,7 @@ class FLAP(Step):
         super().__post_init__()
         if self.metric not in METRICS:
             raise ChainError(f"flap: metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"flap: round_to must be a positive number of neurons, got {self.round_to}")
+        accounting.check_round_to(self.name(), self.round_to, of="neurons")
 
     @override
     def refuse(self, model: Model) -> str | None:

@@ -27,7 +27,7 @@ from mariotte.compress.attention import (
     without_heads,
 )
 from mariotte.compress.calibration import check_finite, mean_squares, rows_at_once, second_moments, tokens_for
-from mariotte.compress.compensation import compensated, invertible, least_squares_factors, with_ridge
+from mariotte.compress.compensation import check_ridge, compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import gathered, parameter_names
 from mariotte.errors import ChainError
@@ -302,8 +302,7 @@ class Heads(Step):
             raise ChainError(f"heads: criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
         if self.by is not None and self.by not in BY:
             raise ChainError(f"heads: by must be one of {', '.join(BY)}, or left out, got {self.by!r}")
-        if not self.ridge > 0:
-            raise ChainError(f"heads: ridge must be positive, such as 0.01, got {self.ridge}")
+        check_ridge(self.name(), self.ridge)
 
     @override
     def refuse(self, model: Model) -> str | None:

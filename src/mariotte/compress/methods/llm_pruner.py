@@ -219,8 +219,7 @@ class LLMPruner(Step):
         for name, spared in (("first", self.first), ("last", self.last)):
             if spared is not None and spared < 0:
                 raise ChainError(f"llm-pruner: {name} must be a number of blocks, got {spared}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"llm-pruner: round_to must be a positive number of neurons, got {self.round_to}")
+        accounting.check_round_to(self.name(), self.round_to, of="neurons")
 
     def _pruned(self, model: Model) -> range:
         """The blocks that are not spared."""

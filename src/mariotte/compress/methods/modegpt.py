@@ -233,8 +233,7 @@ class MoDeGPT(Step):
                 )
         if not 0 <= self.queries <= 1:
             raise ChainError(f"modegpt: queries must be a share in [0, 1], got {self.queries}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"modegpt: round_to must be a positive number of neurons, got {self.round_to}")
+        accounting.check_round_to(self.name(), self.round_to, of="neurons")
 
     @property
     def _plain(self) -> bool:

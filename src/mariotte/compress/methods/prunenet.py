@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
+from mariotte.accounting import check_round_to
 from mariotte.architectures import Need
 from mariotte.compress.neurons import (
     keep_neurons,
@@ -269,8 +270,7 @@ class PruneNet(Step):
             raise ChainError(f"prunenet: learning_rate must be positive, such as 0.001, got {self.learning_rate}")
         if not 0 < self.discount <= 1:
             raise ChainError(f"prunenet: discount must be in (0, 1], got {self.discount}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"prunenet: round_to must be a positive number of neurons, got {self.round_to}")
+        check_round_to(self.name(), self.round_to, of="neurons")
 
     @override
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:

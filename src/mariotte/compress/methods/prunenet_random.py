@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from mariotte.accounting import check_round_to
 from mariotte.architectures import Need
 from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
-from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -66,8 +66,7 @@ class PruneNetRandom(Step):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"{self.name()}: round_to must be a positive number of neurons, got {self.round_to}")
+        check_round_to(self.name(), self.round_to, of="neurons")
 
     @override
     def refuse(self, model: Model) -> str | None:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import rms_normalised, second_moments
-from mariotte.compress.compensation import compensated, least_squares_factors, with_ridge
+from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, with_ridge
 from mariotte.compress.rotation import cannot_turn, principal_directions
 from mariotte.compress.surgery import (
     cut_width,
@@ -27,7 +27,6 @@ from mariotte.compress.surgery import (
     rounding,
     set_norm_eps_,
 )
-from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.paging import pieces
 from mariotte.models.step import Context, Prepared, Step
@@ -99,10 +98,8 @@ class Slice(Step):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ridge > 0:
-            raise ChainError(f"slice: ridge must be positive, such as 0.01, got {self.ridge}")
-        if self.round_to is not None and self.round_to < 1:
-            raise ChainError(f"slice: round_to must be a positive number of dimensions, got {self.round_to}")
+        check_ridge(self.name(), self.ridge)
+        accounting.check_round_to(self.name(), self.round_to, of="dimensions")
 
     @override
     def refuse(self, model: Model) -> str | None:

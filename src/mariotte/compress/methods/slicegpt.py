@@ -207,8 +207,7 @@ class SliceGPT(Step):
         super().__post_init__()
         if self.orientation not in ORIENTATIONS:
             raise ChainError(f"slicegpt: orientation must be {' or '.join(ORIENTATIONS)}, got {self.orientation!r}")
-        if self.round_to < 1:
-            raise ChainError(f"slicegpt: round_to must be a positive number of dimensions, got {self.round_to}")
+        accounting.check_round_to(self.name(), self.round_to, of="dimensions")
 
     @override
     def refuse(self, model: Model) -> str | None:
