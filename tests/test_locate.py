@@ -88,6 +88,12 @@ def test_what_is_no_folder_and_no_id_is_refused(name: str) -> None:
         peek_config(name)
 
 
+@pytest.mark.parametrize("name", ["qwen2-345k", "testbed:qwen2-345k", "Testbed/qwen2-345k", "./qwen2-345k"])
+def test_a_model_of_the_testbed_is_told_by_its_whole_name(name: str) -> None:
+    with pytest.raises(ModelError, match="the model that comes with the package is called testbed/qwen2-345k"):
+        folder_of(name)
+
+
 def test_the_cache_is_read_offline(cache: Path) -> None:
     folder = cache / "models--org--name"
     (folder / "refs").mkdir(parents=True)

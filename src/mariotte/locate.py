@@ -40,14 +40,17 @@ def folder_of(name: str) -> Path | None:
     UnknownNameError
         When `name` is ``testbed/...`` and the testbed has no such model.
     """
+    known = {f"testbed/{folder.name}" for folder in TESTBED.iterdir() if (folder / "config.json").is_file()}
     if name.startswith("testbed/"):
-        known = {f"testbed/{folder.name}" for folder in TESTBED.iterdir() if (folder / "config.json").is_file()}
         if name not in known:
             raise unknown("testbed model", name, known)
         return TESTBED / name.removeprefix("testbed/")
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
+    meant = f"testbed/{re.split('[:/]', name)[-1]}"
+    if meant in known:  # the hub need not be asked for it
+        raise ModelError(f"no model folder at {name}: the model that comes with the package is called {meant}")
     if _HUB_ID.fullmatch(name) is None:
         raise ModelError(
             f"no model folder at {name}: give an existing folder, testbed/NAME or a hub id such as org/name"

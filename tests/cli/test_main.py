@@ -358,6 +358,29 @@ def test_progress_of_an_unknown_total_and_an_end_by_an_error(capsys: pytest.Capt
     assert capsys.readouterr().err.splitlines() == ["study: started", "study: stopped at 3 after 0 s"]
 
 
+def test_progress_of_what_nothing_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 8))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+
+    def work(error: bool) -> None:
+        with console.progress("compress") as update:
+            update(0, text="prepare")
+            update(0, text="apply")
+            if error:
+                raise ValueError
+
+    work(error=False)
+    with pytest.raises(ValueError):  # noqa: PT011
+        work(error=True)
+    so_far = ["compress: started", "compress: 16 s so far (apply)"]
+    assert capsys.readouterr().err.splitlines() == [
+        *so_far,
+        "compress: done in 24 s",
+        *so_far,
+        "compress: stopped after 24 s",
+    ]
+
+
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -209,7 +209,10 @@ def _lines(description: str, total: float | None) -> Generator[Update]:
             print(one_line(f"{description}: {text}"), file=sys.stderr, flush=True)
 
     def amount() -> str:
-        return f"{done:g}" if goal is None else f"{done:g} of {goal:g}"
+        """How much is done; nothing where there is neither an end nor a count."""
+        if goal is None:
+            return f"{done:g}" if done else ""
+        return f"{done:g} of {goal:g}"
 
     def update(
         advance: float = 1,
@@ -225,7 +228,7 @@ def _lines(description: str, total: float | None) -> Generator[Update]:
         if now - printed < PLAIN_LINE_EVERY_S:
             return
         printed = now
-        parts = [amount(), f"{duration(now - started)} so far"]
+        parts = [*filter(None, [amount()]), f"{duration(now - started)} so far"]
         if goal is not None and 0 < done < goal:
             parts.append(f"about {duration((now - started) * (goal - done) / done)} left")
         line(", ".join(parts) + (f" ({text})" if text else ""))
@@ -234,9 +237,9 @@ def _lines(description: str, total: float | None) -> Generator[Update]:
     try:
         yield update
     except BaseException:
-        line(f"stopped at {amount()} after {duration(time.monotonic() - started)}")
+        line(f"stopped{f' at {amount()}' if amount() else ''} after {duration(time.monotonic() - started)}")
         raise
-    line(f"done, {amount()} in {duration(time.monotonic() - started)}")
+    line(f"done{f', {amount()}' if amount() else ''} in {duration(time.monotonic() - started)}")
 
 
 def duration(seconds: float) -> str:

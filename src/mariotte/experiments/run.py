@@ -23,7 +23,7 @@ from mariotte.experiments.environment import environment
 from mariotte.experiments.pipeline import Outcome, Task, now
 from mariotte.experiments.runners.inline import inline
 from mariotte.experiments.runners.processes import processes
-from mariotte.experiments.runners.ray import on_ray
+from mariotte.experiments.runners.ray import check_answers, on_ray
 from mariotte.experiments.study import Study, read
 from mariotte.experiments.tree import grow
 from mariotte.locate import read_config
@@ -98,6 +98,8 @@ def check(study: Study) -> Plan:
         corpora.find(study.calibration.corpus)
     if study.run.runner != "ray":  # whose workers may have what this machine lacks
         find_device(study.run.device)
+    elif study.run.ray_address not in (None, "auto", "local"):
+        check_answers(study.run.ray_address)
     if len(set(study.models)) < len(study.models):
         raise StudyError(f"study {study.name!r} names a model twice: name each once")
     for name in study.models:

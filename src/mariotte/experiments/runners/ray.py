@@ -26,7 +26,7 @@ from mariotte.experiments.pipeline import Held, Outcome, Task
 from mariotte.experiments.work import Said, Work, add, narrate
 from mariotte.models.step import Counters
 
-__all__ = ["on_ray"]
+__all__ = ["check_answers", "on_ray"]
 
 TRIES = 3
 """How often workers may die at an experiment before it fails: a node that goes takes innocent ones with it."""
@@ -69,7 +69,7 @@ def _package() -> Any:
         ) from error
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """See that something at `address` answers as Ray's head does, which Ray itself would try for two minutes.
 
     Raises
@@ -132,7 +132,7 @@ def _connected(address: str | None, cpus: float, gpus: float, workers: int | Non
             )
         else:
             if address != "auto":
-                _check_answers(address)
+                check_answers(address)
             ray.init(address=address, **quiet)
     except MariotteError:
         raise
