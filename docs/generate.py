@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import mariotte
 from mariotte import architectures
 from mariotte.experiments.identity import find_step, step_names
 from mariotte.models.model import Model
@@ -27,7 +28,7 @@ from mariotte.testing.methods import context_of, middle, reads_text
 from mariotte.testing.tiny import tiny
 
 PAGES = Path(__file__).parent / "methods"
-BIBLIOGRAPHY = Path(inspect.getfile(architectures)).parent / "references.bib"
+BIBLIOGRAPHY = Path(inspect.getfile(mariotte)).parent / "references.bib"
 
 OPEN, CLOSE = "<!-- generated: {} (python docs/generate.py) -->", "<!-- end of what is generated -->"
 

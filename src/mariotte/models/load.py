@@ -211,7 +211,7 @@ def load(
     ------
     ModelError
         When there is no such model, it has no weights in safetensors, its weights do not match its config, or its
-        family is not described in ``architectures.py``, or cannot be streamed.
+        family is not described in ``architectures/``, or cannot be streamed.
     """
     name = os.fspath(name_or_path)
     if not name.strip():

@@ -57,7 +57,7 @@ def tiny(
 
     Parameters
     ----------
-    model_type : a family of ``architectures.py``
+    model_type : a family of ``architectures/families.py``
     experts, active : of a mixture, its MLPs and how many of them a token takes
     hidden, layers, heads, kv_heads, head_dim, ffn, vocab, tied : sizes; `head_dim` None takes ``hidden // heads``. A
         family whose config has no key for one of them goes without; an encoder is made like the decoder
