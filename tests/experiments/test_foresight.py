@@ -8,8 +8,8 @@ import pytest
 
 from mariotte import architectures
 from mariotte import chain as chains
-from mariotte.compress.quantize import input_widths
 from mariotte.compress.scope import in_scope, oriented
+from mariotte.cuts import input_widths
 from mariotte.errors import ChainError, MariotteError, ModelError
 from mariotte.experiments import foresight, identity
 from mariotte.experiments.pipeline import Task, compress_model, perform

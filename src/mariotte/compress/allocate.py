@@ -268,28 +268,3 @@ def _walked(
         amounts[block] += given
         left -= given * sizes[block]
     return amounts, max(left, 0.0)
-
-
-def whole(amounts: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Amounts of parts in whole parameters that add up to `total`.
-
-    Parameters
-    ----------
-    amounts : of each part, in [0, 1)
-    sizes : parameters of each part
-    total : what they come to; within the number of parts of sum(amounts · sizes)
-
-    Returns
-    -------
-    Parameters of each part, at most one away from its amount: those with the largest remainders are rounded up
-    """
-    wanted = [amount * size for amount, size in zip(amounts, sizes, strict=True)]
-    counts = [int(parameters) for parameters in wanted]
-    missing = total - sum(counts)
-    # Rounded before they are compared: of remainders that differ by float error the first goes up.
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-round(wanted[i] - counts[i], 6), i))
-    possible = [i for i in by_remainder if counts[i] < sizes[i]]
-    assert 0 <= missing <= len(possible), (missing, amounts, sizes, total)
-    for i in possible[:missing]:
-        counts[i] += 1
-    return counts

@@ -1,11 +1,10 @@
-"""Fewer attention heads: which numbers of them a family can hold, and what its matrices become.
+"""Fewer attention heads: what a model's matrices become.
 
 Shapes: D model width, N query heads, K key-value heads, H head width.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -15,63 +14,12 @@ from torch import Tensor, nn
 from mariotte.architectures import Shape
 from mariotte.compress.scope import oriented, turned
 from mariotte.compress.surgery import derive
-from mariotte.models.irregular import HEADS
 from mariotte.models.model import Block, Model
-
-BY = ("queries", "groups")
-"""How heads go: a query head of every group at a time, or whole groups."""
 
 
 def columns_of(heads: Sequence[int], width: int) -> list[int]:
     """Columns of the output projection that read some heads, in the heads' order."""
     return [column for head in heads for column in range(head * width, (head + 1) * width)]
-
-
-def kept_counts(shape: Shape, by: str) -> list[tuple[int, int]]:
-    """Query and key-value heads left after each removal of `removal_order` that leaves all groups equal, all first."""
-    per_group = shape.heads // shape.kv_heads
-    if by == "groups":
-        whole = [(groups * per_group, groups) for groups in range(shape.kv_heads, 0, -1)]
-        return whole + [(heads, 1) for heads in range(per_group - 1, 0, -1)]
-    even = [(shape.kv_heads * heads, shape.kv_heads) for heads in range(per_group, 0, -1)]
-    return even + [(heads, heads) for heads in range(shape.kv_heads - 1, 0, -1)]
-
-
-def possible_counts(model: Model, by: str) -> list[tuple[int, int]]:
-    """The counts of query and key-value heads that the family's config can state, all first; see `kept_counts`."""
-    shape = model.shape
-    # A class of ours states the head size beside the others, and asks for nothing.
-    strict = model.entry.hidden_multiple_of_heads and bool(model.entry.head_dim)
-    return [
-        (heads, groups)
-        for heads, groups in kept_counts(shape, by)
-        if heads == shape.heads or not strict or shape.hidden % heads == 0
-    ]
-
-
-def largest_gap(choices: Sequence[tuple[int, int]]) -> int:
-    """Heads between two neighbouring choices, at most; 1 when there is a single one."""
-    return max((above - below for (above, _), (below, _) in itertools.pairwise(choices)), default=1)
-
-
-def refuse_heads(model: Model) -> str | None:
-    """Why heads cannot be taken from `model`, or None when they can; as `Step.refuse`."""
-    entry = model.entry
-    if not entry.head_dim and entry.model_type not in HEADS:
-        return (
-            f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden "
-            "size: take ffn or shortgpt"
-        )
-    if entry.slopes:
-        return (
-            f"needs heads that do not depend on their place, and this {entry.model_type} has scores that do (ALiBi): "
-            "take ffn or shortgpt"
-        )
-    if model.shape.attentions is not None:
-        return "removes the same number of heads from each block, and the blocks of this model differ: take ffn"
-    if model.shape.widths is not None:
-        return "needs heads whose queries and values are as wide as the config says, and these are not: do it before"
-    return None
 
 
 def head_weights(

@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import nn
 
 from mariotte import accounting
-from mariotte.compress.surgery import cut_width
 from mariotte.models.model import Model
 
 BY_BLOCK = ("ffn_sizes", "head_sizes", "width_sizes", "ranks")
@@ -68,25 +67,6 @@ def keep_blocks(model: Model, kept: Sequence[int], *, share: bool = False) -> Mo
     )
 
 
-def kept_blocks(model: Model, amount: int | float) -> int:
-    """How many blocks stay when a share of them should go: at least one."""
-    return cut_width(model.shape.layers, amount, 1)
-
-
 def removed_with_blocks(model: Model, left: int) -> int:
     """Parameters that go when `left` blocks stay, from shapes alone."""
     return model.counts.n_params - accounting.count_shape(replace(model.shape, layers=left)).n_params
-
-
-def refuse_unlike_blocks(model: Model) -> str | None:
-    """Why a method that counts blocks cannot work on `model`, or None when it can; as `Step.refuse`."""
-    shape = model.shape
-    if shape.shortcuts:
-        return "needs one stream through all blocks, and this one goes through shortcut matrices: remove blocks first"
-    if shape.ffns is not None and len(set(shape.ffns)) > 1:
-        return "counts blocks of one size, and these have feed-forward widths of their own: remove blocks first"
-    if shape.attentions is not None and len(set(shape.attentions)) > 1:
-        return "counts blocks of one size, and these have numbers of heads of their own: remove blocks first"
-    if any(sizes is not None and len(set(sizes)) > 1 for sizes in (shape.widths, shape.ranks)):
-        return "counts blocks of one size, and these have widths of heads or ranks of their own: remove blocks first"
-    return None

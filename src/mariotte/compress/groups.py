@@ -5,26 +5,16 @@ Shapes: N query heads, F neurons of a block, K neurons kept, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mariotte import accounting
-from mariotte.architectures import Shape
-from mariotte.compress.attention import (
-    head_weights,
-    kept_counts,
-    largest_gap,
-    possible_counts,
-    refuse_heads,
-    without_heads,
-)
-from mariotte.compress.neurons import keep_neurons, neuron_weights, neuron_width, refuse_unequal_widths
+from mariotte.compress.attention import head_weights, without_heads
+from mariotte.compress.neurons import keep_neurons, neuron_weights
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.models.irregular import CLASSES
 from mariotte.models.model import Model
 
 SCOPES = ("all", "attention", "ffn")
@@ -46,57 +36,6 @@ def ranked_heads(importance_N: Tensor, groups: int) -> list[int]:
         heads = range(group * per_group, (group + 1) * per_group)
         found += sorted(heads, key=lambda head: -float(importance_N[head]))
     return found
-
-
-def refuse_groups(model: Model, scope: str) -> str | None:
-    """Why equally many groups cannot be taken from blocks of `model`, or None when they can; as `Step.refuse`."""
-    heads = None if scope == "ffn" else refuse_heads(model)
-    if heads and scope == "all":
-        heads = f"{heads}, or neurons alone with the scope ffn"
-    return heads or (None if scope == "attention" else refuse_unequal_widths(model))
-
-
-def refuse_irregular(model: Model) -> str | None:
-    """Why blocks of `model` cannot get sizes of their own, in a clause without its end; None when they can."""
-    if model.entry.model_type not in CLASSES:
-        return f"needs a class for blocks of different sizes, and {model.entry.model_type} has none"
-    return None
-
-
-def equal_shape(
-    model: Model, amount: float, scope: str, round_to: int | None, *, irregular: bool = False
-) -> tuple[Shape, float]:
-    """The sizes of a model whose blocks all lose a share of their heads and of their neurons.
-
-    Parameters
-    ----------
-    amount : share of either, in [0, 1)
-    scope : one of SCOPES
-    round_to : multiple to which neurons are rounded, as in `neuron_width`
-    irregular : take numbers of heads that the family's config may refuse, too
-
-    Returns
-    -------
-    The shape, and how far a share may be from the one asked for
-    """
-    shape, rounding = model.shape, 0.0
-    heads, groups, ffn = shape.heads, shape.kv_heads, shape.ffn
-    if scope != "ffn":
-        choices = kept_counts(shape, "groups") if irregular else possible_counts(model, "groups")
-        asked = heads * (1 - amount)
-        heads, groups = min(choices, key=lambda kept: (round(abs(kept[0] - asked), 9), -kept[0]))
-        rounding = largest_gap(choices) / shape.heads
-    if scope != "attention":
-        ffn, multiple = neuron_width(model, amount, round_to)
-        rounding = max(rounding, multiple / shape.ffn)
-    return replace(shape, heads=heads, kv_heads=groups, ffn=ffn), rounding
-
-
-def removed_share(before: Shape, after: Shape, scope: str) -> float:
-    """Share of the parameters of attention and MLPs, as far as they are in scope, that went."""
-    old, new = accounting.count_shape(before), accounting.count_shape(after)
-    total = (old.attention if scope != "ffn" else 0) + (old.ffn if scope != "attention" else 0)
-    return (old.attention - new.attention + old.ffn - new.ffn) / total
 
 
 @torch.no_grad()
@@ -172,16 +111,3 @@ def _equally_cut(model: Model, heads: Sequence[Sequence[int]] | None, neurons: S
     (count,) = {len(kept) for kept in heads}
     (groups,) = {len({head // (shape.heads // shape.kv_heads) for head in kept}) for kept in heads}
     return without_heads(cut, weights, count, groups)
-
-
-def sizes_by_block(shape: Shape, kept: Mapping[int, Shape]) -> Shape:
-    """The sizes of a model some of whose blocks have the sizes of others.
-
-    Parameters
-    ----------
-    shape : of the model
-    kept : by the number of a block a shape that says how many heads and neurons it has now
-    """
-    heads = [(kept[i].heads, kept[i].kv_heads) if i in kept else shape.heads_of(i) for i in range(shape.layers)]
-    ffns = [kept[i].ffn if i in kept else shape.ffn_of(i) for i in range(shape.layers)]
-    return replace(shape, attentions=tuple(heads), ffns=tuple(ffns))

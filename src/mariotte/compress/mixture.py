@@ -38,13 +38,6 @@ class Routed:
     output_SD: Tensor
 
 
-def refuse_dense(model: Model) -> str | None:
-    """Why experts cannot be taken from `model`, or None when they can; as `Step.refuse`."""
-    if not model.entry.experts:
-        return f"needs a mixture of experts, and {model.entry.model_type} has one MLP a block: take ffn"
-    return None
-
-
 @torch.no_grad()
 def watch_experts(
     model: Model, context: Context, step: str, gather: Callable[[int, Routed], None], tokens: Callable[[int], None]

@@ -13,31 +13,8 @@ from torch import Tensor
 
 from mariotte import accounting
 from mariotte.compress.scope import oriented, turned
-from mariotte.compress.surgery import cut_width, derive, gathered, parameter_names, rounding
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.models.model import Block, Model
-
-
-def neuron_width(model: Model, amount: float, round_to: int | None) -> tuple[int, int]:
-    """The neurons that are kept in each block, and the multiple to which they are rounded.
-
-    Parameters
-    ----------
-    amount : share of the neurons to remove, in [0, 1)
-    round_to : asked for; None takes 128 in models at least 1024 wide, 8 in smaller ones
-    """
-    shape = model.shape
-    multiple = rounding(shape.ffn, round_to, at=shape.hidden)
-    return cut_width(shape.ffn, amount, multiple), multiple
-
-
-def refuse_unequal_widths(model: Model) -> str | None:
-    """Why a method that keeps one width cannot work on `model`, or None when it can; as `Step.refuse`."""
-    if model.shape.ffns is not None:
-        return (
-            "removes the same number of neurons from each block, and the blocks of this model differ in width: "
-            "take heads or magnitude"
-        )
-    return None
 
 
 def removed_with_neurons(model: Model, width: int) -> int:

@@ -10,17 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mariotte.architectures import Architecture
-
-
-def cannot_turn(entry: Architecture) -> str | None:
-    """Why the stream of a family cannot be rotated, in a clause after a method's name; None when it can."""
-    if not entry.rms_norm:
-        return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
-    if not entry.turns:
-        return f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
-    return None
-
 
 def principal_directions(moment_DD: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal directions of a second moment, the largest first.

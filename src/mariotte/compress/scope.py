@@ -13,13 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from mariotte import accounting
 from mariotte.compress.surgery import derive, parameter_names
+from mariotte.cuts import PARTS as PARTS
 from mariotte.models.model import Model, Stacked
 
 SCOPES = ("all", "attention", "ffn", "head")
 """Of the methods that work on matrices one by one, wherever they stand."""
-
-PARTS = {"all": {"attention", "ffn"}, "attention": {"attention"}, "ffn": {"ffn"}, "head": {"head"}}
-"""What each scope covers: the head is no part of the blocks, and of no other scope."""
 
 
 def in_scope(model: Model, scope: str) -> dict[str, nn.Linear]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mariotte.architectures import Need, Shape
 from mariotte.chain import Link, print_number
+from mariotte.cuts import refuse_by_family
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
 from mariotte.models.paging import pieces, read_header, write_file
@@ -296,15 +297,14 @@ class Step(ABC):
 
     def refuse(self, model: Model) -> str | None:
         """Why this step cannot work on `model`, in a clause after its name, or None when it can; extend it."""
-        if reason := model.entry.lacking(self.needs):
-            return f"{reason}: take a model of another family, or magnitude, which works on all of them"
-        if model.entry.experts and not self.mixtures and self.scope not in ("attention", "head"):
-            return (
-                f"needs one MLP a block, and {model.entry.model_type} is a mixture of experts: take experts, "
-                "expert-ffn, shortgpt or magnitude"
-            )
-        if self.family in ("width", "slice") and model.shape.ranks is not None:
-            return "needs whole matrices, and this model holds some as products of two: do it before svd-llm"
+        cuts_widths = self.family in ("width", "slice")
+        return refuse_by_family(model, self.needs, mixtures=self.mixtures, cuts_widths=cuts_widths, scope=self.scope)
+
+    def refuse_device(self, device: torch.device) -> str | None:
+        """Why what this step makes cannot be computed with on a device, in a clause after its name; None when it can.
+
+        Asked before any work, of a whole chain, and by whoever runs the step; `prepare` and `apply` do not ask.
+        """
         return None
 
     def makes_plain(self, model: Model) -> bool:

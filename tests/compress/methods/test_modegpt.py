@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,11 +18,12 @@ from mariotte.compress.allocate import by_influence
 from mariotte.compress.calibration import Means, observe, outer
 from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.heads import Heads
-from mariotte.compress.methods.modegpt import MoDeGPT, kept_sizes, leverage_order, pair_order, value_basis
+from mariotte.compress.methods.modegpt import MoDeGPT, leverage_order, pair_order, spread_by_influence, value_basis
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.compress.methods.svd_llm import SVDLLM
 from mariotte.compress.surgery import derive
+from mariotte.cuts import kept_of_all
 from mariotte.errors import ChainError, ModelError
 from mariotte.evaluate.measures.memory import kv_bytes
 from mariotte.models import checkpoint
@@ -76,17 +78,17 @@ def test_no_other_basis_of_values_loses_less(kept):
     ],
 )
 def test_sizes_are_multiples_and_their_sum_is_told_by_shapes(sizes, share, multiple, kept):
-    found = kept_sizes(sizes, share, multiple, [0.0, 0.0], 1.0)
+    found = kept_of_all(sizes, share, multiple, partial(spread_by_influence, [0.0, 0.0], 1.0))
     assert sorted(found) == sorted(kept)
     for influence in ([0.9, 0.1], [0.0, 3.0]):
-        other = kept_sizes(sizes, share, multiple, influence, 1.0)
+        other = kept_of_all(sizes, share, multiple, partial(spread_by_influence, influence, 1.0))
         assert sum(other) == sum(found)
         assert all(size % multiple == 0 or size == before for size, before in zip(other, sizes, strict=True))
 
 
 def test_blocks_that_matter_lose_less_by_the_entropic_rule():
     influence = [0.9, 0.1, 0.2]
-    kept = kept_sizes([1001] * 3, 0.4, 1, influence, 1.0)
+    kept = kept_of_all([1001] * 3, 0.4, 1, partial(spread_by_influence, influence, 1.0))
     lost = [(1001 - size) / 1000 for size in kept]
     wanted = by_influence(sum(lost) / 3, influence, [1, 1, 1], temperature=1.0)
     assert lost == pytest.approx(wanted, abs=1e-3)

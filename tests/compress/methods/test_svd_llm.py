@@ -19,9 +19,10 @@ from mariotte.compress.methods.magnitude import Magnitude
 from mariotte.compress.methods.rtn import RTN
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slicegpt import SliceGPT
-from mariotte.compress.methods.svd_llm import SVDLLM, output_directions, rank_left
+from mariotte.compress.methods.svd_llm import SVDLLM, output_directions
 from mariotte.compress.methods.wanda import Wanda
 from mariotte.compress.walk import Walk
+from mariotte.cuts import rank_left
 from mariotte.errors import DataError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load

@@ -27,13 +27,12 @@ from mariotte.compress.compensation import (
 from mariotte.compress.neurons import (
     neuron_rows,
     neuron_weights,
-    neuron_width,
-    refuse_unequal_widths,
     removed_with_neurons,
 )
 from mariotte.compress.scope import oriented, turned
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered, parameter_names
+from mariotte.cuts import neuron_width, refuse_unequal_widths
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step

@@ -19,15 +19,21 @@ from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, observe
 from mariotte.compress.groups import (
     SCOPES,
-    equal_shape,
     keep_groups,
     ranked_heads,
-    refuse_groups,
-    refuse_irregular,
-    removed_share,
 )
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import rounding
+from mariotte.cuts import (
+    bounds_of_groups,
+    equal_shape,
+    group_sizes,
+    heads_at_once,
+    refuse_groups,
+    refuse_irregular,
+    removed_of_groups,
+    removed_share,
+)
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -181,34 +187,9 @@ class FLAP(Step):
     def _there(self) -> tuple[str, ...]:
         return tuple(part for part in ("attention", "ffn") if self.scope in ("all", part))
 
-    def _sizes(self, model: Model) -> list[tuple[int, int, int]]:
-        """Of every block the parameters of a group of heads, of a neuron, and neurons of which all are multiples."""
-        shape = model.shape
-        multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
-        return [(*_group_sizes(shape, index), multiple) for index in range(shape.layers)]
-
     def _bounds(self, model: Model) -> tuple[int, int, int]:
         """Parameters of all groups in scope, of those that stay in any case, and of the largest part."""
-        total = stays = largest = 0
-        shape = model.shape
-        for index, (head, neuron, multiple) in enumerate(self._sizes(model)):
-            ffn = shape.ffn_of(index)
-            for there, size, count, at_once in (
-                ("attention", head, len(_head_groups(shape, index)), 1),
-                ("ffn", neuron, ffn, min(multiple, ffn)),
-            ):
-                if there in self._there:
-                    total += size * count
-                    stays += size * at_once
-                    largest = max(largest, size * at_once)
-        return total, stays, largest
-
-    def _biases(self, model: Model) -> int:
-        """Parameters of the biases that the result has and the model has not."""
-        shape = model.shape
-        if not self.compensate:
-            return 0
-        return shape.layers * shape.hidden * (2 - shape.output_bias - (shape.mlp_bias or shape.down_bias))
+        return bounds_of_groups(model.shape, self.scope, self.round_to)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
@@ -216,15 +197,13 @@ class FLAP(Step):
         if self.uniform:
             after, _ = equal_shape(model, amount, self.scope, self.round_to)
             return model.counts.n_params - accounting.count_shape(after).n_params
-        total, stays, _ = self._bounds(model)
-        target = min(round(total * amount), total - stays)
-        return target - self._biases(model) if target else 0
+        return removed_of_groups(model.shape, amount, self.scope, self.round_to, biases=self.compensate)[0]
 
     @override
     def slack(self, model: Model) -> int:
         if self.uniform:
             return 0
-        return self._bounds(model)[2] + self._biases(model)
+        return removed_of_groups(model.shape, 0.0, self.scope, self.round_to, biases=self.compensate)[1]
 
     @override
     @torch.no_grad()
@@ -304,7 +283,9 @@ class FLAP(Step):
         total, stays, _ = self._bounds(model)
         parts: list[Part] = []
         scores: list[float] = []
-        for index, (tensors, (head, neuron, multiple)) in enumerate(zip(found, self._sizes(model), strict=True)):
+        multiple = rounding(shape.ffn, self.round_to, at=shape.hidden)
+        for index, tensors in enumerate(found):
+            head, neuron = group_sizes(shape, index)
             if "attention" in tensors:
                 score_N = standardised(tensors["attention"]).view(shape.heads_of(index)[0], -1).mean(1)
                 of_parts = [(group, float(score_N[group].mean())) for group in _head_groups(shape, index)]
@@ -359,8 +340,7 @@ class FLAP(Step):
 
 def _head_groups(shape: Shape, layer: int) -> list[list[int]]:
     """Query heads of a block that go together: those of a key-value head, or each alone where all share one."""
-    heads, groups = shape.heads_of(layer)
-    at_once = heads // groups if groups > 1 else 1
+    heads, at_once = shape.heads_of(layer)[0], heads_at_once(shape, layer)
     return [list(range(start, start + at_once)) for start in range(0, heads, at_once)]
 
 
@@ -368,14 +348,3 @@ def _groups_of(shape: Shape, layer: int, kept: Sequence[int]) -> int:
     """Key-value heads that some query heads of a block share."""
     heads, groups = shape.heads_of(layer)
     return len({head // (heads // groups) for head in kept})
-
-
-def _group_sizes(shape: Shape, layer: int) -> tuple[int, int]:
-    """Parameters that go with a group of heads of a block, and with a neuron."""
-    heads, groups = shape.heads_of(layer)
-    at_once = heads // groups if groups > 1 else 1
-    alone = replace(shape, layers=1, attentions=None, ffns=None, heads=heads, kv_heads=groups, ffn=shape.ffn_of(layer))
-    one, two = (replace(alone, heads=at_once * n, kv_heads=n if groups > 1 else 1) for n in (1, 2))
-    narrow, wide = (replace(alone, ffn=n) for n in (1, 2))
-    counts = [accounting.count_shape(s).n_params for s in (one, two, narrow, wide)]
-    return counts[1] - counts[0], counts[3] - counts[2]

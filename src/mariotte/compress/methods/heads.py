@@ -17,19 +17,12 @@ from typing_extensions import override
 
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
-from mariotte.compress.attention import (
-    BY,
-    columns_of,
-    head_weights,
-    largest_gap,
-    possible_counts,
-    refuse_heads,
-    without_heads,
-)
+from mariotte.compress.attention import columns_of, head_weights, without_heads
 from mariotte.compress.calibration import check_finite, mean_squares, rows_at_once, second_moments, tokens_for
 from mariotte.compress.compensation import check_ridge, compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import gathered, parameter_names
+from mariotte.cuts import BY, choices_of_heads, largest_gap, nearest_heads, refuse_heads
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
@@ -312,16 +305,9 @@ class Heads(Step):
     def makes_plain(self, model: Model) -> bool:
         return bool(model.entry.head_dim) and not model.entry.irregular
 
-    def _choices(self, model: Model) -> tuple[str, list[tuple[int, int]]]:
-        """How heads go, and the counts of query and key-value heads that the family's config can state, all first."""
-        by = self.by or min(BY, key=lambda by: largest_gap(possible_counts(model, by)))
-        return by, possible_counts(model, by)
-
     def kept(self, model: Model, amount: int | float) -> tuple[int, int]:
         """Query and key-value heads that are kept of a model at an amount, from its shape alone."""
-        asked = model.shape.heads * (1 - amount)
-        _, choices = self._choices(model)
-        return min(choices, key=lambda kept: (round(abs(kept[0] - asked), 9), -kept[0]))
+        return nearest_heads(choices_of_heads(model, self.by)[1], model.shape.heads * (1 - amount))
 
     @override
     def whole(self) -> str | None:
@@ -343,7 +329,7 @@ class Heads(Step):
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         blocks, shape = model.blocks, model.shape
-        by, _ = self._choices(model)
+        by, _ = choices_of_heads(model, self.by)
         gradients = mask_gradients(model, context, self.name()) if self.criterion == "taylor" else None
         moments: MutableMapping[str, Tensor] = {}
         if self.compensate or gradients is None:
@@ -387,7 +373,7 @@ class Heads(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape = model.shape
-        by, choices = self._choices(model)
+        by, choices = choices_of_heads(model, self.by)
         heads, groups = self.kept(model, amount)
         done = self.done(
             amount,

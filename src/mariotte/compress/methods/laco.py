@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mariotte.architectures import Need
-from mariotte.compress.blocks import keep_blocks, kept_blocks, refuse_unlike_blocks, removed_with_blocks
+from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
+from mariotte.cuts import kept_blocks, refuse_unlike_blocks
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step

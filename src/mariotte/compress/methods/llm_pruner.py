@@ -20,15 +20,11 @@ from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
 from mariotte.compress.groups import (
     SCOPES,
-    equal_shape,
     keep_groups,
     ranked_heads,
-    refuse_groups,
-    refuse_irregular,
-    removed_share,
-    sizes_by_block,
 )
 from mariotte.compress.scope import oriented, turned
+from mariotte.cuts import equal_shape, refuse_groups, refuse_irregular, removed_share, sizes_by_block, spared_blocks
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -36,9 +32,6 @@ from mariotte.models.step import Context, Prepared, Step
 __all__ = ["LLMPruner"]
 
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
-
-SPARED_FIRST, SPARED_LAST = 8, 16
-"""Of so many blocks one is spared at the beginning and at the end: of 32 the published four and two."""
 
 
 def salience(weight: Tensor, gradient: Tensor, square: Tensor | None, taylor: str) -> Tensor:
@@ -223,10 +216,7 @@ class LLMPruner(Step):
 
     def _pruned(self, model: Model) -> range:
         """The blocks that are not spared."""
-        layers = model.shape.layers
-        first = layers // SPARED_FIRST if self.first is None else self.first
-        last = layers // SPARED_LAST if self.last is None else self.last
-        return range(first, layers - last)
+        return spared_blocks(model.shape.layers, self.first, self.last)
 
     def _spares(self, model: Model) -> bool:
         return len(self._pruned(model)) < model.shape.layers

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from mariotte.compress.allocate import check_allocation, gather, spread, whole
+from mariotte.compress.allocate import check_allocation, gather, spread
 from mariotte.compress.calibration import tokens_for
 from mariotte.compress.scope import SCOPES, change, in_scope, untied_weights
 from mariotte.compress.sparsity import smallest
 from mariotte.compress.surgery import gathered
+from mariotte.cuts import whole
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll

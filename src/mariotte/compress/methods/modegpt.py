@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,13 +18,13 @@ from typing_extensions import override
 
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
-from mariotte.compress.allocate import by_influence, whole
+from mariotte.compress.allocate import by_influence
 from mariotte.compress.calibration import Means, observe, outer
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.influence import block_influence
-from mariotte.compress.surgery import derive, parameter_names, rounding
+from mariotte.compress.surgery import derive, parameter_names
+from mariotte.cuts import IRREGULAR, evenly, multiples_of_widths, whole, widths_left, with_widths
 from mariotte.errors import ChainError
-from mariotte.models.irregular import CLASSES
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -31,8 +32,6 @@ __all__ = ["MoDeGPT"]
 
 ALLOCATIONS = ("influence", "uniform")
 NEURONS = ("obs", "leverage")
-_HEAD_MULTIPLE = 8
-"""Of a head's widths, which attention kernels want, where heads are wide enough to leave a choice."""
 
 
 def leverage_order(moment_FF: Tensor, ridge: float) -> Tensor:
@@ -115,34 +114,9 @@ def value_basis(output_OH: Tensor, moment_HH: Tensor) -> tuple[Tensor, Tensor]:
     return to_HH, back_HH
 
 
-def kept_sizes(
-    sizes: Sequence[int], share: float, multiple: int, influence: Sequence[float], temperature: float
-) -> list[int]:
-    """What is left of a size of every block when a share of all of them goes.
-
-    Parameters
-    ----------
-    sizes : of every block
-    share : of their sum, in [0, 1]
-    multiple : of which the kept sizes are; at least one is kept of each block
-    influence, temperature : as of `by_influence`
-
-    Returns
-    -------
-    As many, whose sum depends on nothing but sizes, share and multiple. Nothing goes where that is nearer to the share
-    """
-    units = [size // multiple for size in sizes]
-    # A block smaller than the multiple stays as it is; what others have above one goes first.
-    above = sum(size % multiple for size, unit in zip(sizes, units, strict=True) if unit)
-    free = [max(unit - 1, 0) for unit in units]
-    asked = share * sum(sizes)
-    gone = min(max(round((asked - above) / multiple), 0), sum(free))
-    if asked <= abs(above + gone * multiple - asked):
-        return list(sizes)
-    counts = [0] * len(sizes)
-    if gone:
-        counts = whole(by_influence(gone / sum(free), influence, free, temperature=temperature), free, gone)
-    return [(unit - lost) * multiple if unit else size for size, unit, lost in zip(sizes, units, counts, strict=True)]
+def spread_by_influence(influence: Sequence[float], temperature: float, gone: int, free: Sequence[int]) -> list[int]:
+    """How many units every block gives, of as many as it can; see `by_influence`."""
+    return whole(by_influence(gone / sum(free), influence, free, temperature=temperature), free, gone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +222,9 @@ class MoDeGPT(Step):
         if reason := super().refuse(model):
             return reason
         entry, shape = model.entry, model.shape
-        if entry.model_type not in CLASSES and not self._plain:
+        if entry.model_type not in IRREGULAR and not self._plain:
             return (
-                f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(CLASSES)} have "
+                f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(IRREGULAR)} have "
                 "one: take ffn, or heads"
             )
         if shape.shortcuts or shape.ranks is not None or shape.attentions is not None:
@@ -276,13 +250,6 @@ class MoDeGPT(Step):
         of_heads = max(shape.hidden, shape.heads * shape.head_dim)
         return {"attention": of_heads, "ffn": shape.ffn}.get(self.scope, max(of_heads, shape.ffn))
 
-    def _multiples(self, shape: Shape) -> tuple[int, int, int]:
-        """Multiples of neurons, of pairs and of a value's width."""
-        heads = math.gcd(_HEAD_MULTIPLE, self.round_to or _HEAD_MULTIPLE)
-        while heads > 1 and heads * 8 > shape.head_dim:
-            heads //= 2
-        return rounding(shape.ffn, self.round_to, at=shape.hidden), max(heads // 2, 1), heads
-
     def _sizes(
         self, shape: Shape, amount: float, influence: Sequence[float] | None = None
     ) -> tuple[list[int], list[int], list[int]]:
@@ -292,42 +259,12 @@ class MoDeGPT(Step):
         ----------
         influence : of the blocks; None lets all lose alike, which leaves as many parameters
         """
-        layers = range(shape.layers)
-        ffns = [shape.ffn_of(layer) for layer in layers]
-        pairs, values = zip(*((width // 2, value) for width, value in map(shape.widths_of, layers)), strict=True)
-        # Weights for each neuron, pair, and dimension of values.
-        costs = ((3 if shape.gated else 2), 2 * (shape.heads + shape.kv_heads), shape.heads + shape.kv_heads)
-        weights = [cost * sum(sizes) for cost, sizes in zip(costs, (ffns, pairs, values), strict=True)]
-        mlp, scores, mixed = (
-            weight * (part in (self.scope, "all") or self.scope == "all")
-            for weight, part in zip(weights, ("ffn", "attention", "attention"), strict=True)
-        )
-        wanted = amount * (mlp + scores + mixed)
-        share = wanted / (mlp + mixed + self.queries * scores)
-        of_queries = self.queries * share
-        if share > 1:
-            share, of_queries = 1.0, (wanted - mlp - mixed) / scores
-        even = [0.0] * shape.layers
-        found = [
-            kept_sizes(sizes, part if weight else 0.0, multiple, influence or even, self.temperature)
-            for sizes, part, weight, multiple in zip(
-                (ffns, pairs, values),
-                (share, of_queries, share),
-                (mlp, scores, mixed),
-                self._multiples(shape),
-                strict=True,
-            )
-        ]
-        return found[0], found[1], found[2]
-
-    def _after(self, shape: Shape, sizes: tuple[list[int], list[int], list[int]]) -> Shape:
-        ffns, pairs, values = sizes
-        widths = tuple((2 * pair, value) for pair, value in zip(pairs, values, strict=True))
-        return replace(shape, ffns=tuple(ffns), widths=widths)
+        spread = evenly if influence is None else partial(spread_by_influence, influence, self.temperature)
+        return widths_left(shape, amount, self.scope, queries=self.queries, round_to=self.round_to, spread=spread)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
-        after = self._after(model.shape, self._sizes(model.shape, amount))
+        after = with_widths(model.shape, *self._sizes(model.shape, amount))
         return model.counts.n_params - accounting.count_shape(after).n_params
 
     @override
@@ -417,11 +354,11 @@ class MoDeGPT(Step):
         shape, entry = model.shape, model.entry
         influence = cast("list[float]", prepared.get("influence")["influence"].tolist())
         sizes = ffns, pairs, values = self._sizes(shape, amount, influence)
-        after = self._after(shape, sizes)
+        after = with_widths(shape, *sizes)
         gone = model.counts.n_params - accounting.count_shape(after).n_params
         weights = sum(matrix.weight.numel() for matrix in model.matrices(self.scope))
         ins, dims = (3 if shape.gated else 2), shape.heads + shape.kv_heads
-        of_neuron, of_pair, of_value = self._multiples(shape)
+        of_neuron, of_pair, of_value = multiples_of_widths(shape, self.round_to)
         done = self.done(
             amount,
             gone / weights,

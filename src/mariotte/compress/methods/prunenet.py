@@ -25,11 +25,10 @@ from mariotte.architectures import Need
 from mariotte.compress.neurons import (
     keep_neurons,
     neuron_rows,
-    neuron_width,
-    refuse_unequal_widths,
     removed_with_neurons,
 )
 from mariotte.compress.surgery import cut_width
+from mariotte.cuts import neuron_width, refuse_unequal_widths
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step

@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from mariotte.accounting import check_round_to
 from mariotte.architectures import Need
-from mariotte.compress.neurons import keep_neurons, neuron_width, refuse_unequal_widths, removed_with_neurons
+from mariotte.compress.neurons import keep_neurons, removed_with_neurons
+from mariotte.cuts import neuron_width, refuse_unequal_widths
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 

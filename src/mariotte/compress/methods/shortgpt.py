@@ -13,8 +13,9 @@ import torch
 from typing_extensions import override
 
 from mariotte.architectures import Need
-from mariotte.compress.blocks import keep_blocks, kept_blocks, refuse_unlike_blocks, removed_with_blocks
+from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.influence import block_influence
+from mariotte.cuts import kept_blocks, refuse_unlike_blocks
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 

@@ -17,7 +17,7 @@ from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, with_ridge
-from mariotte.compress.rotation import cannot_turn, principal_directions
+from mariotte.compress.rotation import principal_directions
 from mariotte.compress.surgery import (
     cut_width,
     derive,
@@ -27,6 +27,7 @@ from mariotte.compress.surgery import (
     rounding,
     set_norm_eps_,
 )
+from mariotte.cuts import cannot_turn
 from mariotte.models.model import Model
 from mariotte.models.paging import pieces
 from mariotte.models.step import Context, Prepared, Step

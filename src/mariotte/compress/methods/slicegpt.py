@@ -23,11 +23,11 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, tokens_for
-from mariotte.compress.rotation import cannot_turn, principal_directions, random_rotation
+from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
+from mariotte.cuts import IRREGULAR, cannot_turn
 from mariotte.errors import ChainError
-from mariotte.models.irregular import CLASSES
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -214,9 +214,9 @@ class SliceGPT(Step):
         entry = model.entry
         if reason := super().refuse(model) or cannot_turn(entry):
             return reason
-        if entry.model_type not in CLASSES:
+        if entry.model_type not in IRREGULAR:
             return (
-                f"needs a class for sliced models, and {entry.model_type} has none; {', '.join(CLASSES)} have one: "
+                f"needs a class for sliced models, and {entry.model_type} has none; {', '.join(IRREGULAR)} have one: "
                 "take slice"
             )
         return None

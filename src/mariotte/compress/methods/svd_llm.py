@@ -16,10 +16,9 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, tokens_for
-from mariotte.compress.scope import PARTS
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive
-from mariotte.models.irregular import CLASSES
+from mariotte.cuts import IRREGULAR, PARTS, rank_left, ranks_left
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -49,25 +48,6 @@ def output_directions(weight_OI: Tensor, moment_II: Tensor) -> tuple[Tensor, Ten
     left, sigma, _ = cast("tuple[Tensor, Tensor, Tensor]", torch.linalg.svd(whitened_OI, full_matrices=False))
     largest = torch.gather(left, 0, left.abs().argmax(0, keepdim=True))
     return left * (1 - 2 * (largest < 0).double()), sigma
-
-
-def rank_left(outputs: int, inputs: int, rank: int, amount: float) -> int:
-    """The rank at which a matrix has lost `amount` of its weights: the largest that has lost as much, at least 1.
-
-    Parameters
-    ----------
-    rank : of the two factors that it is now; 0 of a matrix that is whole
-    amount : in [0, 1)
-
-    Returns
-    -------
-    0 for a matrix that stays whole: when nothing should go, or two factors of rank 1 would not be smaller
-    """
-    if not amount or (not rank and outputs + inputs >= outputs * inputs):
-        return rank
-    weights = rank * (outputs + inputs) if rank else outputs * inputs
-    # 0.9 x 80 in floats may lie below 72.
-    return max(1, int(weights * (1 - amount) / (outputs + inputs) + 1e-9))
 
 
 def _groups(block: Block, parts: set[str]) -> dict[str, tuple[str, ...]]:
@@ -142,25 +122,12 @@ class SVDLLM(Step):
     def refuse(self, model: Model) -> str | None:
         if reason := super().refuse(model):
             return reason
-        if model.entry.model_type not in CLASSES:
+        if model.entry.model_type not in IRREGULAR:
             return (
                 f"needs a class for models of factors, and {model.entry.model_type} has none; "
-                f"{', '.join(CLASSES)} have one: take ffn, or magnitude"
+                f"{', '.join(IRREGULAR)} have one: take ffn, or magnitude"
             )
         return None
-
-    def ranks(self, shape: Shape, amount: int | float) -> list[tuple[int, ...]]:
-        """Of every layer the ranks of its matrices after a cut, attention's first, 0 of those that are whole."""
-        found: list[tuple[int, ...]] = []
-        for layer in range(shape.layers):
-            sizes = accounting.matrices(shape, layer)
-            before = iter((0,) * sum(map(len, sizes)) if shape.ranks is None else shape.ranks[layer])
-            here: list[int] = []
-            for part, some in zip(("attention", "ffn"), sizes, strict=True):
-                cut = amount if part in PARTS[self.scope] else 0.0
-                here += [rank_left(*size, next(before), cut) for size in some]
-            found.append(tuple(here))
-        return found
 
     @override
     def moment(self, shape: Shape) -> int:
@@ -172,7 +139,7 @@ class SVDLLM(Step):
         )
 
     def _after(self, shape: Shape, amount: int | float) -> Shape:
-        return replace(shape, ranks=tuple(self.ranks(shape, amount)))
+        return replace(shape, ranks=ranks_left(shape, amount, self.scope))
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
@@ -208,7 +175,7 @@ class SVDLLM(Step):
     @torch.no_grad()
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape, paths = model.shape, (*model.entry.attention_paths, *model.entry.ffn_paths)
-        ranks = [dict(zip(paths, some, strict=True)) for some in self.ranks(shape, amount)]
+        ranks = [dict(zip(paths, some, strict=True)) for some in ranks_left(shape, amount, self.scope)]
         sizes = [size for layer in range(shape.layers) for some in accounting.matrices(shape, layer) for size in some]
         weights = sum(matrix.weight.numel() for matrix in model.matrices(self.scope))
         gone = self.removes(model, amount)
