@@ -560,22 +560,31 @@ def input_widths(shape: Shape, scope: str) -> dict[str, int]:
     return widths
 
 
-def misfit(group: int | None, widths: Mapping[str, int]) -> str | None:
+def misfit(
+    group: int | None,
+    widths: Mapping[str, int],
+    *,
+    sizes: Sequence[int] | None = None,
+    otherwise: str = "leave group out",
+) -> str | None:
     """Why groups of this size do not divide all widths, and which would, in a clause; None where they do.
 
     Parameters
     ----------
     group : None for whole rows, which always fit
     widths : inputs of matrices, by what a reader knows them as
+    sizes : those that groups may have; None for any
+    otherwise : what to do where no group fits
     """
     wrong = next((name for name, width in widths.items() if group is not None and width % group), None)
     if wrong is None:
         return None
     common = math.gcd(*widths.values())
-    fitting = [size for size in range(common, 1, -1) if common % size == 0]
+    possible = range(2, common + 1) if sizes is None else sizes
+    fitting = sorted((size for size in possible if common % size == 0), reverse=True)
     groups = f" ({', '.join(map(str, fitting[:_NAMED]))})" if fitting else ""
     return f"needs input widths that group={group} divides, and {wrong} has {widths[wrong]}: " + (
-        f"take a group that divides them all{groups}, or leave group out" if fitting else "leave group out"
+        f"take a group that divides them all{groups}, or {otherwise}" if fitting else otherwise
     )
 
 
