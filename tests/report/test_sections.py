@@ -14,7 +14,8 @@ from mariotte.report import build
 from mariotte.report.claim import Claim
 from mariotte.report.lawtable import HoldOut, LawReport
 from mariotte.report.series import Cut, cuts, repairs
-from mariotte.report.tables import Table, claim_table, cut_table, law_summary, repair_table, speed_table
+from mariotte.report.table import Table
+from mariotte.report.tables import claim_table, cut_table, law_summary, repair_table, speed_table
 from mariotte.store.record import Record
 
 MODELS = ("testbed/qwen2-113k", "testbed/llama-483k")

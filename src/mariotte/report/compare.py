@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from mariotte.report.page import Section, render, save
 from mariotte.report.series import quantity, share, signed_share
-from mariotte.report.tables import MINUS, Cell, Table
+from mariotte.report.table import MINUS, Cell, Table
 
 BADGES = {"better": "yes", "worse": "no"}
 

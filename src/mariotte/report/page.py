@@ -21,10 +21,10 @@ import vl_convert
 from markupsafe import Markup
 
 from mariotte.errors import MariotteError
-from mariotte.report import figures, tables
+from mariotte.report import figures, provenance, tables
+from mariotte.report.chart import Figure, Palette
 from mariotte.report.claim import Paper
 from mariotte.report.claims import PAPERS
-from mariotte.report.figures import Figure, Palette
 from mariotte.report.lawtable import LawReport, law_reports
 from mariotte.report.series import (
     Cut,
@@ -41,7 +41,7 @@ from mariotte.report.series import (
     speeds,
 )
 from mariotte.report.summary import main_setting, usable_sentences
-from mariotte.report.tables import Cell, Table
+from mariotte.report.table import Cell, Table
 from mariotte.store.record import Failure, Record
 
 ALLOWANCE = 0.05
@@ -225,7 +225,7 @@ def _sections(
     others = [cut for found in (*tasks.values(), *fast.values()) for cut in found]
     palette = _palette([*losses, *facts], others)
     laws = law_reports(records, allowance=ALLOWANCE)
-    failed = tables.failure_table(failures)
+    failed = provenance.failure_table(failures)
     found = [
         Section(
             name="allowance",
@@ -238,7 +238,7 @@ def _sections(
             name="run",
             title="What was run",
             short="Run",
-            lines=tables.what_was_run(records, failures),
+            lines=provenance.what_was_run(records, failures),
             tables=[failed] if failed else [],
         ),
         _loss_section(losses, palette),
@@ -257,14 +257,14 @@ def _sections(
             name="cost",
             title="Cost",
             short="Cost",
-            tables=[t for t in (tables.cost_table(records), tables.run_table(runs)) if t],
+            tables=[t for t in (provenance.cost_table(records), provenance.run_table(runs)) if t],
         ),
         Section(
             name="protocol",
             title="Protocols and environment",
             short="Protocols",
             text="Numbers are comparable only under one protocol; those of different protocols are never pooled here.",
-            tables=[t for t in (tables.protocol_table(records), tables.environment_table(records)) if t],
+            tables=[t for t in (provenance.protocol_table(records), provenance.environment_table(records)) if t],
         ),
         Section(name="notes", title="Read with care", short="Notes", notes=_notes(records, failures, laws)),
     ]

@@ -7,7 +7,6 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from mariotte.chain import print_number
@@ -19,12 +18,10 @@ from mariotte.report.series import (
     Setting,
     corpus_of,
     cuts,
-    flatten,
     is_dense,
     kind_of,
     measure_labels,
     own_metrics,
-    quantity,
     recipe_of,
     repairs,
     setting_of,
@@ -35,7 +32,8 @@ from mariotte.report.series import (
 )
 from mariotte.report.series import series as as_series
 from mariotte.report.summary import ALLOWANCES, Affordable, affordable
-from mariotte.store.record import Failure, Record
+from mariotte.report.table import DASH, MINUS, Cell, Table, row_of
+from mariotte.store.record import Record
 
 MOST_ROWS = 2_000
 """Rows of the table of all cuts: beyond, a page is no longer a page; the store's export has them all."""
@@ -45,43 +43,6 @@ MOST_OPEN = 12
 
 LEAST_LOSS, LEAST_SCORE = 0.01, 0.02
 """Damage in nats and in accuracy below which what recovery repairs is not asked: seeds decide; chosen by us."""
-
-MINUS = "\u2212"
-DASH = "\u2013"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """Text of a cell, a smaller second line, whether it is stressed, and a badge's class (``yes``, ``no`` ...)."""
-
-    text: str
-    below: str = ""
-    strong: bool = False
-    badge: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of the page.
-
-    Parameters
-    ----------
-    columns : headings; one that starts with ``#`` is of numbers, set to the right
-    rows : as many cells as columns
-    caption : a sentence above, or empty
-    fold : heading under which the table is folded away, or empty to show it
-    prose : cells are sentences: on narrow screens they stand below one another instead of beside
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    caption: str = ""
-    fold: str = ""
-    prose: bool = False
-
-
-def _row(*cells: str | Cell) -> tuple[Cell, ...]:
-    return tuple(cell if isinstance(cell, Cell) else Cell(text=cell) for cell in cells)
 
 
 def allowance_tables(records: Sequence[Record], main: Setting | None) -> list[Table]:
@@ -144,84 +105,10 @@ def _allowances(rows: Sequence[Sequence[Affordable | None]], caption: str, fold:
                 Cell(text=f"{at_least}{share(answer.removed)}", below=below, strong=answer.allowance == ALLOWANCES[1])
             )
         cells.append(span(seed for answer in row if answer for seed in answer.seeds))
-        body.append(_row(*cells))
+        body.append(row_of(*cells))
     heads = tuple(f"#Within {signed_share(allowance, 0)}" for allowance in ALLOWANCES)
     columns = ("Series", "#Dense loss", *heads, "#Seeds")
     return Table(columns=("Model", *columns) if several else columns, rows=tuple(body), caption=caption, fold=fold)
-
-
-def what_was_run(records: Sequence[Record], failures: Sequence[Failure]) -> list[tuple[str, list[Cell]]]:
-    """Models, methods with amounts, recovery, measures with corpora, seeds and counts."""
-    models = {r.model: r for r in records}
-    amounts: dict[str, set[float]] = defaultdict(set)
-    families: dict[str, str] = {}
-    for r in records:
-        if r.method is not None:
-            amounts[r.method] |= {r.amount} if r.amount is not None else set()
-            families[r.method] = f"{r.family or ''}, {r.unit or ''}".strip(", ")
-    tokens: dict[str, set[int]] = defaultdict(set)
-    for r in records:
-        if r.recovery is not None:
-            tokens[r.recovery].add(r.recovery_tokens)
-    measures = Counter(r.measure for r in records)
-    experiments = {r.experiment for r in records}
-    created = sorted(r.created for r in records if r.created)
-    lines: list[tuple[str, list[Cell]]] = [
-        (
-            "Models",
-            [
-                Cell(text=name, below=f"{quantity(r.base_params)} parameters · {r.model_type}")
-                for name, r in sorted(models.items(), key=lambda item: item[1].base_params)
-            ],
-        ),
-        (
-            "Methods",
-            [
-                Cell(
-                    text=name,
-                    below=" · ".join(
-                        filter(None, (families[name], ", ".join(print_number(a) for a in sorted(values))))
-                    ),
-                )
-                for name, values in sorted(amounts.items())
-            ],
-        ),
-        (
-            "Recovery",
-            [
-                Cell(text=name, below=", ".join(tokens_text(t) for t in sorted(values)) + " tokens")
-                for name, values in sorted(tokens.items())
-            ],
-        ),
-        ("Measures", [Cell(text=name, below=f"{count} records") for name, count in sorted(measures.items())]),
-        ("Seeds", [Cell(text=span(r.seed for r in records))]),
-        (
-            "Experiments",
-            [
-                Cell(
-                    text=f"{len(experiments):,}",
-                    below=f"{len(records):,} records, {len(failures)} failure{'s' * (len(failures) != 1)}",
-                )
-            ],
-        ),
-        ("Measured", [Cell(text=_period(created))] if created else []),
-    ]
-    return [(term, cells) for term, cells in lines if cells]
-
-
-def _period(created: Sequence[str]) -> str:
-    first, last = created[0][:10], created[-1][:10]
-    return first if first == last else f"{first} to {last}"
-
-
-def failure_table(failures: Sequence[Failure]) -> Table | None:
-    """Experiments that left no record, with the reason."""
-    if not failures:
-        return None
-    rows = tuple(_row(f.model, f.chain, str(f.seed), f.stage, f.error) for f in failures)
-    return Table(
-        columns=("Model", "Chain", "#Seed", "Stage", "Reason"), rows=rows, caption="Experiments without a record."
-    )
 
 
 def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
@@ -250,7 +137,7 @@ def cut_table(losses: Sequence[Cut], facts: Sequence[Cut]) -> Table | None:
     return Table(
         columns=("Model", "Chain", "#Removed", *heads, *(["#Facts"] if facts else [])),
         rows=tuple(
-            _row(
+            row_of(
                 *_cut_cells(next(cut for cut in (*found.values(), fact) if cut), alone=len(labels) < 2),
                 *(_value_cell(found.get(name), "{:.3f}".format) for name in labels),
                 *([_value_cell(fact, lambda value: share(value, 1))] if facts else []),
@@ -308,7 +195,7 @@ def repair_table(losses: Sequence[Cut], accuracies: Sequence[Cut], facts: Sequen
     return Table(
         columns=("Method and recovery", "#Tokens", *(f"#{name}" for name in columns)),
         rows=tuple(
-            _row(
+            row_of(
                 recipe, tokens_text(tokens), *(_repaired(found.get((recipe, tokens), [])) for found in columns.values())
             )
             for recipe, tokens in rows
@@ -353,7 +240,7 @@ def speed_table(parts: Mapping[str, Sequence[Cut]]) -> Table | None:
             at = "" if best.amount is None else f"@{print_number(best.amount)} of "
             below = f"{best.low:.2f} to {best.high:.2f} · {at}{best.setting.model}"
             cells.append(Cell(text=f"{best.value:.2f}", below=below))
-        rows.append(_row(*cells))
+        rows.append(row_of(*cells))
     columns = tuple(column for part in parts for column in (f"{part}: cuts", f"#{part}: largest S"))
     caption = "Cuts by the measure's own verdict, and the fastest one with its interval."
     return Table(columns=("Method", *columns), rows=tuple(rows), caption=caption) if rows else None
@@ -378,12 +265,12 @@ def _other_table(measure: str, groups: Mapping[Setting, Mapping[str, Sequence[Re
     for setting, chains in groups.items():
         model = Cell(text=setting.model, below=setting.protocol)
         dense = [record.base for group in chains.values() for record in group]
-        rows.append(_row(model, Cell(text=DENSE, strong=True), "", *(_mean_cell(dense, name) for name in names)))
+        rows.append(row_of(model, Cell(text=DENSE, strong=True), "", *(_mean_cell(dense, name) for name in names)))
         for chain, group in chains.items():
             if not is_dense(group[0]):
                 found = [record.metrics for record in group]
                 seeds = span(record.seed for record in group)
-                rows.append(_row(model, chain, seeds, *(_mean_cell(found, name) for name in names)))
+                rows.append(row_of(model, chain, seeds, *(_mean_cell(found, name) for name in names)))
     caption = "Means over seeds; the dense model stands first. Standard errors are in the store."
     if len(rows) > MOST_ROWS:
         caption += f" The first {MOST_ROWS:,} of {len(rows):,} rows; `mariotte export` writes them all."
@@ -415,7 +302,7 @@ def relation_tables(records: Sequence[Record], main_hash: str | None) -> Table |
         return None
     for chain, found in groups.items():
         means = [statistics.fmean(values) if (values := [f[n] for f in found if n in f]) else None for n in names]
-        rows.append(_row(chain, *("" if mean is None else share(mean) for mean in means)))
+        rows.append(row_of(chain, *("" if mean is None else share(mean) for mean in means)))
     model = next(record.model for record in records if record.model_hash == main_hash)
     caption = f"{model}: top-1 by relation, means over seeds; the first row is the dense model."
     return Table(
@@ -447,7 +334,7 @@ def law_summary(reports: Sequence[LawReport]) -> Table:
         judged = [row for row in report.holdout if row.baseline and row.before_collapse is not None]
         naive = min(judged, key=lambda row: row.before_collapse or 0.0, default=None)
         rows.append(
-            _row(
+            row_of(
                 Cell(text=report.measure, below=f"{report.series} series in {report.clusters} clusters"),
                 law.law if law else "",
                 Cell(text=_error(law.before_collapse) if law else "", strong=True),
@@ -467,7 +354,7 @@ def law_summary(reports: Sequence[LawReport]) -> Table:
 def holdout_table(report: LawReport, *, fold: bool = False) -> Table:
     """Rolling hold-out errors, laws and naive baselines in one list."""
     rows = [
-        _row(
+        row_of(
             Cell(text=row.law, below="naive baseline" if row.baseline else "", strong=row.best),
             Cell(text=_error(row.before_collapse), strong=row.best),
             _error(row.next_step),
@@ -522,7 +409,7 @@ def _fit_row(fit: FittedLaw, *, told: bool) -> tuple[Cell, ...]:
         for c in fit.coefficients
         if c.low is not None and c.high is not None
     )
-    return _row(
+    return row_of(
         Cell(text=fit.series, below=f"{fit.points} cut{'s' * (fit.points != 1)}"),
         Cell(text=fit.law, below="" if told else fit.formula),
         Cell(text=coefficients, below=intervals),
@@ -536,114 +423,6 @@ def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS)
 
 
-def cost_table(records: Sequence[Record]) -> Table | None:
-    """Seconds and peak bytes by stage."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        for name, value in record.cost.items():
-            values[name].append(value)
-    rows: list[tuple[Cell, ...]] = []
-    for name, found in values.items():
-        if "byte" in name:
-            rows.append(_row(_stage(name), "", _bytes(statistics.median(found)), _bytes(max(found)), f"{len(found):,}"))
-        else:
-            rows.append(
-                _row(
-                    _stage(name),
-                    _seconds(sum(found)),
-                    _seconds(statistics.median(found)),
-                    _seconds(max(found)),
-                    f"{len(found):,}",
-                )
-            )
-    if not rows:
-        return None
-    return Table(
-        columns=("Stage", "#Sum", "#Median", "#Largest", "#Records"),
-        rows=tuple(rows),
-        caption="As each record was charged; work that several records share may be charged to each of them.",
-    )
-
-
-def _stage(name: str) -> str:
-    return name.removesuffix("_s").removesuffix("_seconds").replace("_", " ").replace("bytes", "memory")
-
-
-def _seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.1f} min" if value < 3600 else f"{value / 3600:.1f} h"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**20:,.0f} MiB"
-
-
-def run_table(runs: Iterable[Mapping[str, Any]]) -> Table | None:
-    """What each invocation did: models loaded, steps prepared, trunks trained ... as its counters say."""
-    runs = list(runs)
-    counters = [cast("Mapping[str, Any]", run["counters"]) for run in runs if isinstance(run.get("counters"), Mapping)]
-    names = list(dict.fromkeys(name for found in counters for name in found))
-    if not names:
-        return None
-    rows = [
-        _row(
-            str(run.get("started", ""))[:16].replace("T", " "),
-            str(run.get("study", "")),
-            *(_count(found.get(name)) for name in names),
-        )
-        for run, found in zip((run for run in runs if isinstance(run.get("counters"), Mapping)), counters, strict=True)
-    ]
-    heads = tuple(f"#{name.replace('_', ' ').capitalize()}" for name in names)
-    return Table(
-        columns=("Started, UTC", "Study", *heads),
-        rows=tuple(rows),
-        caption="What each run had to do: shared work is done once.",
-    )
-
-
-def _count(value: object) -> str:
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def environment_table(records: Sequence[Record]) -> Table | None:
-    """Versions and hardware; several values where records differ."""
-    values: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in records:
-        for name, value in flatten(record.environment).items():
-            values[name][value] += 1
-    if not values:
-        return None
-    rows = tuple(
-        _row(
-            name, ", ".join(value if len(found) == 1 else f"{value} ({n} records)" for value, n in found.most_common())
-        )
-        for name, found in values.items()
-    )
-    return Table(columns=("What", "Value"), rows=rows, fold="Versions and hardware")
-
-
-def protocol_table(records: Sequence[Record]) -> Table:
-    """What every protocol hash on the page stands for."""
-    protocols: dict[tuple[str, str], tuple[dict[str, str], set[str]]] = {}
-    for record in records:
-        setting = setting_of(record)
-        entry = protocols.setdefault((setting.measure, setting.protocol), (flatten(record.protocol), set()))
-        entry[1].add(record.model)
-    rows = tuple(
-        _row(
-            protocol,
-            Cell(text=measure, below=", ".join(sorted(models))),
-            "; ".join(
-                f"{name} {value[:12] + '…' if len(value) >= 40 and ' ' not in value else value}"
-                for name, value in values.items()
-            ),
-        )
-        for (measure, protocol), (values, models) in sorted(protocols.items())
-    )
-    return Table(columns=("Protocol", "Measure and models", "Settings"), rows=rows, fold="Protocols")
-
-
 BADGES: Mapping[Verdict, str] = {"holds": "yes", "does not hold": "no"}
 """Verdicts that have a colour; the others leave the question open."""
 
@@ -653,7 +432,7 @@ def claim_table(claims: Sequence[Claim]) -> Table:
     return Table(
         columns=("The paper says", "Verdict", "These models say"),
         rows=tuple(
-            _row(
+            row_of(
                 _typeset(claim.sentence),
                 Cell(text=claim.verdict, badge=BADGES.get(claim.verdict, "open")),
                 _typeset(claim.statistic),
