@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from mariotte.cli.main import app
 from mariotte.errors import MariotteError
+from mariotte.experiments import branches
 from mariotte.experiments import run as running
 from mariotte.experiments.branches import Branches, split
 from mariotte.experiments.pipeline import Outcome, Serving, Task
@@ -353,6 +354,43 @@ def test_a_driver_that_is_killed_is_started_again(
     summary = run(study(model_folder, runner="ray"), path)
     assert summary.records == reference[1].records - stored
     assert table(path) == table(reference[0])
+
+
+@pytest.mark.ray
+@pytest.mark.postgres
+def test_a_driver_on_ray_and_one_without_share_a_store(
+    cluster: str,
+    model_folder: Path,
+    reference: tuple[Path, Summary],
+    postgres_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever runs their branches, two drivers of one store do nothing twice."""
+    # A study of seconds: whoever waits for the dense model asks more often, so that something is left for it.
+    monkeypatch.setattr(branches, "WAIT_S", 0.01)
+    began, found = threading.Barrier(2, timeout=60), dict[str, Summary]()
+
+    def drive(name: str) -> None:
+        def begin(stage: str, done: float) -> None:
+            if not met.is_set():  # loading, or waiting for the one that measures the dense model
+                met.set()
+                began.wait()
+            time.sleep(0.02)
+
+        met = threading.Event()
+        found[name] = run(study(model_folder, runner=name), postgres_url, work=tmp_path / name, progress=begin)
+
+    open_store(postgres_url, create=True).close()
+    other = threading.Thread(target=drive, args=("inline",))
+    other.start()
+    drive("ray")
+    other.join()
+    assert set(found) == {"inline", "ray"}
+    assert table(postgres_url) == table(reference[0])
+    assert found["inline"].records + found["ray"].records == reference[1].records
+    assert min(found["inline"].records, found["ray"].records) > 0
+    assert found["inline"].experiments == found["ray"].experiments == reference[1].experiments
 
 
 @pytest.mark.ray
