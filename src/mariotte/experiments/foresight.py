@@ -18,14 +18,7 @@ from mariotte.models.model import Done, Model
 from mariotte.shapes import Sized, left_by
 
 
-def check(
-    name: str,
-    config: Mapping[str, Any],
-    parts: Sequence[Part],
-    done: Sequence[Done] = (),
-    *,
-    device: str | torch.device = "cpu",
-) -> None:
+def check(name: str, config: Mapping[str, Any], parts: Sequence[Part], done: Sequence[Done] = ()) -> None:
     """Refuse a chain of which a later step cannot work on what the earlier ones will leave, as far as sizes tell.
 
     What they do not tell, such as the widths that a search will choose, each step refuses itself when it is reached.
@@ -35,13 +28,11 @@ def check(
     name, config : of the model that enters
     parts : of the chain
     done : quantizations whose integers the model's weights stand for
-    device : where the model is, or will be
 
     Raises
     ------
     ModelError
         When groups that share a scale do not divide a width that will be left; it names the width and groups that fit.
-        When what a step makes cannot be computed with on the device.
     ChainError
         When a recovery comes after a quantization: training moves weights off their levels.
     """
@@ -55,11 +46,9 @@ def check(
                 f"{step.name()} trains weights, and {rounded} rounds them before: "
                 f"put {step.name()} before the quantization"
             )
-        if reason := step.refuse_device(torch.device(device)):
-            raise ModelError(f"{step.name()} cannot work on {name}: it {reason}")
         # The first step is refused by its own word, which names the matrix.
-        grouped = step if isinstance(step, InGroups) and place and step.group is not None else None
-        if shape is not None and grouped and (reason := grouped.misfit(input_widths(shape, step.scope))):
+        group = step.group if isinstance(step, Grouped) and place else None
+        if shape is not None and (reason := misfit(group, input_widths(shape, step.scope) if group else {})):
             before = Chain(tuple(each.link for each in parts[:place]))
             raise ModelError(f"{step.name()} cannot work on what {before} leaves of {name}: it {reason}")
         if step.family == "quantization":
