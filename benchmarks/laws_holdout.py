@@ -23,11 +23,12 @@ import numpy as np
 from mariotte import __version__
 from mariotte.errors import FitError
 from mariotte.laws.analysis import analyse
+from mariotte.laws.axes import DEFAULTS, Settings, scale_of
 from mariotte.laws.base import Law, Point, values
 from mariotte.laws.catalogue import LAWS, find
 from mariotte.laws.forms.family import Family
 from mariotte.laws.learning import Missed, coverage, half_width, laws_without, learn, missed, strict
-from mariotte.laws.priors import DEFAULTS, Pool, Settings, scale_of
+from mariotte.laws.pool import Pool
 from mariotte.laws.published import points
 from mariotte.laws.validation import Fold, HoldOut, cluster_ratio, folds, predicted, protocol_series, rolling
 

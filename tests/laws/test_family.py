@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from mariotte.errors import FitError
-from mariotte.laws import priors
+from mariotte.laws import axes, priors
+from mariotte.laws.axes import DEFAULTS
 from mariotte.laws.base import Array, Inputs, Point, values
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.learning import learn
-from mariotte.laws.priors import DEFAULTS, Curve, Priors
+from mariotte.laws.pool import Pool
+from mariotte.laws.priors import Curve, Priors
 from mariotte.laws.published import points
 from mariotte.laws.result import Fit
 
@@ -80,8 +82,8 @@ def test_the_trials_own_figures(
 def test_the_bumps_are_a_stationary_gaussian_process():
     settings = DEFAULTS["perplexity"]
     x_M = np.linspace(-3.5, 3.5, 41)
-    rows = priors.design(x_M, settings)[:, priors.N_LINE :]
-    covariance = rows @ priors.spread(settings)[priors.N_LINE :, priors.N_LINE :] @ rows.T
+    rows = axes.design(x_M, settings)[:, axes.N_LINE :]
+    covariance = rows @ axes.spread(settings)[axes.N_LINE :, axes.N_LINE :] @ rows.T
     exact = settings.smooth**2 * np.exp(-(((x_M[:, None] - x_M) / settings.length) ** 2) / 2)
     inner = np.abs(x_M) < 3
     np.testing.assert_allclose(covariance[np.ix_(inner, inner)], exact[np.ix_(inner, inner)], atol=2e-3 * 0.25**2 * 16)
@@ -118,14 +120,14 @@ def test_priors_survive_json():
 
 def test_order_of_the_pool_is_irrelevant_and_a_left_out_cluster_is_not_learned_from():
     found = [p for p in points() if p.family == "slice"]
-    one, other = priors.Pool(found).priors(), priors.Pool(list(reversed(found))).priors()
+    one, other = Pool(found).priors(), Pool(list(reversed(found))).priors()
     assert one.data_hash == other.data_hash
     assert one.curves["perplexity"]["slice"].mean == pytest.approx(other.curves["perplexity"]["slice"].mean)
-    without = priors.Pool(found).priors(lambda cluster: cluster.startswith("OPT-125M"))
-    direct = priors.Pool([p for p in found if p.model != "OPT-125M"]).priors()
+    without = Pool(found).priors(lambda cluster: cluster.startswith("OPT-125M"))
+    direct = Pool([p for p in found if p.model != "OPT-125M"]).priors()
     assert without.curves["perplexity"]["slice"] == direct.curves["perplexity"]["slice"]
     with pytest.raises(FitError, match="no series is left"):
-        priors.Pool(found).priors(lambda _cluster: True)
+        Pool(found).priors(lambda _cluster: True)
 
 
 def test_with_many_exact_points_it_is_nearly_the_data():
@@ -156,20 +158,20 @@ def test_the_mixture_of_scales_is_that_of_single_solutions():
     n, w = 5, 4
     root = generator.standard_normal((w, w))
     mean_W, covariance_WW = generator.standard_normal(w), root @ root.T
-    drawn = priors.Drawn(generator.standard_normal((n, w)), 5 * generator.standard_normal(n), generator.random(n) + 0.1)
-    settings = priors.DEFAULTS["perplexity"]
+    drawn = axes.Drawn(generator.standard_normal((n, w)), 5 * generator.standard_normal(n), generator.random(n) + 0.1)
+    settings = axes.DEFAULTS["perplexity"]
     logs, found = [], []
-    for scale in priors.SCALES:
+    for scale in axes.SCALES:
         total = drawn.design_MW @ (scale * covariance_WW) @ drawn.design_MW.T + np.diag(drawn.variance_M)
         off = drawn.z_M - drawn.design_MW @ mean_W
         density = -0.5 * (off @ np.linalg.solve(total, off) + np.linalg.slogdet(total)[1])
         logs.append(density - settings.tail * math.log(scale))
-        found.append(priors.condition(mean_W, scale * covariance_WW, drawn))
+        found.append(axes.condition(mean_W, scale * covariance_WW, drawn))
     share = np.exp(np.array(logs) - max(logs))
     share /= share.sum()
     mean = sum(p * m for p, (m, _) in zip(share, found, strict=True))
     covariance = sum(p * (c + np.outer(m - mean, m - mean)) for p, (m, c) in zip(share, found, strict=True))
-    got_W, got_WW = priors.adapted(mean_W, covariance_WW, drawn, settings)
+    got_W, got_WW = axes.adapted(mean_W, covariance_WW, drawn, settings)
     np.testing.assert_allclose(got_W, mean, rtol=1e-9)
     np.testing.assert_allclose(got_WW, covariance, rtol=1e-7, atol=1e-9)
 
@@ -245,7 +247,7 @@ def test_scores_at_chance_and_scores_that_rise_are_refused():
     ],
 )
 def test_the_scale_of_a_metric(metric: str, scale: str | None):
-    assert priors.scale_of(metric) == scale
+    assert axes.scale_of(metric) == scale
 
 
 def test_standard_errors_make_small_damage_say_less():

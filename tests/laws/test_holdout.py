@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from mariotte.errors import FitError
+from mariotte.laws.axes import scale_of
 from mariotte.laws.learning import coverage, missed, strict
-from mariotte.laws.priors import Pool, scale_of
+from mariotte.laws.pool import Pool
 from mariotte.laws.published import points
 from mariotte.laws.validation import HoldOut, cluster_ratio, protocol_series, rolling
 

@@ -11,6 +11,7 @@ import pytest
 from mariotte.errors import FitError
 from mariotte.laws import priors
 from mariotte.laws.base import Point
+from mariotte.laws.pool import Pool
 from mariotte.laws.published import measurements, points
 from mariotte.laws.result import Fit
 from mariotte.laws.transfer import Target, learn_with, own_pool, transfer
@@ -138,7 +139,7 @@ def test_files_that_hold_no_priors_are_one_sentence(tmp_path: Path):
 def test_one_mild_measurement_halves_the_error_on_published_series():
     """Zero- and one-shot to the perplexities of a model, with priors without its cluster, on its next two ratios."""
     own = [p for p in points() if p.model == "OPT-13B" and p.method == "SliceGPT" and p.metric == "wikitext2_ppl"]
-    pool = priors.Pool(points())
+    pool = Pool(points())
     law = pool.priors(lambda cluster: cluster == own[0].group)
     first = own[0]
     target = Target(metric=first.metric, base=first.base, family=first.family, ratio_kind=first.ratio_kind,

@@ -8,6 +8,7 @@ from typing import Any
 
 from mariotte.errors import FitError
 from mariotte.laws import published
+from mariotte.laws.axes import known_name
 from mariotte.laws.base import Inputs, Kind, Law, Point, values
 from mariotte.laws.catalogue import applicable, find
 from mariotte.laws.ensemble import JOIN
@@ -15,7 +16,8 @@ from mariotte.laws.facts import Ratio
 from mariotte.laws.fitting import fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.linear import LinearLaw
-from mariotte.laws.priors import Pool, Priors, known_name
+from mariotte.laws.pool import Pool
+from mariotte.laws.priors import Priors
 from mariotte.laws.result import Fit
 from mariotte.laws.validation import Fold, HoldOut, grouped, rolling
 

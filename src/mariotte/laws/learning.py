@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mariotte.errors import FitError
+from mariotte.laws.axes import DEFAULTS, Settings, scale_of
 from mariotte.laws.base import COLLAPSE, Array, Inputs, Law, Point, values
 from mariotte.laws.forms.family import Family
+from mariotte.laws.pool import Pool, curves_of
 from mariotte.laws.posterior import FEWEST_CLUSTERS, FEWEST_POINTS, Bin, Standardised, bin_of, distance, quantiles
-from mariotte.laws.priors import DEFAULTS, Pool, Priors, Settings, curves_of, scale_of
+from mariotte.laws.priors import Priors
 from mariotte.laws.validation import Fold, HoldOut, rolling
 
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from mariotte import __version__
 from mariotte.errors import FitError
+from mariotte.laws.axes import scale_of
 from mariotte.laws.base import Inputs, Point, metric_kind
 from mariotte.laws.facts import FitReport
 from mariotte.laws.fitting import coefficients, fit
 from mariotte.laws.forms.family import Family
 from mariotte.laws.learning import learn
 from mariotte.laws.points import read_all
-from mariotte.laws.priors import Priors, scale_of
+from mariotte.laws.priors import Priors
 from mariotte.laws.published import base_model
 from mariotte.laws.published import points as published_points
 from mariotte.laws.result import Fit

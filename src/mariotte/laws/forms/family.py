@@ -9,10 +9,11 @@ import numpy as np
 from typing_extensions import override
 
 from mariotte.errors import FitError
-from mariotte.laws import priors
+from mariotte.laws import axes, priors
+from mariotte.laws.axes import CENTRES_S, N_LINE, N_WEIGHTS, Scale
 from mariotte.laws.base import Array, Estimate, Inputs, Kind, Param
 from mariotte.laws.posterior import PosteriorLaw, Standardised
-from mariotte.laws.priors import CENTRES_S, N_LINE, N_WEIGHTS, Priors, Scale
+from mariotte.laws.priors import Priors
 
 __all__ = ["Family"]
 
@@ -29,7 +30,7 @@ class Family(PosteriorLaw):
 
     A Gaussian prior, learned from published series, says how the family behaves; the points of a series move it, each
     the less the smaller its damage. With no point it is the family's curve, with many nearly the data. Scores and
-    series that were trained after the cut have axes of their own (see `mariotte.laws.priors`).
+    series that were trained after the cut have axes of their own (see `mariotte.laws.axes`).
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ class Family(PosteriorLaw):
         rows_MW, _ = self._rows(x, scale, recovered=recovered)
         jac_MP[:, :N_WEIGHTS] = np.where(slope_M[:, None] == 0.0, 0.0, slope_M[:, None] * rows_MW)
         if scale == "score":
-            chance_M, _ = priors.margin(x)
+            chance_M, _ = axes.margin(x)
             adjusted_M = _adjusted(theta[_EXPONENT], x)
             jac_MP[:, _EXPONENT] = share * (adjusted_M - chance_M) * np.log1p(-x.ratio_M)
             jac_MP[:, _SHARE] = adjusted_M - _value(z_M, x, settings, scale, recovered=recovered)
@@ -155,17 +156,15 @@ class Family(PosteriorLaw):
             for number in numbers:
                 own_M = (x.series_M == number) & informative_M
                 if own_M.any():
-                    drawn = priors.draw(
-                        _some(x, own_M), y_M[own_M], settings, scale, recovered=recovered, family=family
-                    )
-                    pieces.append(priors.information(drawn, settings))
-            mean_W, covariance_WW = priors.update(mean_W, covariance_WW, pieces)
-            covariance_WW = covariance_WW + priors.spread(settings)
+                    drawn = axes.draw(_some(x, own_M), y_M[own_M], settings, scale, recovered=recovered, family=family)
+                    pieces.append(axes.information(drawn, settings))
+            mean_W, covariance_WW = axes.update(mean_W, covariance_WW, pieces)
+            covariance_WW = covariance_WW + axes.spread(settings)
         else:
-            drawn = priors.draw(
+            drawn = axes.draw(
                 _some(x, informative_M), y_M[informative_M], settings, scale, recovered=recovered, family=family
             )
-            mean_W, covariance_WW = priors.adapted(mean_W, covariance_WW + priors.spread(settings), drawn, settings)
+            mean_W, covariance_WW = axes.adapted(mean_W, covariance_WW + axes.spread(settings), drawn, settings)
         exponent, share = 0.0, 0.0
         if scale == "score" and np.count_nonzero(informative_M) >= 2:
             exponent, share = _exponent(_some(x, informative_M), y_M[informative_M]), settings.mix
@@ -196,7 +195,7 @@ class Family(PosteriorLaw):
         rows_MW, _ = self._rows(x, scale, recovered=recovered)
         weights_WW = covariance_PP[:N_WEIGHTS, :N_WEIGHTS]
         variance_M = np.maximum(np.einsum("ij,jk,ik->i", rows_MW, weights_WW, rows_MW), 0.0)
-        rough = priors.known_name(_family(x)) in priors.STRAIGHT
+        rough = axes.known_name(_family(x)) in axes.STRAIGHT
         variance_M = variance_M + (settings.rough_noise if rough else settings.noise) ** 2
         if scale != "score" and not recovered:
             damage_M = np.maximum(self.f(theta, x) - x.base_M, 1e-12)
@@ -231,7 +230,7 @@ class Family(PosteriorLaw):
             return np.abs(y_M - self.f(theta, x)) / np.sqrt(0.01**2 + (deviation_M * slope_M) ** 2)
         if recovered:
             return np.abs(np.log(y_M / x.base_M) - z_M) / deviation_M
-        damage_M, ceiling_M = y_M - x.base_M, priors.ceiling(x, settings)
+        damage_M, ceiling_M = y_M - x.base_M, axes.ceiling(x, settings)
         seen_M = np.maximum(damage_M, settings.floor)
         with np.errstate(divide="ignore", invalid="ignore"):
             measured_M = np.where(seen_M < ceiling_M, np.log(seen_M / (1.0 - seen_M / ceiling_M)), np.inf)
@@ -242,7 +241,7 @@ class Family(PosteriorLaw):
 
     @override
     def standardised(self, metric: str) -> Standardised | str:
-        scale = priors.scale_of(metric)
+        scale = axes.scale_of(metric)
         if scale is not None and scale in self.known.calibration:
             return self.known.calibration[scale]
         if not self.known.calibration:
@@ -272,7 +271,7 @@ class Family(PosteriorLaw):
         return said
 
     def _check_scores(self, x: Inputs, y_M: Array) -> None:
-        chance_M, margin_M = priors.margin(x)
+        chance_M, margin_M = axes.margin(x)
         if np.any(margin_M < _LEAST_MARGIN):
             worst = int(np.argmin(margin_M))
             raise FitError(
@@ -289,11 +288,11 @@ class Family(PosteriorLaw):
     def _rows(self, x: Inputs, scale: Scale, *, recovered: bool) -> tuple[Array, Array]:
         """(M, W) the design at the ratios, at `LOWEST` below it, and (M,) how far below it they are."""
         settings = self.known.setting(scale, recovered=recovered)
-        x_M = priors.abscissa(x.ratio_M, settings, scale, recovered=recovered)
+        x_M = axes.abscissa(x.ratio_M, settings, scale, recovered=recovered)
         if recovered and scale != "score":
-            return priors.line_only(x_M), np.zeros_like(x_M)
-        drawn_M = np.maximum(x_M, priors.LOWEST)
-        return priors.design(drawn_M, settings), x_M - drawn_M
+            return axes.line_only(x_M), np.zeros_like(x_M)
+        drawn_M = np.maximum(x_M, axes.LOWEST)
+        return axes.design(drawn_M, settings), x_M - drawn_M
 
     def _z(self, theta: Array, x: Inputs, scale: Scale, *, recovered: bool) -> Array:
         rows_MW, beyond_M = self._rows(x, scale, recovered=recovered)
@@ -301,7 +300,7 @@ class Family(PosteriorLaw):
 
 
 def _scale(x: Inputs) -> Scale:
-    found: set[Scale | None] = {priors.scale_of(metric) for metric in set(x.metrics)}
+    found: set[Scale | None] = {axes.scale_of(metric) for metric in set(x.metrics)}
     scale = found.pop() if len(found) == 1 else None
     if scale is None:
         raise FitError(f"family describes one loss or score, got {', '.join(sorted(set(x.metrics)))}: keep one metric")
@@ -332,37 +331,37 @@ def _some(x: Inputs, kept_M: np.ndarray) -> Inputs:
     )
 
 
-def _value(z_M: Array, x: Inputs, settings: priors.Settings, scale: Scale, *, recovered: bool) -> Array:
+def _value(z_M: Array, x: Inputs, settings: axes.Settings, scale: Scale, *, recovered: bool) -> Array:
     """(M,) the metric at a damage."""
     if scale == "score":
-        chance_M, margin_M = priors.margin(x)
+        chance_M, margin_M = axes.margin(x)
         return chance_M + margin_M * np.exp(-np.exp(np.clip(z_M, -_LARGE, 50.0)))
     if recovered:
         return x.base_M * np.exp(np.clip(z_M, -_LARGE, _LARGE))
-    return x.base_M + 1.0 / (np.exp(-np.clip(z_M, -_LARGE, _LARGE)) + 1.0 / priors.ceiling(x, settings))
+    return x.base_M + 1.0 / (np.exp(-np.clip(z_M, -_LARGE, _LARGE)) + 1.0 / axes.ceiling(x, settings))
 
 
-def _slope(z_M: Array, x: Inputs, settings: priors.Settings, scale: Scale, *, recovered: bool) -> Array:
+def _slope(z_M: Array, x: Inputs, settings: axes.Settings, scale: Scale, *, recovered: bool) -> Array:
     """(M,) the derivative of `_value` with respect to z."""
     if scale == "score":
-        _, margin_M = priors.margin(x)
+        _, margin_M = axes.margin(x)
         hazard_M = np.exp(np.clip(z_M, -_LARGE, 50.0))
         return -margin_M * hazard_M * np.exp(-hazard_M)
     if recovered:
         return x.base_M * np.exp(z_M)
-    damage_M = 1.0 / (np.exp(-z_M) + 1.0 / priors.ceiling(x, settings))
+    damage_M = 1.0 / (np.exp(-z_M) + 1.0 / axes.ceiling(x, settings))
     return damage_M**2 * np.exp(-z_M)
 
 
 def _adjusted(exponent: float, x: Inputs) -> Array:
     """(M,) the pruning law of the margin over chance."""
-    chance_M, margin_M = priors.margin(x)
+    chance_M, margin_M = axes.margin(x)
     return chance_M + margin_M * (1.0 - x.ratio_M) ** exponent
 
 
 def _exponent(x: Inputs, y_M: Array) -> float:
     """Of the pruning law of the margin over chance, by least squares of its logarithm through the dense value."""
-    chance_M, margin_M = priors.margin(x)
+    chance_M, margin_M = axes.margin(x)
     kept_M = np.log1p(-x.ratio_M)
     left_M = np.log(np.clip((y_M - chance_M) / margin_M, 0.02, 2.0))
     return max(float(kept_M @ left_M) / float(kept_M @ kept_M), 0.0)
