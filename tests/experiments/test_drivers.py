@@ -25,7 +25,7 @@ from mariotte.experiments.pipeline import Outcome
 from mariotte.experiments.run import Summary
 from mariotte.experiments.study import Study, parse, with_run
 from mariotte.models.step import Counters
-from mariotte.store import open_store, sql
+from mariotte.store import database, open_store
 
 TEXT = """
 format = 1
@@ -206,7 +206,7 @@ def test_a_locked_store_is_one_sentence(model_folder: Path, tmp_path: Path, monk
     file, path = tmp_path / "s.toml", tmp_path / "s.db"
     file.write_text(toml(model_folder))
     open_store(path, create=True).close()
-    monkeypatch.setattr(sql, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert "is locked: another process has been writing for over 0.05 s" in refusal(file, path)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from mariotte.errors import StoreError
-from mariotte.store import sql
+from mariotte.store import database, sql
 from mariotte.store.record import Record
 from mariotte.store.sql import open_store
 from mariotte.testing.stores import StoreConformance, make_failure, make_record
@@ -46,9 +47,7 @@ class TestPostgreSQL(StoreConformance):
         return postgres_url
 
     def change(self, url: str, statement: str) -> None:
-        import sqlalchemy as sa
-
-        engine = sa.create_engine(sql._parse(url))
+        engine = sa.create_engine(database.parse_url(url))
         with engine.begin() as connection:
             assert connection.exec_driver_sql(statement).rowcount == 1
         engine.dispose()
@@ -235,7 +234,7 @@ def test_a_changed_column_is_found_although_the_body_is_whole(file: Path) -> Non
 
 
 def test_a_lock_held_for_too_long_is_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sql, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
     with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with open_store(file) as store:
@@ -255,7 +254,7 @@ def test_a_full_disk_is_reported_and_nothing_is_half_there(file: Path) -> None:
         def limit(connection: sqlite3.Connection, _: object) -> None:
             connection.execute("PRAGMA max_page_count = 1")
 
-        sql.event.listen(store._engine, "connect", limit)
+        sa.event.listen(store._engine, "connect", limit)
         with pytest.raises(StoreError, match="the disk is full; free space and run again"):
             store.add([make_record(n, details={"text": "x" * 50_000}) for n in range(2, 5)])
     with open_store(file) as store:
@@ -415,7 +414,7 @@ def test_a_table_that_somebody_locks_for_too_long_is_reported(
 ) -> None:
     import psycopg
 
-    monkeypatch.setattr(sql, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
     with open_store(postgres_url, create=True) as store, psycopg.connect(postgres_url) as other:
         other.execute("LOCK TABLE mariotte_records")
         with pytest.raises(StoreError, match="is locked: another process has been writing for over") as caught:
