@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from mariotte import accounting
 from mariotte.accounting import cut_width, rounding
@@ -34,11 +34,11 @@ class Sizes(Protocol):
         ...
 
 
-IRREGULAR = ("llama", "qwen2", "mistral", "qwen3", "smollm3", "granite")
+IRREGULAR = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma2", "gemma3_text", "olmo2"),
+    *("phi", "phi3", "falcon", "gpt2", "opt", "gpt_neox"),
+)
 """Families for which there is a class of ours whose blocks have sizes of their own: `mariotte.models.irregular`."""
-
-OWN_HEADS = ("opt", "gpt2", "gpt_neox", "falcon")
-"""Families for which there is one in which the head size is not tied to the hidden size, and nothing more."""
 
 PARTS = {"all": {"attention", "ffn"}, "attention": {"attention"}, "ffn": {"ffn"}, "head": {"head"}}
 """What each scope covers: the head is no part of the blocks, and of no other scope."""
@@ -139,6 +139,49 @@ def refuse_dense(model: Sizes) -> str | None:
 # The stream.
 
 
+def refuse_slice(model: Sizes) -> str | None:
+    """Why the hidden size of `model` cannot be reduced under one rotation of the stream, or None when it can."""
+    entry = model.entry
+    if reason := cannot_turn(entry):
+        return reason
+    if not entry.head_dim:
+        return (
+            f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size: "
+            "take ffn or shortgpt"
+        )
+    if model.shape.shortcuts:
+        return "needs one stream through all blocks, and this one goes through shortcut matrices: slice first"
+    return None
+
+
+def refuse_slicegpt(model: Sizes) -> str | None:
+    """Why the stream of `model` cannot be reduced under a rotation for each norm, or None when it can."""
+    if reason := cannot_turn(model.entry):
+        return reason
+    if model.entry.model_type not in IRREGULAR:
+        return (
+            f"needs a class for sliced models, and {model.entry.model_type} has none; {', '.join(IRREGULAR)} have one: "
+            "take slice"
+        )
+    return None
+
+
+def sliced_width(shape: Shape, amount: float, round_to: int) -> int:
+    """The hidden size that is kept: rounded down, but at least one multiple; all of it when nothing should go."""
+    if not amount:
+        return shape.hidden
+    asked = int(shape.hidden * (1 - amount) + 1e-9)  # 0.9 x 80 in floats may lie below 72
+    return min(max(asked - asked % round_to, round_to), shape.hidden)
+
+
+def sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
+    """The shape of a sliced model; a cut of nothing leaves it as it was, unless it is made `always`."""
+    if width == shape.hidden and not always:
+        return shape
+    final = shape.final_size
+    return replace(shape, hidden=width, tied=False, shortcuts=True, final=None if final == width else final)
+
+
 def cannot_turn(entry: Architecture) -> str | None:
     """Why the stream of a family cannot be rotated, in a clause after a method's name; None when it can."""
     if not entry.rms_norm:
@@ -151,9 +194,9 @@ def cannot_turn(entry: Architecture) -> str | None:
 # Blocks.
 
 
-def kept_blocks(model: Sizes, amount: int | float) -> int:
-    """How many blocks stay when a share of them should go: at least one."""
-    return cut_width(model.shape.layers, amount, 1)
+def kept_blocks(model: Sizes, amount: int | float, spared: int = 0) -> int:
+    """How many blocks stay when a share of them should go: at least one, and as many as are spared."""
+    return max(cut_width(model.shape.layers, amount, 1), spared)
 
 
 def refuse_unlike_blocks(model: Sizes) -> str | None:
@@ -167,6 +210,18 @@ def refuse_unlike_blocks(model: Sizes) -> str | None:
         return "counts blocks of one size, and these have numbers of heads of their own: remove blocks first"
     if any(sizes is not None and len(set(sizes)) > 1 for sizes in (shape.widths, shape.ranks)):
         return "counts blocks of one size, and these have widths of heads or ranks of their own: remove blocks first"
+    return None
+
+
+def refuse_sparing(model: Sizes, first: int, last: int) -> str | None:
+    """Why blocks cannot go while so many at the beginning and at the end stay, or None when they can."""
+    if reason := refuse_unlike_blocks(model):
+        return reason
+    if first + last >= model.shape.layers:
+        return (
+            f"spares {first} and {last} blocks, and this model has {model.shape.layers}: "
+            "ask for fewer with first and last"
+        )
     return None
 
 
@@ -222,7 +277,7 @@ def nearest_heads(choices: Sequence[tuple[int, int]], asked: float) -> tuple[int
 def refuse_heads(model: Sizes) -> str | None:
     """Why heads cannot be taken from `model`, or None when they can."""
     entry = model.entry
-    if not entry.head_dim and entry.model_type not in OWN_HEADS:
+    if not entry.head_dim and entry.model_type not in IRREGULAR:
         return (
             f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden "
             "size: take ffn or shortgpt"
@@ -248,6 +303,31 @@ def refuse_groups(model: Sizes, scope: str) -> str | None:
     if heads and scope == "all":
         heads = f"{heads}, or neurons alone with the scope ffn"
     return heads or (None if scope == "attention" else refuse_unequal_widths(model))
+
+
+def refuse_flap(model: Sizes, scope: str, *, uniform: bool) -> str | None:
+    """Why groups cannot be taken from `model` wherever they stand, or as many from each block; None when they can."""
+    if uniform:
+        return refuse_groups(model, scope)
+    if reason := refuse_irregular(model):
+        return f"{reason}: ask for uniform=true"
+    if model.shape.shortcuts:
+        return "needs one stream through all blocks, and this one goes through shortcut matrices: take flap first"
+    if model.shape.widths is not None or model.shape.ranks is not None:
+        return "needs matrices that are whole, and some of these are factors or narrow heads: take flap first"
+    return None
+
+
+def refuse_pruner(model: Sizes, scope: str, pruned: range) -> str | None:
+    """Why as many groups cannot be taken from each of some blocks of `model`, or None when they can."""
+    if reason := refuse_groups(model, scope):
+        return reason
+    layers = model.shape.layers
+    if not pruned:
+        return f"spares all {layers} blocks of this model: ask for fewer with first and last"
+    if len(pruned) < layers and (reason := refuse_irregular(model)):
+        return f"spares {layers - len(pruned)} blocks, so that it {reason}: ask for first=0 and last=0"
+    return None
 
 
 def equal_shape(
@@ -353,6 +433,46 @@ def removed_of_groups(
     return (target - added if target else 0), largest + added
 
 
+def alike(
+    shape: Shape, share: float, target: int, scope: str, multiple: int
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Heads and neurons of every block if all blocks lost alike, and as many parameters as go wherever they stand.
+
+    Parameters
+    ----------
+    share, target : of the parameters of all groups in scope, and how many these are
+    scope : all, attention or ffn
+    multiple : of neurons, by which they go
+    """
+    layers = range(shape.layers)
+    sizes = [group_sizes(shape, layer) for layer in layers]
+    at_once = [heads_at_once(shape, layer) for layer in layers]
+    counts = [shape.heads_of(layer)[0] // each for layer, each in zip(layers, at_once, strict=True)]
+    lost = [0] * shape.layers
+    if scope == "attention":
+        free = [count - 1 for count in counts]
+        lost = _nearest(target / sizes[0][0], free)
+    elif scope == "all":
+        lost = [min(round(share * count), count - 1) for count in counts]
+    attentions = [
+        (heads - each * gone, groups - gone if groups > 1 else 1)
+        for (heads, groups), each, gone in zip(map(shape.heads_of, layers), at_once, lost, strict=True)
+    ]
+    ffns = [shape.ffn_of(layer) for layer in layers]
+    if scope == "attention":
+        return attentions, ffns
+    rest = target - sum(head * gone for (head, _), gone in zip(sizes, lost, strict=True))
+    units = _nearest(rest / (sizes[0][1] * multiple), [max(math.ceil(ffn / multiple) - 1, 0) for ffn in ffns])
+    # The first multiple that goes is the one that is not whole.
+    return attentions, [ffn - max(unit * multiple - -ffn % multiple, 0) for ffn, unit in zip(ffns, units, strict=True)]
+
+
+def _nearest(wanted: float, free: Sequence[int]) -> list[int]:
+    """The whole number of units nearest to one that is wanted, shared evenly by parts that can give so many each."""
+    gone = min(max(round(wanted), 0), sum(free))
+    return evenly(gone, free) if gone else [0] * len(free)
+
+
 SPARED_FIRST, SPARED_LAST = 8, 16
 """Of so many blocks one is spared at the beginning and at the end: of 32 the published four and two."""
 
@@ -365,6 +485,51 @@ def spared_blocks(layers: int, first: int | None, last: int | None) -> range:
 
 
 # Ranks, and widths by block.
+
+
+def refuse_low_rank(model: Sizes) -> str | None:
+    """Why matrices of `model` cannot become products of two, or None when they can."""
+    if model.entry.model_type not in IRREGULAR:
+        return (
+            f"needs a class for models of factors, and {model.entry.model_type} has none; "
+            f"{', '.join(IRREGULAR)} have one: take ffn, or magnitude"
+        )
+    return None
+
+
+def refuse_narrowing(model: Sizes, scope: str, *, plain: bool, others: Iterable[str] | None = None) -> str | None:
+    """Why blocks of `model` cannot get widths of their own, of neurons and within heads, or None when they can.
+
+    Parameters
+    ----------
+    plain : all blocks get the same width of neurons, and nothing else changes
+    others : what there is in attention beside its projections; None for the norms that the family has there
+    """
+    entry, shape = model.entry, model.shape
+    others = sorted(path.rpartition(".")[2] for path in entry.head_norms) if others is None else sorted(others)
+    if entry.model_type not in IRREGULAR and not plain:
+        return (
+            f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(IRREGULAR)} have "
+            "one: take ffn, or heads"
+        )
+    if shape.shortcuts or shape.ranks is not None or shape.attentions is not None:
+        return (
+            "needs blocks that are alike, and those of this model have shortcuts, factors or numbers of heads of "
+            "their own: do it before the step that gave them"
+        )
+    if scope != "ffn" and others:
+        return (
+            f"needs attention of four projections and nothing else over a head's width, and {entry.model_type} has "
+            f"{' and '.join(others)}: take the scope ffn, as in modegpt@0.2:ffn"
+        )
+    return None
+
+
+def turns_in_part(config: Mapping[str, Any]) -> bool:
+    """Whether rotary embeddings turn a part of each head alone, as a config says."""
+    stated = cast("dict[str, Any]", config.get("rope_parameters") or {})
+    # Configs of earlier transformers state it beside the others.
+    return (stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1
 
 
 def rank_left(outputs: int, inputs: int, rank: int, amount: float) -> int:
@@ -495,6 +660,14 @@ def with_widths(shape: Shape, ffns: Sequence[int], pairs: Sequence[int], values:
 # Matrices, for what rounds them.
 
 
+def untied(model: Sizes) -> Shape:
+    """The sizes of a model whose head has a matrix of its own, and with it what is shared only while it is tied."""
+    shape, entry = model.shape, model.entry
+    if not shape.tied:
+        return shape
+    return replace(shape, tied=False, copies=len(entry.copies), head_biases=len(entry.head_biases))
+
+
 def matrices_of(model: Sizes, scope: str) -> Iterator[tuple[int, int]]:
     """Outputs and inputs of every matrix of a scope, as the family holds them; of a product of two, of these.
 
@@ -506,9 +679,7 @@ def matrices_of(model: Sizes, scope: str) -> Iterator[tuple[int, int]]:
         for layer in range(stack.blocks):
             attention, mlp = accounting.matrices(stack, layer)
             ranks = iter(() if stack.ranks is None else stack.ranks[layer])
-            if of_stack.fused:
-                attention = ((sum(outputs for outputs, _ in attention[:3]), stack.hidden), attention[3])
-            if of_stack.fused_mlp or of_stack.experts:
+            if of_stack.experts:
                 mlp = ((sum(outputs for outputs, _ in mlp[:-1]), stack.hidden), mlp[-1])
             if of_stack.cross:
                 attention = (*attention, *accounting.matrices(stack, layer)[0])
@@ -552,7 +723,8 @@ def input_widths(shape: Shape, scope: str) -> dict[str, int]:
         if "ffn" in PARTS[scope]:
             widths["the hidden size"] = stack.hidden
             several("the MLP", "an MLP", {stack.ffn_of(layer) for layer in layers})
-        within = slice(0 if "attention" in PARTS[scope] else 4, None if "ffn" in PARTS[scope] else 4)
+        mlp = len(accounting.matrices(stack, 0)[0])
+        within = slice(0 if "attention" in PARTS[scope] else mlp, None if "ffn" in PARTS[scope] else mlp)
         if "head" not in PARTS[scope] and (ranks := {rank for some in factored for rank in some[within] if rank}):
             several("a factor", "a factor", ranks)
     if "head" in PARTS[scope]:

@@ -22,6 +22,7 @@ from mariotte.compress.methods.slice import Slice
 from mariotte.compress.methods.slicegpt import HalfWalk, SliceGPT, text_mask
 from mariotte.compress.rotation import random_rotation
 from mariotte.compress.surgery import derive
+from mariotte.cuts import sliced_width
 from mariotte.errors import ChainError, DataError, ModelError, UnknownNameError
 from mariotte.models import checkpoint
 from mariotte.models.load import load
@@ -167,7 +168,7 @@ def test_widths_are_rounded_down(round_to, amount, width, tmp_path):
 
 
 def test_a_tenth_of_eighty_is_eight():
-    assert SliceGPT()._width(tiny("llama", hidden=80, heads=5, kv_heads=5).shape, 0.1) == 72
+    assert sliced_width(tiny("llama", hidden=80, heads=5, kv_heads=5).shape, 0.1, 8) == 72
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

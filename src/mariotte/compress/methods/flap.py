@@ -29,8 +29,7 @@ from mariotte.cuts import (
     equal_shape,
     group_sizes,
     heads_at_once,
-    refuse_groups,
-    refuse_irregular,
+    refuse_flap,
     removed_of_groups,
     removed_share,
 )
@@ -166,17 +165,7 @@ class FLAP(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
-        if self.uniform:
-            return refuse_groups(model, self.scope)
-        if reason := refuse_irregular(model):
-            return f"{reason}: ask for uniform=true"
-        if model.shape.shortcuts:
-            return "needs one stream through all blocks, and this one goes through shortcut matrices: take flap first"
-        if model.shape.widths is not None or model.shape.ranks is not None:
-            return "needs matrices that are whole, and some of these are factors or narrow heads: take flap first"
-        return None
+        return super().refuse(model) or refuse_flap(model, self.scope, uniform=self.uniform)
 
     @override
     def makes_plain(self, model: Model) -> bool:

@@ -24,7 +24,7 @@ from mariotte.compress.groups import (
     ranked_heads,
 )
 from mariotte.compress.scope import oriented, turned
-from mariotte.cuts import equal_shape, refuse_groups, refuse_irregular, removed_share, sizes_by_block, spared_blocks
+from mariotte.cuts import equal_shape, refuse_pruner, removed_share, sizes_by_block, spared_blocks
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -223,14 +223,7 @@ class LLMPruner(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model) or refuse_groups(model, self.scope):
-            return reason
-        pruned, layers = self._pruned(model), model.shape.layers
-        if not pruned:
-            return f"spares all {layers} blocks of this model: ask for fewer with first and last"
-        if self._spares(model) and (reason := refuse_irregular(model)):
-            return f"spares {layers - len(pruned)} blocks, so that it {reason}: ask for first=0 and last=0"
-        return None
+        return super().refuse(model) or refuse_pruner(model, self.scope, self._pruned(model))
 
     @override
     def makes_plain(self, model: Model) -> bool:

@@ -23,7 +23,7 @@ from mariotte.compress.calibration import Means, observe, outer
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.influence import block_influence
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.cuts import IRREGULAR, evenly, multiples_of_widths, whole, widths_left, with_widths
+from mariotte.cuts import evenly, multiples_of_widths, refuse_narrowing, turns_in_part, whole, widths_left, with_widths
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -221,27 +221,13 @@ class MoDeGPT(Step):
     def refuse(self, model: Model) -> str | None:
         if reason := super().refuse(model):
             return reason
-        entry, shape = model.entry, model.shape
-        if entry.model_type not in IRREGULAR and not self._plain:
-            return (
-                f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(IRREGULAR)} have "
-                "one: take ffn, or heads"
-            )
-        if shape.shortcuts or shape.ranks is not None or shape.attentions is not None:
-            return (
-                "needs blocks that are alike, and those of this model have shortcuts, factors or numbers of heads of "
-                "their own: do it before the step that gave them"
-            )
-        if self.scope == "ffn":
-            return None
-        attention = model.blocks[0].module.get_submodule(entry.query.rpartition(".")[0])
-        projections = {path.rpartition(".")[2] for path in entry.attention_paths}
-        if others := sorted({name for name, _ in attention.named_children()} - projections):
-            return (
-                f"needs attention of four projections and nothing else over a head's width, and {entry.model_type} has "
-                f"{' and '.join(others)}: take the scope ffn, as in modegpt@0.2:ffn"
-            )
-        if cast("dict[str, Any]", model.config.get("rope_parameters") or {}).get("partial_rotary_factor", 1) != 1:
+        # All that is there, and not only what the family's entry knows.
+        attention = model.blocks[0].module.get_submodule(model.entry.query.rpartition(".")[0])
+        projections = {path.rpartition(".")[2] for path in model.entry.attention_paths}
+        others = {name for name, _ in attention.named_children()} - projections
+        if reason := refuse_narrowing(model, self.scope, plain=self._plain, others=others):
+            return reason
+        if self.scope != "ffn" and turns_in_part(model.config):
             return "needs heads that rotary embeddings turn as a whole, and turn here in part: take the scope ffn"
         return None
 

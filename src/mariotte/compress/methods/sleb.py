@@ -15,7 +15,7 @@ from typing_extensions import override
 from mariotte.architectures import Need
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
-from mariotte.cuts import kept_blocks, refuse_unlike_blocks
+from mariotte.cuts import kept_blocks, refuse_sparing
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
@@ -99,17 +99,10 @@ class SLEB(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model) or refuse_unlike_blocks(model):
-            return reason
-        if self.first + self.last >= model.shape.layers:
-            return (
-                f"spares {self.first} and {self.last} blocks, and this model has {model.shape.layers}: "
-                "ask for fewer with first and last"
-            )
-        return None
+        return super().refuse(model) or refuse_sparing(model, self.first, self.last)
 
     def _kept(self, model: Model, amount: int | float) -> int:
-        return max(kept_blocks(model, amount), self.first + self.last)
+        return kept_blocks(model, amount, self.first + self.last)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

@@ -27,7 +27,7 @@ from mariotte.compress.surgery import (
     rounding,
     set_norm_eps_,
 )
-from mariotte.cuts import cannot_turn
+from mariotte.cuts import refuse_slice
 from mariotte.models.model import Model
 from mariotte.models.paging import pieces
 from mariotte.models.step import Context, Prepared, Step
@@ -104,17 +104,7 @@ class Slice(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        entry = model.entry
-        if reason := super().refuse(model) or cannot_turn(entry):
-            return reason
-        if not entry.head_dim:
-            return (
-                f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden size: "
-                "take ffn or shortgpt"
-            )
-        if model.shape.shortcuts:
-            return "needs one stream through all blocks, and this one goes through shortcut matrices: slice first"
-        return None
+        return super().refuse(model) or refuse_slice(model)
 
     def _width(self, model: Model, amount: int | float) -> tuple[int, int]:
         """The hidden size that is kept, and the multiple to which it is rounded."""

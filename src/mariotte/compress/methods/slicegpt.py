@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -21,12 +21,12 @@ from transformers.integrations.sdpa_attention import (
 from typing_extensions import override
 
 from mariotte import accounting
-from mariotte.architectures import Need, Shape
+from mariotte.architectures import Need
 from mariotte.compress.calibration import Means, outer, tokens_for
 from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.cuts import IRREGULAR, cannot_turn
+from mariotte.cuts import refuse_slicegpt, sliced, sliced_width
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -211,26 +211,11 @@ class SliceGPT(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        entry = model.entry
-        if reason := super().refuse(model) or cannot_turn(entry):
-            return reason
-        if entry.model_type not in IRREGULAR:
-            return (
-                f"needs a class for sliced models, and {entry.model_type} has none; {', '.join(IRREGULAR)} have one: "
-                "take slice"
-            )
-        return None
-
-    def _width(self, shape: Shape, amount: int | float) -> int:
-        """The hidden size that is kept: rounded down, but at least one multiple; all of it when nothing should go."""
-        if not amount:
-            return shape.hidden
-        asked = int(shape.hidden * (1 - amount) + 1e-9)  # 0.9 x 80 in floats may lie below 72
-        return min(max(asked - asked % self.round_to, self.round_to), shape.hidden)
+        return super().refuse(model) or refuse_slicegpt(model)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:
-        after = _sliced(model.shape, self._width(model.shape, amount))
+        after = sliced(model.shape, sliced_width(model.shape, amount, self.round_to))
         return model.counts.n_params - accounting.count_shape(after).n_params
 
     @override
@@ -301,7 +286,7 @@ class SliceGPT(Step):
             When sequential and there is no calibration text.
         """
         shape = model.shape
-        width = self._width(shape, amount)
+        width = sliced_width(shape, amount, self.round_to)
         done = self.done(
             amount,
             1 - width / shape.hidden,
@@ -326,7 +311,7 @@ class SliceGPT(Step):
             generators = (context.generator("slicegpt", "orientation", place, width) for place in range(places))
             turns = [random_rotation(width, generator).to(model.device) for generator in generators]
             kept = [kept_Dd @ turn_dd for kept_Dd, turn_dd in zip(kept, turns, strict=True)]
-        shape = _sliced(model.shape, width, always=True)
+        shape = sliced(model.shape, width, always=True)
         sizes = {
             model.entry.hidden: width,
             model.entry.head_dim: shape.head_dim,
@@ -335,14 +320,6 @@ class SliceGPT(Step):
             "final_size": shape.final_size,
         }
         return derive(model, turned(model, kept), sizes, untie=model.shape.tied, irregular=True)
-
-
-def _sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
-    """The shape of a sliced model; a cut of nothing leaves it as it was, unless it is made `always`."""
-    if width == shape.hidden and not always:
-        return shape
-    final = shape.final_size
-    return replace(shape, hidden=width, tied=False, shortcuts=True, final=None if final == width else final)
 
 
 def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from typing_extensions import override
 from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, tokens_for
+from mariotte.compress.scope import oriented
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive
-from mariotte.cuts import IRREGULAR, PARTS, rank_left, ranks_left
+from mariotte.cuts import PARTS, rank_left, ranks_left, refuse_low_rank
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -61,7 +62,7 @@ def _groups(block: Block, parts: set[str]) -> dict[str, tuple[str, ...]]:
 
 def _product(block: Block, path: str) -> Tensor:
     """A matrix of a block, (O, I) float64, whole or not."""
-    factors = [matrix.weight.double() for _, matrix in block.factors(path)]
+    factors = [oriented(matrix).double() for _, matrix in block.factors(path)]
     return factors[0] if len(factors) == 1 else factors[1] @ factors[0]
 
 
@@ -78,7 +79,8 @@ class SVDLLM(Step):
     -----
     The amount is the share of the weights in scope that goes. A matrix of O x I weights keeps the rank
     R = floor((1 - amount) O I / (O + I)), at least 1, as published; its bias stays. So the two factors are never
-    larger than the matrix was; one that no two factors can be smaller than (a single row) stays whole.
+    larger than the matrix was; one that no two factors can be smaller than (a single row) stays whole. Where a family
+    holds query, key and value in one matrix, or gate and up, that one is a matrix: its parts share a rank.
 
     When to use it: to compare with it, or where matrices must keep their outer sizes. A square matrix loses half of its
     rank before it loses any weight, so that small amounts are not mild ones: with 10, 25 and 40 % of all parameters
@@ -114,20 +116,13 @@ class SVDLLM(Step):
     reference: ClassVar[str] = "wang2025svdllm"
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
     plain: ClassVar[bool] = False
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear", "separate")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     sequential: bool = False
 
     @override
     def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
-        if model.entry.model_type not in IRREGULAR:
-            return (
-                f"needs a class for models of factors, and {model.entry.model_type} has none; "
-                f"{', '.join(IRREGULAR)} have one: take ffn, or magnitude"
-            )
-        return None
+        return super().refuse(model) or refuse_low_rank(model)
 
     @override
     def moment(self, shape: Shape) -> int:
@@ -236,7 +231,7 @@ class SVDLLM(Step):
 
 def _put_(block: Block, path: str, outer_OR: Tensor, inner_RI: Tensor) -> None:
     """Give a matrix of a block in place the value of a product; its shape, or the rank of its factors, stays."""
-    first, *second = [matrix.weight for _, matrix in block.factors(path)]
+    first, *second = [oriented(matrix) for _, matrix in block.factors(path)]
     if not second:
         first.copy_(outer_OR @ inner_RI)
         return
