@@ -8,17 +8,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from mariotte import chain as chains
+from mariotte.cli.main import app
 from mariotte.errors import ChainError, ModelError
+from mariotte.evaluate.measures import loss
 from mariotte.experiments import estimate, identity
 from mariotte.experiments.estimate import preflight
-from mariotte.experiments.pipeline import compress_model
-from mariotte.models import checkpoint, paging
+from mariotte.experiments.pipeline import compress_model, measure
+from mariotte.models import checkpoint, nll, paging
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.testing.large import large
@@ -55,11 +59,12 @@ CHAINS = (
 LIMITED = """
 import gc, json, resource, sys, time
 from pathlib import Path
-from mariotte.experiments.pipeline import compress_model
+from mariotte.experiments.pipeline import compress_model, measure
 from mariotte.models import checkpoint
 from mariotte.models.hardware import resident_bytes, stated_bytes
 from mariotte.models.load import load
 
+LOSS = "loss:testbed/all(rows=16, block=64)"
 model, out, allowance, texts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 
 def run(model, text, name, stream):
@@ -69,6 +74,7 @@ def run(model, text, name, stream):
 # Everything imported, compiled and cached once, on a model of no size.
 for place, text in enumerate(texts):
     run("testbed/qwen2-46k", text, f"warm-{place}", out / f"warm-scratch-{place}")
+measure(load("testbed/qwen2-46k", stream=out / "none"), LOSS)
 gc.collect()
 taken = stated_bytes("/proc/self/status", "VmData")
 resource.setrlimit(resource.RLIMIT_DATA, (taken + allowance, taken + allowance))
@@ -81,15 +87,19 @@ for place, text in enumerate(texts):
     run(model, text, f"limited-{place}", out / f"scratch-{place}")
     found[text] = time.perf_counter() - began
     gc.collect()
+began = time.perf_counter()
+metrics = measure(load(model, stream=out / "none"), LOSS).metrics
+found[LOSS] = time.perf_counter() - began
+gc.collect()
 peak = stated_bytes("/proc/self/status", "VmHWM") - before
 try:
     load(model)
     whole = "loaded"
 except Exception as error:
     whole = " ".join(str(error).split())[:300]
-print(json.dumps({"peak": peak, "seconds": found, "whole": whole}))
+print(json.dumps({"peak": peak, "seconds": found, "whole": whole, "metrics": metrics}))
 """
-"""Runs chains with so many bytes of private memory beyond those of the program; then tries to load the model whole."""
+"""Runs chains with so many bytes of private memory beyond the program's, measures the model, then loads it whole."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,6 +124,9 @@ def under_a_limit(tmp_path: Path, texts: tuple[str, ...], *, hidden: int, layers
     # The limit is on private memory; resident memory has files' pages too, if any are mapped.
     assert found["peak"] <= allowance * 1.1, found
     assert "memory" in found["whole"].lower(), found  # loaded whole, it does not fit
+    whole = load(model)
+    assert found["metrics"] == measure(whole, "loss:testbed/all(rows=16, block=64)").metrics
+    del whole
     for place, text in enumerate(texts):
         streamed = weights(out / f"limited-{place}")
         unlimited = compress_model(str(model), text, calibration="testbed/all", rows=8, block=64)
@@ -175,9 +188,80 @@ def test_a_walk_reads_each_block_a_few_times(small: Path, tmp_path: Path) -> Non
     blocks = 2 * sum(p.numel() for block in dense.blocks for p in block.module.parameters())
     table, batches = 2 * dense.embeddings.weight.numel(), 10
     compress_model(dense, "shortgpt@0.25", calibration="testbed/all", rows=64 * batches, block=64)
-    # Blocks: a pass of one row, which finds out what they are given, and one of all rows. Of the table each time the
-    # rows that a batch has.
-    assert 2 * blocks <= pager.read_bytes <= 2.1 * blocks + (batches + 1) * table
+    # Blocks: the first for one token, to see what it gives, and all once. Of the table each time the rows that a batch
+    # has, and those of the row that finds out what blocks are given.
+    assert blocks <= pager.read_bytes <= (1.05 + 1 / 4) * blocks + (batches + 1) * table
+
+
+MEASURES = (
+    "loss:testbed/all(rows=20, block=32)",
+    "loss:testbed/all(rows=8, block=32, stride=12)",
+    "loss:testbed/all(rows=12, windows=documents)",
+    "knowledge:testbed(facts=12)",
+    "tasks:testbed/agreement+facts(items=8)",
+)
+
+
+@pytest.mark.parametrize("text", MEASURES)
+@pytest.mark.parametrize("held", [1, 10**6])
+def test_a_streamed_evaluation_is_that_of_the_whole_model_to_the_bit(
+    small: Path, tmp_path: Path, text: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nll, "TOKENS_AT_ONCE", 128)
+    monkeypatch.setattr(nll, "ON_A_PROCESSOR", 128)
+    monkeypatch.setattr(loss, "TOKENS_AT_ONCE", 128)
+    whole, streamed = load(small), load(small, stream=tmp_path / "scratch")
+    pager = paging.pager_of(streamed.embeddings.weight)
+    assert pager is not None
+    pager.limit = held  # one batch at a time, or all of them
+    expected, found = (identity.resolve_measure(text).measure(model) for model in (whole, streamed))
+    assert found == expected
+    assert not (tmp_path / "scratch").exists()  # an evaluation writes nothing
+
+
+def test_an_evaluation_reads_each_block_once_for_many_batches(small: Path, tmp_path: Path) -> None:
+    dense = load(small, stream=tmp_path / "scratch")
+    pager = paging.pager_of(dense.embeddings.weight)
+    assert pager is not None
+    pager.limit //= 3  # one block
+    room = pager.limit // 3 // (64 * 4)  # tokens whose stream is a third of it
+    tokens = random_tokens(rows=3 * (room // 32), length=32, vocab=dense.shape.vocab)
+    nll.token_nll(dense, tokens, batch=4)
+    blocks = 2 * sum(p.numel() for block in dense.blocks for p in block.module.parameters())
+    table, batches = 2 * dense.embeddings.weight.numel(), -(-len(tokens) // 4)
+    # Three times all tokens that are held at once; the table is the head too.
+    assert 3 * blocks <= pager.read_bytes <= 4.1 * blocks + 3 * batches * table
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("speed:random", "speed cannot be streamed: it times what a model in memory takes"),
+        ("memory:random", "memory cannot be streamed: it finds what a model takes that is loaded whole"),
+        ("knowledge:lama", "knowledge cannot be streamed: it follows LAMA's answers token by token"),
+        ("tasks:piqa", "tasks cannot be streamed: it leaves it to lm-eval how rows go through the model"),
+    ],
+)
+def test_measures_that_need_the_whole_model_are_refused(small: Path, asked: str, said: str) -> None:
+    with pytest.raises(ChainError, match=said):
+        identity.resolve_measure(asked).refuse_streamed("causal")
+
+
+def test_evaluate_streams_from_the_command_line(small: Path) -> None:
+    def run(*options: str) -> Any:
+        found = CliRunner().invoke(app, ["evaluate", str(small), *options])
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    asked = ("--measure", "loss:testbed/all(rows=8, block=32)", "--json")
+    assert json.loads(run(*asked, "--stream")) == json.loads(run(*asked, "--no-stream"))
+    takes = json.loads(run(*asked, "--stream", "--dry-run"))["preflight"]
+    assert takes["streamed"]
+    assert takes["tokens"] == 8 * 32
+    assert "streamed block by block: expected peak of memory" in run(*asked[:2], "--stream", "--dry-run")
+    refused = CliRunner().invoke(app, ["evaluate", str(small), "--measure", "speed:random", "--stream"])
+    assert refused.exit_code == 2
+    assert "speed cannot be streamed: it times what a model in memory takes" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize("shards", [10**9, 40_000])
@@ -269,13 +353,18 @@ def test_files_that_do_not_fit_the_config_are_refused(small: Path, tmp_path: Pat
         load(tmp_path / "model", stream=tmp_path / "scratch")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gpt2", "opt"])
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gpt2", "opt", "gemma2", "gemma3_text")
+OTHERS = ("phi", "phi3", "olmo2", "falcon", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *OTHERS])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_streamed_model_computes_as_a_loaded_one(family: str, tied: bool, tmp_path: Path) -> None:
     folder = checkpoint.save(tiny(family, tied=tied), tmp_path / "model")
     loaded, streamed = load(folder), load(folder, stream=tmp_path / "scratch")
     tokens = random_tokens()
     assert torch.equal(streamed.logits(tokens), loaded.logits(tokens))
+    assert torch.equal(nll.token_nll(streamed, tokens, batch=5), nll.token_nll(loaded, tokens, batch=5))
     assert (streamed.fingerprint, streamed.shape, streamed.zeros()) == (
         loaded.fingerprint,
         loaded.shape,

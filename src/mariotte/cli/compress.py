@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mariotte.cli.console import duration, print_json, print_table, progress, say
-
-if TYPE_CHECKING:
-    from mariotte.experiments.estimate import Preflight
+from mariotte.cli._takes import expected
+from mariotte.cli.console import print_json, print_table, progress, say
 
 __all__ = ["compress"]
 
@@ -69,7 +67,7 @@ def compress(
     find_device(device)
     stored = None if store is None else find_dtype(store)
     target = checkpoint.check_target(out)
-    foresight.check(model, read_config(locate(model)), parts)
+    foresight.check(model, read_config(locate(model)), parts, device=device)
     takes = preflight(
         model,
         parts,
@@ -88,11 +86,11 @@ def compress(
             print_json({**plan, "preflight": takes})
         else:
             say(f"{model}: {takes.n_params:,} parameters; chain: {canonical}; calibration: {calibration or 'none'}")
-            say(_said(takes))
+            say(expected(takes))
         return
     tight = takes.free_bytes is not None and takes.peak_bytes > takes.free_bytes
     if tight or (takes.streamed and stream is None):
-        say(_said(takes))
+        say(expected(takes))
     with contextlib.ExitStack() as stack, progress(f"compress {model}") as update:
         scratch = None
         if takes.streamed:
@@ -170,24 +168,3 @@ def compress(
         say(f"saved, read back block by block into the modules of {reader}, logits equal: {folder}")
         return
     say(f"saved, loaded back by {reader}, logits equal: {folder}")
-
-
-def _said(takes: Preflight) -> str:
-    """What a run is expected to take, and why it is streamed or not."""
-
-    def size(n_bytes: int) -> str:
-        return f"{n_bytes / 1e9:.2f} GB"
-
-    free = "" if takes.free_bytes is None else f", of {size(takes.free_bytes)} that are free"
-    other = takes.whole_bytes if takes.streamed else takes.streamed_bytes
-    said = [
-        f"{'streamed block by block' if takes.streamed else 'loaded whole'}: expected peak of memory "
-        f"{size(takes.peak_bytes)} beside the program's {size(takes.program_bytes)}{free}",
-        f"{'loaded whole' if takes.streamed else 'streamed'} {size(other)}"
-        if takes.streamed or not takes.cannot_stream
-        else takes.cannot_stream,
-        f"calibration {takes.calibration_tokens:,} tokens",
-        f"scratch on disk {size(takes.scratch_bytes)}",
-        "time unknown, as the device is not here" if takes.seconds is None else f"time {duration(takes.seconds)}",
-    ]
-    return "; ".join(said) + " (a factor of two either way)"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mariotte.errors import DataError
+from mariotte.models.blockwise import Blockwise
 from mariotte.models.model import Model
 from mariotte.models.step import Context
 
@@ -62,10 +63,6 @@ def rows_at_once(tokens_NT: Tensor, batch: int | None = None) -> int:
     return batch or max(1, BATCH_TOKENS // tokens_NT.shape[1])
 
 
-class _Arrived(Exception):  # noqa: N818  (not an error: it ends a pass that has nothing left to find out)
-    """The first block has been reached."""
-
-
 class Walk:
     """The residual stream of all calibration rows, held in front of one block.
 
@@ -106,39 +103,16 @@ class Walk:
     def __init__(self, model: Model, context: Context, step: str, *, batch: int | None = None) -> None:
         tokens_NT = tokens_for(context, step)
         self._rows = rows_at_once(tokens_NT, batch)
-        blocks = [block.module for block in model.blocks]
-        self._beside: dict[nn.Module, dict[str, Any]] = {}
-
-        def remember(module: nn.Module, _arguments: tuple[Any, ...], beside: dict[str, Any]) -> None:
-            self._beside[module] = beside
-
-        body = model.hf.base_model
-        handles = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in blocks]
-        try:
-            body(input_ids=tokens_NT[:1].to(model.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
+        self._apart = Blockwise(model)
+        self._beside = self._apart.beside(tokens_NT[:1])
+        self._place = {block: index for index, block in enumerate(self._apart.blocks)}
         # What is not computed with just now has no place on the device of a model that does not fit there either.
         where = torch.device("cpu") if model.streamed else model.device
         self._device = model.device
-        entered: list[Tensor] = []
-
-        def catch(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            entered.append(cast(Tensor, arguments[0]).to(where))
-            raise _Arrived
-
-        handle = blocks[0].register_forward_pre_hook(catch)
-        try:
-            for start in range(0, len(tokens_NT), self._rows):
-                try:
-                    body(input_ids=tokens_NT[start : start + self._rows].to(model.device), use_cache=False)
-                except _Arrived:
-                    continue
-        finally:
-            handle.remove()
-        self.stream_NTD = torch.cat(entered)
+        first_BTD = self._apart.enter(tokens_NT[: self._rows])
+        self.stream_NTD = first_BTD.new_empty((*tokens_NT.shape, first_BTD.shape[2]), device=where)
+        for rows in self.batches():
+            self.stream_NTD[rows] = first_BTD if rows.start == 0 else self._apart.enter(tokens_NT[rows])
 
     def batches(self) -> Iterator[slice]:
         """Rows of the stream that are run at once."""
@@ -146,14 +120,13 @@ class Walk:
             yield slice(start, start + self._rows)
 
     def beside(self, block: nn.Module) -> dict[str, Any]:
-        """What the family gives a block beside the stream."""
-        return self._beside[block]
+        """What the family gives a block beside the stream, by name."""
+        return self._beside[self._place[block]].names
 
-    @torch.no_grad()
     def run(self, block: nn.Module, rows: slice) -> Tensor:
         """What the block makes of some rows of the stream, (B, T, D); the stream stays."""
-        found = block(self.stream_NTD[rows].to(self._device), **self._beside[block])
-        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
+        place = self._place[block]
+        return self._apart.run(place, self.stream_NTD[rows].to(self._device), self._beside[place])
 
     def observe(
         self, block: nn.Module, inputs: Mapping[str, Sequence[nn.Module]], gather: Callable[[str, Tensor], None]

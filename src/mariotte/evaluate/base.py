@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from mariotte.architectures import Kind
-from mariotte.errors import ModelError
+from mariotte.errors import ChainError, ModelError
 from mariotte.models.model import Model
 
 MetricKind: TypeAlias = Literal["loss", "score", "speed", "size"]
@@ -36,6 +36,16 @@ class Measurement:
         for name, value in self.metrics.items():
             if not math.isfinite(value):
                 raise ModelError(f"{name} must be a finite number, got {value}: the model computes non-finite logits")
+
+
+def batch_by_batch(kind: Kind) -> str | None:
+    """Why models of some kinds are not streamed through forward passes alone, as `Measure.whole`; None for causal."""
+    if kind == "causal":
+        return None
+    return (
+        f"runs {'an encoder' if kind == 'masked' else 'an encoder-decoder'} a few rows at a time through all blocks, "
+        "each time reading the whole model anew: measure it where it fits into memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +112,26 @@ class Measure(ABC):
     def check(self) -> None:
         """Raise what can be told to be wrong before any model is loaded, such as a corpus that is missing."""
         return
+
+    def whole(self, kind: Kind) -> str | None:
+        """Why a model of this kind must be in memory as a whole, in a clause after the measure's name.
+
+        None where it may be streamed: all that is asked of it goes through one block before the next is read. The
+        reason ends with what to do.
+        """
+        del kind
+        return "needs the whole model in memory: measure it where it fits"
+
+    def refuse_streamed(self, kind: Kind) -> None:
+        """Refuse models of a kind that are streamed, before any work.
+
+        Raises
+        ------
+        ChainError
+            When the measure needs the whole model in memory.
+        """
+        if reason := self.whole(kind):
+            raise ChainError(f"{type(self).__module__.rpartition('.')[2]} cannot be streamed: it {reason}")
 
     @abstractmethod
     def protocol(self, model: Model) -> dict[str, Any]:

@@ -8,7 +8,7 @@ all the others, and the product of these stands in for one (pseudo-likelihood).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mariotte.architectures import Kind
 from mariotte.data.tokens import frame, separator_of
 from mariotte.errors import DataError
+from mariotte.models.blockwise import logits
 from mariotte.models.model import Model
 from mariotte.testbed.tasks import Item
 
@@ -29,6 +30,8 @@ SENTINEL = "<extra_id_0>"
 """What T5 and its kind read in the place of the first missing span, and write before it."""
 
 Tokens = tuple[int, ...]
+_Group = dict[tuple[Tokens, Tokens], list[tuple[Tokens, int, int]]]
+"""Source and row, with the choices asked for after them: their tokens, and the number and place of their sum."""
 
 
 @dataclass(frozen=True)
@@ -127,38 +130,45 @@ def log_likelihoods(model: Model, questions: Sequence[Question], *, batch: int =
         sums = iter(pseudo_log_likelihoods(model, texts, batch=batch))
         return [[next(sums) for _ in question.choices] for question in questions]
     # By length of source, row and choice: each row with the tokens asked for after it, and where the sum belongs.
-    groups: defaultdict[tuple[int, int, int], dict[tuple[Tokens, Tokens], list[tuple[Tokens, int, int]]]]
-    groups = defaultdict(dict)
+    groups: defaultdict[tuple[int, int, int], _Group] = defaultdict(dict)
     for number, question in enumerate(questions):
         for index, choice in enumerate(question.choices):
             row = (*question.context, *choice[:-1])
             lengths = len(question.source), len(row), len(choice)
             groups[lengths].setdefault((question.source, row), []).append((choice, number, index))
     found = [[0.0] * len(question.choices) for question in questions]
-    for group in groups.values():
-        rows = list(group)
-        for start in range(0, len(rows), batch):
-            chosen = rows[start : start + batch]
-            asked = [(position, *one) for position, row in enumerate(chosen) for one in group[row]]
-            # M choices of T tokens each, after B rows.
-            rows_M = torch.tensor([position for position, *_ in asked], device=model.device)
-            choices_MT = torch.tensor([choice for _, choice, *_ in asked], device=model.device)
-            sources, contexts = (torch.tensor(part, device=model.device) for part in zip(*chosen, strict=True))
-            sums_M = _sums(model, sources, contexts, rows_M, choices_MT)
-            for (_, _, number, index), value in zip(asked, sums_M, strict=True):
-                found[number][index] = float(value)
+    parts = [
+        (group, rows[start : start + batch])
+        for group in groups.values()
+        for rows in [list(group)]
+        for start in range(0, len(rows), batch)
+    ]
+    for (group, chosen), logits_BTV in zip(parts, _logits(model, parts), strict=True):
+        asked = [(position, *one) for position, row in enumerate(chosen) for one in group[row]]
+        # M choices of T tokens each, after B rows.
+        rows_M = torch.tensor([position for position, *_ in asked], device=model.device)
+        choices_MT = torch.tensor([choice for _, choice, *_ in asked], device=model.device)
+        sums_M = _sums(logits_BTV, rows_M, choices_MT)
+        for (_, _, number, index), value in zip(asked, sums_M, strict=True):
+            found[number][index] = float(value)
     return found
 
 
-def _sums(model: Model, sources_BS: Tensor, rows_BT: Tensor, rows_M: Tensor, choices_MT: Tensor) -> Tensor:
-    """(M,) float64: log-likelihood of each choice after its row, the logarithm taken in float32 as in `token_nll`."""
-    n_tokens = choices_MT.shape[1]
+def _logits(model: Model, parts: Sequence[tuple[_Group, Sequence[tuple[Tokens, Tokens]]]]) -> Iterator[Tensor]:
+    """Logits of the places before the tokens of a choice, (B, T, V), for each part."""
+    lengths = [len(group[chosen[0]][0][0]) for group, chosen in parts]
     if model.kind == "causal":
-        logits_BTV = model.hf(input_ids=rows_BT, use_cache=False, logits_to_keep=n_tokens).logits.float()
-    else:
-        logits_BTV = model.logits(sources_BS, rows_BT)[:, -n_tokens:].float()
-    logs_BTV = logits_BTV.log_softmax(-1)
-    positions_T = torch.arange(n_tokens, device=model.device)
+        yield from logits(model, [torch.tensor([row for _, row in chosen]) for _, chosen in parts], lengths)
+        return
+    for (_, chosen), n_tokens in zip(parts, lengths, strict=True):
+        sources_BS, rows_BT = (torch.tensor(part, device=model.device) for part in zip(*chosen, strict=True))
+        yield model.logits(sources_BS, rows_BT)[:, -n_tokens:]
+
+
+def _sums(logits_BTV: Tensor, rows_M: Tensor, choices_MT: Tensor) -> Tensor:
+    """(M,) float64: log-likelihood of each choice after its row, the logarithm taken in float32 as in `token_nll`."""
+    logs_BTV = logits_BTV.float().log_softmax(-1)
+    positions_T = torch.arange(choices_MT.shape[1], device=logits_BTV.device)
     return logs_BTV[rows_M[:, None], positions_T, choices_MT].double().sum(1).cpu()
 
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from mariotte import accounting, architectures
+from mariotte.accounting import Counts
 from mariotte.architectures import Shape
 from mariotte.data import corpora
-from mariotte.errors import ModelError
+from mariotte.errors import ChainError, ModelError
+from mariotte.evaluate.base import Measure
 from mariotte.experiments import identity
 from mariotte.experiments.identity import Part
 from mariotte.experiments.study import Study
@@ -316,7 +318,8 @@ class Preflight:
     scratch_bytes : on disk meanwhile, the checkpoint not among them
     seconds : of the work; None when the device is not here
     cannot_stream : why the chain cannot be streamed, None when it can
-    calibration_tokens : that are looked at
+    calibration_tokens : that are looked at, 0 of an evaluation
+    tokens : that go through the model, about
     """
 
     n_params: int
@@ -330,6 +333,7 @@ class Preflight:
     seconds: float | None
     cannot_stream: str | None
     calibration_tokens: int
+    tokens: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -365,8 +369,7 @@ def preflight(
     folder = locate(model)
     config, files = read_config(folder), weight_files(folder)
     shape, counts = architectures.shape(config), accounting.count(config)
-    width = 4 if dtype is None and device == "cpu" else counts.n_bytes // counts.n_params
-    width = width if dtype is None else find_dtype(dtype).itemsize
+    width = _width(counts, device, dtype)
     length = 0
     if calibration is not None:
         length = block or min(corpora.find(calibration).block, architectures.of(config).longest(config) or 1 << 62)
@@ -377,7 +380,7 @@ def preflight(
         + _MATRICES_HELD * 8 * shape.hidden * max(shape.ffn, shape.heads * shape.head_dim)
         + width * min(tokens, max(_AT_ONCE, length)) * (4 * shape.hidden + 3 * shape.ffn)
     )
-    stack = (counts.attention + counts.ffn + counts.shortcuts) // shape.blocks
+    stack = _block_parameters(shape, counts)
     head = 2 * 4 * shape.vocab * shape.embedding_size  # float32, once read and once cast, when results are compared
     streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, head + 8 * stack)
     # What enters, what each step makes of it, and when it is saved a copy and two of float32 to compare.
@@ -408,7 +411,81 @@ def preflight(
         seconds=seconds,
         cannot_stream=next(iter(reasons), None),
         calibration_tokens=tokens,
+        tokens=2 * tokens * len(parts),
     )
+
+
+def preflight_evaluation(
+    model: str, measures: Sequence[Measure], *, device: str, dtype: str | None, stream: bool | None
+) -> Preflight:
+    """What measuring a model will take, before anything of it is done.
+
+    Parameters
+    ----------
+    model : as for `mariotte.load`; its files are looked at, and a little of them is read
+    measures : of it
+    device, dtype : as for `mariotte.load`
+    stream : whether to stream; None streams what does not fit into memory whole, if all measures can be streamed
+
+    Raises
+    ------
+    MariotteError
+        When there is no such model or corpus.
+    """
+    folder = locate(model)
+    config, files = read_config(folder), weight_files(folder)
+    shape, counts, kind = architectures.shape(config), accounting.count(config), architectures.of(config).kind
+    width = _width(counts, device, dtype)
+    each = [measure.tokens for measure in measures]
+    at_once = min(_AT_ONCE, max(each, default=0))
+    # Logits as they come, without the last place, and as logarithms: the last two in float32.
+    works = at_once * (shape.vocab * (width + 8) + width * (4 * shape.hidden + 3 * shape.ffn))
+    block = _block_parameters(shape, counts) * width
+    stream_bytes = max(min(block, max(each, default=0) * shape.hidden * width), at_once * shape.hidden * width)
+    head = shape.vocab * shape.embedding_size * width
+    streamed_bytes = max(BLOCKS_HELD * block, head) + stream_bytes + works
+    whole_bytes = counts.n_params * width + works
+    reasons: list[str] = []
+    for measure in measures:
+        try:
+            measure.refuse_streamed(kind)
+        except ChainError as error:
+            reasons.append(str(error))
+    free = free_bytes(device)
+    if stream is None:
+        stream = free is not None and whole_bytes > free and not reasons
+    seconds = None
+    if _is_here(device):
+        per_pass = max(1, stream_bytes // (shape.hidden * width))
+        passes = sum(-(-tokens // per_pass) for tokens in each) if stream else 1
+        # Once more for the fingerprint.
+        seconds = (passes + 1) * counts.n_bytes / _bytes_per_second(files[0])
+        seconds += sum(forward_seconds(shape, tokens, _AT_ONCE, device) for tokens in each)
+    return Preflight(
+        n_params=counts.n_params,
+        n_bytes=counts.n_bytes,
+        streamed=stream,
+        whole_bytes=whole_bytes,
+        streamed_bytes=streamed_bytes,
+        program_bytes=resident_bytes(),
+        free_bytes=free,
+        scratch_bytes=0,
+        seconds=seconds,
+        cannot_stream=next(iter(reasons), None),
+        calibration_tokens=0,
+        tokens=sum(each),
+    )
+
+
+def _width(counts: Counts, device: str, dtype: str | None) -> int:
+    """Bytes of a number as the model is computed with."""
+    if dtype is not None:
+        return find_dtype(dtype).itemsize
+    return 4 if device == "cpu" else counts.n_bytes // counts.n_params
+
+
+def _block_parameters(shape: Shape, counts: Counts) -> int:
+    return (counts.attention + counts.ffn + counts.shortcuts) // shape.blocks
 
 
 def _bytes_per_second(file: Path) -> float:

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mariotte.errors import ModelError
+from mariotte.models.blockwise import logits
 from mariotte.models.model import Model
 
 TOKENS_AT_ONCE = 4096
@@ -36,12 +37,14 @@ def token_nll(model: Model, tokens_NT: Tensor, *, batch: int = 32) -> Tensor:
     (N, T - 1) float32 on the CPU, nats; the logarithm is taken in float32 whatever the model's dtype
     """
     losses: list[Tensor] = []
-    for start in range(0, len(tokens_NT), batch):
-        rows_BT = tokens_NT[start : start + batch].to(model.device)
-        logits_MV = model.logits(rows_BT)[:, :-1].float().flatten(0, 1)
+    parts = cast("tuple[Tensor, ...]", tokens_NT.split(batch))
+    for logits_BTV in logits(model, parts):  # alone: zip holds one batch while the next is computed
+        rows_BT = parts[len(losses)].to(model.device)
+        logits_MV = logits_BTV[:, :-1].float().flatten(0, 1)
         losses.append(
             functional.cross_entropy(logits_MV, rows_BT[:, 1:].flatten(), reduction="none").view(len(rows_BT), -1)
         )
+        del logits_BTV, logits_MV
     return torch.cat(losses).cpu()
 
 
@@ -94,16 +97,19 @@ def scored_nll(
         at_once = ON_A_PROCESSOR if model.device.type == "cpu" else TOKENS_AT_ONCE
     order_N = scored_NT.sum(1).argsort(descending=True, stable=True)
     nll_NT = torch.zeros(tokens_NT.shape)
+    chosen: list[tuple[Tensor, int, int]] = []  # rows, their tokens, and the first place that one of them asks for
     for part_B in batches((lengths_N[order_N] - 1).clamp(min=1), at_once):
         chosen_B = order_N[part_B]
         longest = int(lengths_N[chosen_B[0]])
+        places_T = scored_NT[chosen_B, :longest].any(0).nonzero()
+        if len(places_T):
+            chosen.append((chosen_B, longest, int(places_T[0])))
+    given = [tokens_NT[chosen_B, : longest - 1] for chosen_B, longest, _ in chosen]
+    kept = [longest - first for _, longest, first in chosen]
+    asked = iter(chosen)
+    for logits_BUV in logits(model, given, kept):
+        chosen_B, longest, first = next(asked)
         rows_BT, asked_BT = tokens_NT[chosen_B, :longest], scored_NT[chosen_B, :longest]
-        places_T = asked_BT.any(0).nonzero()
-        if not len(places_T):
-            continue
-        first = int(places_T[0])
-        given_BT = rows_BT[:, :-1].to(model.device)
-        logits_BUV = model.hf(input_ids=given_BT, use_cache=False, logits_to_keep=longest - first).logits
         asked_BU = asked_BT[:, first:]
         right_M = rows_BT[:, first:][asked_BU].to(model.device)
         # Without a choice to make, no copy of the logits is made.
@@ -111,6 +117,7 @@ def scored_nll(
         found_BT = torch.zeros(rows_BT.shape)
         found_BT[asked_BT] = functional.cross_entropy(logits_MV.float(), right_M, reduction="none").cpu()
         nll_NT[chosen_B, :longest] = found_BT
+        del logits_BUV, logits_MV
     return nll_NT[scored_NT]
 
 

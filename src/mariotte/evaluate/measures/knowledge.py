@@ -18,9 +18,10 @@ from mariotte.data.lama import Probe
 from mariotte.data.tokens import separator_of, tokenizer_hash
 from mariotte.errors import ChainError, DataError, unknown
 from mariotte.evaluate import lama
-from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work
+from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work, batch_by_batch
 from mariotte.evaluate.cloze import Asker, Prompt, plain, vocabulary_placings
 from mariotte.evaluate.facts import Told, facts_told
+from mariotte.models.blockwise import logits
 from mariotte.models.model import Model
 from mariotte.store.record import digest
 from mariotte.testbed.world import Fact, World
@@ -69,14 +70,13 @@ def _answered(
     by_length: defaultdict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt)].append(index)  # equal lengths together: no padding, no mask
-    for indices in by_length.values():
-        for start in range(0, len(indices), batch):
-            chosen = indices[start : start + batch]
-            tokens_BT = torch.tensor([prompts[i] for i in chosen], device=model.device)
-            logits_BV = model.hf(input_ids=tokens_BT, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            right_B1 = logits_BV.gather(1, torch.tensor([[answers[i]] for i in chosen], device=model.device))
-            ranks[chosen] = (logits_BV >= right_B1).sum(1).cpu()
-            logs[chosen] = (right_B1[:, 0] - logits_BV.logsumexp(1)).double().cpu()
+    groups = [indices[at : at + batch] for indices in by_length.values() for at in range(0, len(indices), batch)]
+    rows = [torch.tensor([prompts[i] for i in chosen]) for chosen in groups]
+    for chosen, logits_BTV in zip(groups, logits(model, rows, [1] * len(rows)), strict=True):
+        logits_BV = logits_BTV[:, -1].float()
+        right_B1 = logits_BV.gather(1, torch.tensor([[answers[i]] for i in chosen], device=model.device))
+        ranks[chosen] = (logits_BV >= right_B1).sum(1).cpu()
+        logs[chosen] = (right_B1[:, 0] - logits_BV.logsumexp(1)).double().cpu()
     return ranks, logs
 
 
@@ -272,6 +272,15 @@ class Knowledge(Measure):
             return lama.work(self._asked(kind), kind)
         facts = min(self.facts or len(_all_facts()), len(_all_facts()))
         return Work(items=facts, passes=2 * facts, tokens=2 * 8 * facts)  # in two patterns of about eight words
+
+    @override
+    def whole(self, kind: Kind) -> str | None:
+        if self.in_lama and kind == "causal":
+            return (
+                "follows LAMA's answers token by token from keys and values that it keeps, each time reading the whole "
+                "model anew: measure it where it fits into memory"
+            )
+        return batch_by_batch(kind)
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:

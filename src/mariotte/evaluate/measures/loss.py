@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from mariotte.architectures import Kind
 from mariotte.data import corpora, tokens
 from mariotte.data.corpora import Split
 from mariotte.data.tokens import Blocks, Context
 from mariotte.errors import ChainError, DataError
-from mariotte.evaluate.base import Measure, Measurement, MetricKind
+from mariotte.evaluate.base import Measure, Measurement, MetricKind, batch_by_batch
 from mariotte.models.model import Model
 from mariotte.models.nll import TOKENS_AT_ONCE, conditional_nll, hidden_nll, scored_nll, token_nll
 
@@ -182,6 +183,10 @@ class Loss(Measure):
     @override
     def check(self) -> None:
         corpora.find(self.on).fingerprint(cast(Split, self.split))
+
+    @override
+    def whole(self, kind: Kind) -> str | None:
+        return batch_by_batch(kind)
 
     def _cut(self, model: Model) -> _Cut:
         """How this measure cuts text for a model."""

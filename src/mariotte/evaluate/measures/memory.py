@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from mariotte.architectures import Shape
+from mariotte.architectures import Kind, Shape
 from mariotte.data.tokens import check_block
 from mariotte.errors import ChainError, ModelError
 from mariotte.evaluate.base import Measure, Measurement, MetricKind
@@ -93,6 +93,10 @@ class Memory(Measure):
     @override
     def tokens(self) -> int:
         return self.batch * (2 * self.prompt + self.new + 1)  # the rehearsal writes one
+
+    @override
+    def whole(self, kind: Kind) -> str | None:
+        return "finds what a model takes that is loaded whole: measure it where that fits into memory"
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:

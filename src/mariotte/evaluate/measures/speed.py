@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from mariotte.architectures import Kind
 from mariotte.data.tokens import check_block
 from mariotte.errors import ChainError
 from mariotte.evaluate.base import Measure, Measurement, MetricKind
@@ -265,6 +266,10 @@ class Speed(Measure):
     @override
     def tokens(self) -> int:
         return 2 * (WARM_UP + self.rounds) * self.batch * (self.prompt + self.new)  # two models, the fewest rounds
+
+    @override
+    def whole(self, kind: Kind) -> str | None:
+        return "times what a model in memory takes, and a streamed one waits for its disk: time it where it fits"
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:

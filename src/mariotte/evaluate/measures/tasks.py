@@ -15,7 +15,7 @@ from mariotte.architectures import Kind
 from mariotte.data.tokens import tokenizer_hash
 from mariotte.errors import ChainError, DataError, ModelError, unknown
 from mariotte.evaluate import harness
-from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work
+from mariotte.evaluate.base import Measure, Measurement, MetricKind, Work, batch_by_batch
 from mariotte.evaluate.choices import Question, decoder_start, encode, log_likelihoods
 from mariotte.evaluate.harness import Answers
 from mariotte.models.model import Model
@@ -147,6 +147,15 @@ class Tasks(Measure):
         hashed = tokenizer_hash(model.tokenizer)
         start = decoder_start(model) if model.kind == "seq2seq" else None
         return {name: _questions(name, self.items, model.tokenizer, hashed, model.kind, start) for name in self.names()}
+
+    @override
+    def whole(self, kind: Kind) -> str | None:
+        if self.in_testbed or kind != "causal":
+            return batch_by_batch(kind)
+        return (
+            "leaves it to lm-eval how rows go through the model, a few at a time through all blocks, each time reading "
+            "the whole model anew: measure it where it fits into memory"
+        )
 
     @override
     def protocol(self, model: Model) -> dict[str, Any]:
