@@ -22,8 +22,9 @@ from mariotte.data import corpora
 from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.experiments import identity
 from mariotte.experiments import run as running
-from mariotte.experiments.auto import COARSEST, ROUNDED, Auto, Estimate, Space, Trials, _Search, execute
+from mariotte.experiments.auto import ROUNDED, Auto, Estimate, Trials, _Search, execute
 from mariotte.experiments.pipeline import Bench, compress_model
+from mariotte.experiments.space import COARSEST, Space
 from mariotte.experiments.study import parse
 from mariotte.models.load import load
 from mariotte.models.model import Model

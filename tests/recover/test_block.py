@@ -14,8 +14,8 @@ from mariotte.errors import ChainError, ModelError
 from mariotte.experiments.pipeline import compress_model
 from mariotte.models.model import Done, Model
 from mariotte.models.step import Context
+from mariotte.recover.losses import Loss, text_loss
 from mariotte.recover.methods.block import BlockLocal, relative_error, spans
-from mariotte.recover.trunk import Loss, text_loss
 from mariotte.testing.recoveries import RecoveryConformance, context_of, counting_corpus, recovered, tiny_reader
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 

@@ -15,7 +15,6 @@ from mariotte.recover.methods.full import Full
 from mariotte.testing.recoveries import (
     RecoveryConformance,
     context_of,
-    counting_corpus,
     recovered,
     tiny_reader,
 )
@@ -28,11 +27,6 @@ class TestConformance(RecoveryConformance):
     @override
     def recovery(self) -> Full:
         return STEP
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    return counting_corpus(tmp_path)
 
 
 def test_every_weight_changes_and_a_tied_head_stays_tied(tmp_path: Path, corpus: str) -> None:

@@ -35,7 +35,6 @@ from mariotte.testing.recoveries import (
     RecoveryConformance,
     StoppedError,
     context_of,
-    counting_corpus,
     recovered,
     stop_after,
     tiny_reader,
@@ -54,16 +53,6 @@ class TestConformance(RecoveryConformance):
     @override
     def recovery(self) -> LoRA:
         return STEP
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    return counting_corpus(tmp_path)
-
-
-@pytest.fixture
-def model() -> Model:
-    return tiny_reader("llama")
 
 
 def sparse(model: Model) -> Model:

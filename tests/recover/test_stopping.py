@@ -21,9 +21,6 @@ from mariotte.laws.recovery import Curve, learn_tail
 from mariotte.models.model import Model
 from mariotte.models.step import Prepared, prepare_once
 from mariotte.recover import stopping, stream, trunk
-from mariotte.recover.methods.block import BlockLocal
-from mariotte.recover.methods.distill import Distill
-from mariotte.recover.methods.full import Full
 from mariotte.recover.methods.lora import LoRA
 from mariotte.recover.stopping import expected_gain, first_amount
 from mariotte.recover.trunk import Recovery
@@ -33,32 +30,17 @@ from mariotte.testing.recoveries import (
     StoppedError,
     context_of,
     counting_corpus,
+    each_recovery,
     recovered,
     stop_after,
-    tiny_reader,
 )
 from mariotte.testing.tiny import weights_hash
 
-STEP = LoRA(batch=2, lr=1e-2, warmup=3, rank=4)
-ALL = [
-    STEP,
-    Full(batch=2, lr=5e-3, warmup=3),
-    Distill(batch=2, lr=1e-2, warmup=3, rank=4, mix=0.5),
-    BlockLocal(batch=2, lr=5e-3, adapters=True, rank=4),
-]
+ALL = each_recovery(batch=2)
+STEP = ALL[0]
 NAMES = [step.name() for step in ALL]
 MUCH, LITTLE, MOST = 0.9, 1e-12, 1_000_000
 DOUBLINGS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "recovery_doublings.csv"
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    return counting_corpus(tmp_path)
-
-
-@pytest.fixture
-def model() -> Model:
-    return tiny_reader("llama")
 
 
 def chosen(step: Recovery, model: Model, scratch: Path, corpus: str, most: int = MOST) -> Model:

@@ -29,9 +29,8 @@ from mariotte.experiments.study import parse
 from mariotte.models.model import Model
 from mariotte.models.step import Prepared, prepare_once
 from mariotte.recover import trunk
+from mariotte.recover.losses import text_loss
 from mariotte.recover.methods.block import BlockLocal
-from mariotte.recover.methods.distill import Distill
-from mariotte.recover.methods.full import Full
 from mariotte.recover.methods.lora import LoRA
 from mariotte.recover.trunk import Recovery
 from mariotte.store import open_store
@@ -41,6 +40,7 @@ from mariotte.testing.recoveries import (
     StoppedError,
     context_of,
     counting_corpus,
+    each_recovery,
     recovered,
     stop_after,
     tiny_reader,
@@ -48,24 +48,9 @@ from mariotte.testing.recoveries import (
 from mariotte.testing.tiny import random_tokens, weights_hash
 from mariotte.training.loop import DivergedError
 
-STEP = LoRA(batch=5, lr=1e-2, warmup=3, rank=4)
-ALL = [
-    STEP,
-    Full(batch=5, lr=5e-3, warmup=3),
-    Distill(batch=5, lr=1e-2, warmup=3, rank=4, mix=0.5),
-    BlockLocal(batch=5, lr=5e-3, adapters=True, rank=4),
-]
+ALL = each_recovery(batch=5)
+STEP = ALL[0]
 NAMES = [step.name() for step in ALL]
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    return counting_corpus(tmp_path)
-
-
-@pytest.fixture
-def model() -> Model:
-    return tiny_reader("llama")
 
 
 def failing_from(step: int, value: float = math.nan):
@@ -75,7 +60,7 @@ def failing_from(step: int, value: float = math.nan):
     def loss(module: nn.Module, tokens_BT: Tensor) -> Tensor:
         nonlocal seen
         seen += module.training
-        found = trunk.text_loss(module, tokens_BT)
+        found = text_loss(module, tokens_BT)
         return found * value if seen > step and module.training else found
 
     return loss
@@ -488,7 +473,7 @@ def test_the_adapters_are_those_of_peft(model: Model, tmp_path: Path, corpus: st
         layer.lora_A["default"].weight.data.copy_(ours.a_RI.data)
         layer.lora_B["default"].weight.data.copy_(ours.b_OR.data)
     rows = torch.randint(0, 64, (2, BLOCK))
-    losses = [trunk.text_loss(module, rows) for module in (learner.module, theirs)]
+    losses = [text_loss(module, rows) for module in (learner.module, theirs)]
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
         loss.backward()

@@ -1,4 +1,4 @@
-"""What recoveries by training share: one trunk for every D, branches that decay, text in order, checks of the result.
+"""What recoveries by training share: one trunk for every D, branches that decay, text in order.
 
 Shapes: B rows of a batch, T tokens of a row, N rows of the validation split.
 """
@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mariotte.chain import AUTO, Link, print_number
@@ -26,17 +25,16 @@ from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.gains import STOPPING
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
-from mariotte.models.step import MANIFEST, Context, Prepared, Step, not_finite
+from mariotte.models.step import Context, Prepared, Step, not_finite
 from mariotte.recover import stopping
 from mariotte.recover.learner import Learner
+from mariotte.recover.losses import Loss, judged, mean_loss, text_loss
+from mariotte.recover.states import BEST, LATEST, forget, settle, snapshot, step_of
 from mariotte.recover.stopping import Levels
 from mariotte.recover.stream import Course, Source, Stream, course, find_source
-from mariotte.training.loop import DivergedError, Progress, TrainState, causal_loss, train
+from mariotte.training.loop import DivergedError, Progress, TrainState, train
 from mariotte.training.schedule import ConstantThenLinear
 
-_LATEST = "latest"
-_BEST = "best"
-_RUN = "trunk.json"
 _FORMAT = 2
 """Of the folder of a trunk; goes up when states of an older one can no longer be read."""
 
@@ -45,23 +43,6 @@ _SAVE_SECONDS = 30.0
 
 _LOOKS = 4
 """How often `keep_best` looks during the decay, its end included."""
-
-
-class Loss(Protocol):
-    """What training lowers."""
-
-    def __call__(self, module: nn.Module, tokens_BT: Tensor) -> Tensor:
-        """The mean over the predictions of the rows, a scalar."""
-        ...
-
-
-def text_loss(module: nn.Module, tokens_BT: Tensor) -> Tensor:
-    """Cross entropy of the text, nats a token.
-
-    The mask says what holds anyway, that no token is padding: without one transformers looks for packed documents in
-    every forward pass, which takes a quarter of that of the smallest testbed model. The bits are the same.
-    """
-    return causal_loss(module, tokens_BT, attention_mask=torch.ones_like(tokens_BT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +209,7 @@ class Recovery(Step):
         run = self._run(model, context)
         self.loss(model, context)  # what it refuses is refused before anything is written
         folder = context.scratch
-        _settle(folder, run)
+        settle(folder, run)
         block: int = run["block"]
         amounts = self._trunk_amounts(amounts, block)
         # Read as far as the last branch will go, once, rather than again when it does.
@@ -243,7 +224,7 @@ class Recovery(Step):
         except DivergedError as error:
             broken = {"step": error.step, "said": str(error)}
         else:
-            _forget(folder / _LATEST)  # also what a killed run left half removed
+            forget(folder / LATEST)  # also what a killed run left half removed
         return Prepared(folder).finish(run=run, rows_held=held, broken=broken)
 
     @override
@@ -306,7 +287,7 @@ class Recovery(Step):
             "loss_end": state.notes["loss_sum"] / state.notes["loss_steps"],
         }
         if best is not None:
-            state.load(self._branch_folder(prepared, plan) / _BEST)
+            state.load(self._branch_folder(prepared, plan) / BEST)
             facts["kept"] = best
         if state.parted:  # what was learned is put together in a twin that is whole
             learned = state.values()
@@ -315,8 +296,8 @@ class Recovery(Step):
                 p.data.copy_(learned[name])
         recovered = model.copy()
         facts["mask_reapplied"] = learner.write_(recovered)
-        facts |= _judged(model, recovered, held_out)
-        _forget(self._branch_folder(prepared, plan))
+        facts |= judged(model, recovered, held_out)
+        forget(self._branch_folder(prepared, plan))
         # The loss of a step is that before it: what the last one did shows only here.
         after = facts.get("valid_after")
         if after is None:
@@ -413,14 +394,14 @@ class Recovery(Step):
             context.counters.trunk_tokens += progress.tokens - int(before)
             before = progress.tokens
             if state.agreed(time.monotonic() - saved >= _SAVE_SECONDS) and progress.step not in leaves:
-                state.save(folder / _LATEST)
+                state.save(folder / LATEST)
                 saved = time.monotonic()
             context.progress(f"{self.name()} trunk", progress.step / leaves[-1])
 
         batches = self._batches(stream, leaves[-1] * self.batch)
         began = False
         for leave in leaves:
-            kept = [(step, path) for path in folder.iterdir() if (step := _step(path)) is not None and step <= leave]
+            kept = [(step, path) for path in folder.iterdir() if (step := step_of(path)) is not None and step <= leave]
             furthest, path = max(kept, default=(0, None))
             if path is not None and furthest > state.step:
                 state.load(path)
@@ -432,9 +413,9 @@ class Recovery(Step):
             try:
                 train(state, batches, schedule=rising, until=leave, loss=loss, watch=watch)
             except DivergedError:
-                state.save(folder / _LATEST)  # the last good one; asked for again, it fails at once
+                state.save(folder / LATEST)  # the last good one; asked for again, it fails at once
                 raise
-            state.save(_snapshot(folder, leave))
+            state.save(snapshot(folder, leave))
 
     def _branch(
         self,
@@ -459,19 +440,19 @@ class Recovery(Step):
             if state.step not in looks or str(state.step) in found:
                 return
             assert isinstance(held_out, Tensor)
-            value = _mean_loss(state.module, held_out.to(model.device))
+            value = mean_loss(state.module, held_out.to(model.device))
             if state.agreed(not found or value < min(found.values())):
-                state.save(folder / _BEST)
+                state.save(folder / BEST)
             found[str(state.step)] = value
 
-        latest = folder / _LATEST
-        if _step(latest) is not None:
+        latest = folder / LATEST
+        if step_of(latest) is not None:
             state.load(latest)
         else:
             look()
             if plan.leave:
                 valid = state.notes.get("valid", {})
-                state.load(_snapshot(prepared.folder, plan.leave))
+                state.load(snapshot(prepared.folder, plan.leave))
                 state.notes = {"valid": valid}
                 look()
             state.notes |= {"loss_sum": 0.0, "loss_steps": 0}
@@ -538,7 +519,7 @@ class Recovery(Step):
         longest = math.inf if rows_held is None or self.repeats else rows_held
         plans = [self._course(amount, block) for amount in amounts if amount >= block]
         leaves = {plan.leave for plan in plans if plan.rows <= longest} - {0}
-        return sorted(leave for leave in leaves if _step(_snapshot(folder, leave)) is None)
+        return sorted(leave for leave in leaves if step_of(snapshot(folder, leave)) is None)
 
     def _batches(self, stream: Stream, rows: int) -> Callable[[int], Tensor]:
         return lambda step: stream.rows(step * self.batch, min((step + 1) * self.batch, rows))
@@ -596,69 +577,3 @@ class Recovery(Step):
             return self._source(model, context).held_out(self._block(context), rows)
         except DataError as error:  # a text without one can be trained on all the same
             return str(error)
-
-
-def _judged(model: Model, recovered: Model, held_out_NT: Tensor | str) -> dict[str, Any]:
-    """The loss on held-out rows before and after, with a warning in words where it rose beyond the noise of rows."""
-    if isinstance(held_out_NT, str):
-        return {"valid_rows": 0}
-    before_N = token_nll(model, held_out_NT).mean(1).double()
-    after_N = token_nll(recovered, held_out_NT).mean(1).double()
-    facts: dict[str, Any] = {
-        "valid_rows": len(held_out_NT),
-        "valid_before": before_N.mean().item(),
-        "valid_after": after_N.mean().item(),
-    }
-    rise_N = after_N - before_N
-    noise = rise_N.std().item() / len(rise_N) ** 0.5 if len(rise_N) > 1 else 0.0
-    if not rise_N.mean().item() <= 2 * noise:  # two standard errors; also where it is no number
-        facts["warning"] = (
-            f"recovery raised the held-out loss from {facts['valid_before']:.4f} to {facts['valid_after']:.4f} nats a "
-            f"token ({len(rise_N)} rows): train on fewer tokens or with a lower lr, or keep the best state with "
-            "keep_best=true"
-        )
-    return facts
-
-
-@torch.no_grad()
-def _mean_loss(module: nn.Module, rows_NT: Tensor) -> float:
-    """Mean causal loss of rows, without dropout."""
-    was_training = module.training
-    module.eval()
-    batches = [rows_NT[start : start + 32] for start in range(0, len(rows_NT), 32)]
-    losses = [text_loss(module, rows_BT).item() * len(rows_BT) for rows_BT in batches]
-    module.train(was_training)
-    return sum(losses) / len(rows_NT)
-
-
-def _snapshot(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:07d}"
-
-
-def _step(folder: Path) -> int | None:
-    """The step of the state in a folder, None where it holds none: a manifest is written last."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return None
-    return int(json.loads(manifest.read_text(encoding="utf-8"))["step"])
-
-
-def _forget(folder: Path) -> None:
-    """Remove a state, its manifest first: half of a state must not look whole."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _settle(folder: Path, run: dict[str, Any]) -> None:
-    """Make a folder this run's: states of another run are removed, its own are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = folder / _RUN
-    if told.is_file() and json.loads(told.read_text(encoding="utf-8")) == run:
-        return
-    (folder / MANIFEST).unlink(missing_ok=True)
-    Levels.forget(folder)
-    for state in [*folder.glob("step-*"), *folder.glob("rows-*"), folder / _LATEST]:
-        _forget(state)
-    draft = folder / f".{_RUN}"
-    draft.write_text(json.dumps(run), encoding="utf-8")
-    draft.replace(told)

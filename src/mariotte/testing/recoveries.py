@@ -24,6 +24,11 @@ from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, Counters, Prepared, Step, prepare_once
+from mariotte.recover.methods.block import BlockLocal
+from mariotte.recover.methods.distill import Distill
+from mariotte.recover.methods.full import Full
+from mariotte.recover.methods.lora import LoRA
+from mariotte.recover.trunk import Recovery
 from mariotte.testing.tiny import VOCAB, random_tokens, tiny, weights_hash
 
 BLOCK = 16
@@ -48,6 +53,16 @@ def tiny_reader(model_type: str, layers: int = 1) -> Model:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="w1", eos_token="w2")
     return model
+
+
+def each_recovery(batch: int) -> list[Recovery]:
+    """The recoveries that train, the first of them `lora`, with settings that learn something on a tiny model."""
+    return [
+        LoRA(batch=batch, lr=1e-2, warmup=3, rank=4),
+        Full(batch=batch, lr=5e-3, warmup=3),
+        Distill(batch=batch, lr=1e-2, warmup=3, rank=4, mix=0.5),
+        BlockLocal(batch=batch, lr=5e-3, adapters=True, rank=4),
+    ]
 
 
 def context_of(model: Model, scratch: Path, corpus: str | None, seed: int = 0) -> Context:

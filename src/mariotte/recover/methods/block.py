@@ -18,7 +18,8 @@ from mariotte.errors import ChainError, ModelError
 from mariotte.models.model import Done, Model
 from mariotte.models.step import Context
 from mariotte.recover.learner import Adapters, Learner, Weights, cannot_adapt, cannot_train, check_adapters
-from mariotte.recover.trunk import Loss, Recovery
+from mariotte.recover.losses import Loss
+from mariotte.recover.trunk import Recovery
 
 __all__ = ["BlockLocal"]
 
