@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import Concatenate
 from typer.testing import CliRunner
 
 from mariotte import chain as chains
@@ -22,7 +24,7 @@ from mariotte.evaluate.measures import loss
 from mariotte.experiments import estimate, identity
 from mariotte.experiments.estimate import preflight
 from mariotte.experiments.pipeline import compress_model, measure
-from mariotte.models import checkpoint, nll, paging
+from mariotte.models import checkpoint, layouts, nll, paging
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.testing.large import large
@@ -64,7 +66,7 @@ from mariotte.models import checkpoint
 from mariotte.models.hardware import resident_bytes, stated_bytes
 from mariotte.models.load import load
 
-LOSS = "loss:testbed/all(rows=16, block=64)"
+LOSS = "loss:testbed/all(rows=8, block=64)"
 model, out, allowance, texts = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 
 def run(model, text, name, stream):
@@ -125,7 +127,7 @@ def under_a_limit(tmp_path: Path, texts: tuple[str, ...], *, hidden: int, layers
     assert found["peak"] <= allowance * 1.1, found
     assert "memory" in found["whole"].lower(), found  # loaded whole, it does not fit
     whole = load(model)
-    assert found["metrics"] == measure(whole, "loss:testbed/all(rows=16, block=64)").metrics
+    assert found["metrics"] == measure(whole, "loss:testbed/all(rows=8, block=64)").metrics
     del whole
     for place, text in enumerate(texts):
         streamed = weights(out / f"limited-{place}")
@@ -328,9 +330,49 @@ def test_what_needs_the_whole_model_is_refused_before_any_work(
         compress_model(load(small, stream=tmp_path / "scratch"), text, calibration="testbed/all")
 
 
-def test_families_that_keep_weights_otherwise_are_refused(tmp_path: Path) -> None:
-    folder = checkpoint.save(tiny("gpt_neox"), tmp_path / "model")
-    with pytest.raises(ModelError, match="cannot be streamed: files of gpt_neox hold weights in another layout"):
+MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss")
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "gpt_neox"])
+@pytest.mark.parametrize(
+    "text", ["shortgpt@0.5", "experts@0.5", "expert-ffn@0.5", "heads@0.5", "magnitude@0.5", "int8"]
+)
+def test_families_whose_files_are_laid_out_otherwise(family: str, text: str, tmp_path: Path) -> None:
+    """Names and layout of the streamed checkpoint are those of the whole one, to the bit."""
+    words = load("testbed/qwen2-46k")
+    model = tiny(family, vocab=words.shape.vocab, experts=12)
+    model.tokenizer = words.tokenizer
+    folder = checkpoint.save(model, tmp_path / "model")
+    step = identity.resolve(chains.parse(text))[0].step
+    if reason := step.refuse(model):
+        with pytest.raises(ModelError, match=re.escape(reason)):
+            compressed(folder, text, tmp_path / "scratch")
+        return
+    whole, streamed = compressed(folder, text), compressed(folder, text, tmp_path / "scratch")
+    assert streamed.streamed
+    assert streamed.done == whole.done
+    expected = weights(checkpoint.save(whole, tmp_path / "whole", dtype=torch.bfloat16))
+    found = weights(checkpoint.save(streamed, tmp_path / "streamed", dtype=torch.bfloat16))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_layouts_that_are_not_known_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint.save(tiny("mixtral"), tmp_path / "model")
+    monkeypatch.setattr(layouts, "MergeModulelist", Concatenate)
+    with pytest.raises(
+        ModelError, match=r"cannot be streamed: files of mixtral hold \.experts\.gate_up_proj in a layout"
+    ):
+        load(folder, stream=tmp_path / "scratch")
+
+
+def test_experts_that_lack_parts_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint.save(tiny("mixtral"), tmp_path / "model")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj experts that are not alike"):
         load(folder, stream=tmp_path / "scratch")
 
 
@@ -354,7 +396,7 @@ def test_files_that_do_not_fit_the_config_are_refused(small: Path, tmp_path: Pat
 
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gpt2", "opt", "gemma2", "gemma3_text")
-OTHERS = ("phi", "phi3", "olmo2", "falcon", "gpt_oss")
+OTHERS = ("phi", "phi3", "olmo2", "falcon", "gpt_neox", "qwen3_moe", "mixtral", "gpt_oss")
 
 
 @pytest.mark.parametrize("family", [*DECODERS, *OTHERS])

@@ -5,7 +5,7 @@ Shapes: E experts of a block, S tokens that take an expert, M tokens at once, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mariotte.compress.calibration import observe
 from mariotte.compress.scope import oriented, turned
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.models.model import Block, Model, Stacked
 from mariotte.models.step import Context
 
@@ -40,7 +40,12 @@ class Routed:
 
 @torch.no_grad()
 def watch_experts(
-    model: Model, context: Context, step: str, gather: Callable[[int, Routed], None], tokens: Callable[[int], None]
+    model: Model,
+    context: Context,
+    step: str,
+    gather: Callable[[int, Routed], None],
+    tokens: Callable[[int], None],
+    passed: Callable[[int], None] = lambda index: None,
 ) -> None:
     """Run the calibration tokens, and hand on what each expert of each block read and gave.
 
@@ -48,6 +53,8 @@ def watch_experts(
     ----------
     gather : called with the number of the block and what one of its experts did
     tokens : called with the number of tokens of each pass through the first block
+    passed : called with the number of each block whose experts are not run any more: of a streamed model one after
+        another, of one in memory at the end
 
     Raises
     ------
@@ -75,12 +82,14 @@ def watch_experts(
 
         return hook
 
+    held = [block.module.get_submodule(block.entry.experts) for block in model.blocks]
     handles = [
-        block.module.get_submodule(block.entry.experts).register_forward_pre_hook(watch(index, block))
-        for index, block in enumerate(model.blocks)
+        experts.register_forward_pre_hook(watch(index, block))
+        for index, (experts, block) in enumerate(zip(held, model.blocks, strict=True))
     ]
+    groups = {str(index): [experts] for index, experts in enumerate(held)}
     try:
-        observe(model, context, step, {}, lambda group, x_MD: None)
+        observe(model, context, step, groups, lambda group, x_MD: None, passed=lambda group: passed(int(group)))
     finally:
         for handle in handles:
             handle.remove()
@@ -107,13 +116,14 @@ def keep_experts(model: Model, kept: Sequence[Sequence[int]]) -> Model:
     """
     (count,) = {len(some) for some in kept}
     names = parameter_names(model)
-    weights: dict[str, Tensor] = {}
+    weights = gathered(model)
     for block, some in zip(model.blocks, kept, strict=True):
         router = block.module.get_submodule(block.entry.router)
         held: list[nn.Parameter] = [*router.parameters()]
         for matrix in block.ffn:
             held += list(matrix.parameters())
-        weights |= {names[parameter]: parameter[sorted(some)] for parameter in held}
+        for parameter in held:
+            weights[names[parameter]] = parameter[sorted(some)]
     entry, shape = model.entry, model.shape
     active = min(shape.active, count)
     cut = derive(model, weights, {entry.expert_count: count, entry.active_experts: active})
@@ -121,22 +131,21 @@ def keep_experts(model: Model, kept: Sequence[Sequence[int]]) -> Model:
     return cut
 
 
-def keep_expert_neurons(
-    model: Model, kept: Sequence[Sequence[Tensor]], downs: Sequence[Sequence[Tensor]] | None = None
-) -> Model:
+def keep_expert_neurons(model: Model, kept: Iterable[tuple[Sequence[Tensor], Sequence[Tensor] | None]]) -> Model:
     """A model with some neurons of each expert; the given one stays as it is.
 
     Parameters
     ----------
-    kept : (K,) int64 for each expert of each block, the same K: the neurons that stay, in the order of `downs`
-    downs : (D, K) for each: their down projection; None takes their columns as they are
+    kept : for each block, asked for one after another: of each expert (K,) int64, the same K everywhere, the neurons
+        that stay; and (D, K), their down projection in that order, or None for all to take their columns as they are
     """
     names = parameter_names(model)
-    weights: dict[str, Tensor] = {}
-    (width,) = {len(kept_K) for some in kept for kept_K in some}
-    for index, block in enumerate(model.blocks):
+    weights = gathered(model)
+    widths: set[int] = set()
+    for block, (stay, downs) in zip(model.blocks, kept, strict=True):
+        widths |= {len(kept_K) for kept_K in stay}
         ins, down = (cast(Stacked, matrix) for matrix in block.ffn)
-        rows = [expert_rows(block, kept_K.to(model.device)) for kept_K in kept[index]]
+        rows = [expert_rows(block, kept_K.to(model.device)) for kept_K in stay]
         each_EOI = oriented(cast(nn.Module, ins)).view(ins.experts, -1, ins.in_features)
         cut_OI = torch.cat([each_EOI[expert, some] for expert, some in enumerate(rows)])
         weights[names[ins.weight]] = turned(cast(nn.Module, ins), cut_OI)
@@ -144,10 +153,11 @@ def keep_expert_neurons(
             weights[names[ins.bias]] = torch.stack([ins.bias[expert, some] for expert, some in enumerate(rows)])
         old_EDF = expert_downs(block)
         new = [
-            old_EDF[expert][:, kept_K.to(model.device)] if downs is None else downs[index][expert].to(old_EDF)
-            for expert, kept_K in enumerate(kept[index])
+            old_EDF[expert][:, kept_K.to(model.device)] if downs is None else downs[expert].to(old_EDF)
+            for expert, kept_K in enumerate(stay)
         ]
         weights[names[down.weight]] = turned(cast(nn.Module, down), torch.cat(new))
+    (width,) = widths
     cut = derive(model, weights, {model.entry.ffn: width})
     _restate(cut, {"intermediate_dim": width, "intermediate_size": width})
     return cut

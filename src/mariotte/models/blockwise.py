@@ -9,7 +9,8 @@ Shapes: B rows at once, T tokens of a row, D model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,7 +54,8 @@ class Blockwise:
         """What every block is given beside the stream of rows of this shape; no block but the first is read."""
         if self._in_tuples is None:
             stream_BTD, beside = self._arrive(tokens_BT[:1, :1])
-            found = self.blocks[0](stream_BTD, *beside.places, **beside.names)
+            with _without_hooks(self.blocks[0].modules()):  # nobody who watches the block is told of this token
+                found = self.blocks[0](stream_BTD, *beside.places, **beside.names)
             self._in_tuples = isinstance(found, tuple)
         given: list[Beside] = []
 
@@ -115,10 +117,25 @@ class Blockwise:
         try:
             for index, block in enumerate(self.blocks):
                 vars(block)["forward"] = instead(index)
-            yield
+            with _without_hooks(self.blocks):
+                yield
         finally:
             for block in self.blocks:
                 vars(block).pop("forward", None)
+
+
+@contextlib.contextmanager
+def _without_hooks(modules: Iterable[nn.Module]) -> Generator[None]:
+    """While it lasts, these modules run without what watches or changes their inputs and outputs."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    held = [(vars(module), {name: vars(module)[name] for name in names}) for module in modules]
+    try:
+        for places, _ in held:
+            places.update({name: OrderedDict[int, Any]() for name in names})
+        yield
+    finally:
+        for places, hooks in held:
+            places.update(hooks)
 
 
 def _logits(model: Model, tokens_BT: Tensor, kept: int) -> Tensor:

@@ -98,6 +98,12 @@ class Source:
             place = self.start + start * width * self.dtype.itemsize
             yield self._read(place, rows * width).view(rows, *self.shape[1:])
 
+    def expert(self, number: int, start: int, stop: int) -> Source:
+        """Some rows of one of the matrices that it holds one after another."""
+        _, rows, *width = self.shape
+        place = self.start + (number * rows + start) * math.prod(width) * self.dtype.itemsize
+        return Part(self.path, place, self.dtype, (stop - start, *width), self)
+
     def _read(self, start: int, count: int) -> Tensor:
         found = torch.empty(count, dtype=self.dtype)
         # As bytes: numpy, through which a tensor's memory is reached, has no bfloat16.
@@ -119,6 +125,80 @@ class Source:
                 f"({error.strerror or error}): it was changed or removed while the model was in use"
             ) from error
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Source):
+    """A part of a tensor in a file.
+
+    Parameters
+    ----------
+    of : the tensor, whose file is there as long as a part of it is
+    """
+
+    of: Source
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A tensor that several in files make up: experts one after another, and of each its parts one below the other.
+
+    Parameters
+    ----------
+    parts : of each expert, all of one dtype and one width; experts are alike
+    """
+
+    parts: tuple[tuple[Source, ...], ...]
+
+    @property
+    def path(self) -> Path:
+        """A file that holds some of it."""
+        return self.parts[0][0].path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all parts."""
+        return self.parts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, rows of all parts, ...)."""
+        first = self.parts[0]
+        return (len(self.parts), sum(part.shape[0] for part in first), *first[0].shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """All of it, on the CPU in its own dtype."""
+        found = torch.empty(self.shape, dtype=self.dtype)
+        for expert, parts in zip(found, self.parts, strict=True):
+            place = 0
+            for part in parts:
+                expert[place : place + part.shape[0]] = part.read()
+                place += part.shape[0]
+        return found
+
+    def rows(self, wanted: Iterable[int]) -> Tensor:
+        """Some of its experts, in the order asked for."""
+        found = [torch.cat([part.read() for part in self.parts[expert]]).unsqueeze(0) for expert in wanted]
+        return torch.cat(found) if found else torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All of it, an expert at a time."""
+        for expert in range(len(self.parts)):
+            yield self.rows([expert])
+
+    def expert(self, number: int, start: int, stop: int) -> Source:
+        """Some rows of one expert: one of the parts that it is made of."""
+        place = 0
+        for part in self.parts[number]:
+            if (place, place + part.shape[0]) == (start, stop):
+                return part
+            place += part.shape[0]
+        raise AssertionError(f"rows {start} to {stop} of an expert are none of its parts")
 
 
 def read_header(path: Path) -> dict[str, Source]:
@@ -280,7 +360,7 @@ class Cell:
     dtypes : through which it is cast, one after another, when it is read; it is computed with in the last
     """
 
-    def __init__(self, pager: Pager, source: Source, *dtypes: torch.dtype) -> None:
+    def __init__(self, pager: Pager, source: Source | Joined, *dtypes: torch.dtype) -> None:
         self.pager, self.source, self.dtypes = pager, source, dtypes
         self.shape = source.shape
         self.numbers: Tensor | None = None
@@ -316,7 +396,7 @@ class Cell:
         """The numbers in memory are no longer those on disk."""
         self._written = True
 
-    def settle(self) -> Source:
+    def settle(self) -> Source | Joined:
         """Write to scratch what was changed since it was read; then the source says what the tensor is."""
         changed = self._written or any(handle._version != version for handle, version in self._viewed.values())
         if changed and self.numbers is not None:
@@ -402,6 +482,11 @@ class Stored(Tensor):
     @override
     def __reduce_ex__(self, proto: Any) -> Any:
         raise ModelError("a streamed model stays in its process: save it as a checkpoint and load that elsewhere")
+
+    def expert(self, number: int, start: int, stop: int) -> Stored:
+        """Some rows of one expert of those that it holds, (rows, width): a tensor of its own; nothing is read."""
+        source = self.cell.settle().expert(number, start, stop)
+        return Stored(Cell(self.cell.pager, source, *self.cell.dtypes))
 
     def another(self, dtype: torch.dtype | None = None) -> Stored:
         """A tensor of its own with the same numbers, perhaps in another dtype; nothing is read."""

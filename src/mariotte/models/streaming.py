@@ -10,13 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import (
-    get_model_conversion_mapping,  # pyright: ignore[reportUnknownVariableType]
-)
 
 from mariotte.architectures import Architecture
 from mariotte.errors import ModelError
-from mariotte.models.paging import Cell, Pager, Source, Stored, read_header, write_shards
+from mariotte.models.layouts import Layout
+from mariotte.models.paging import Cell, Joined, Pager, Source, Stored, read_header, write_shards
 
 BLOCKS_HELD = 3
 """Largest blocks that a streamed model holds at once: that which is worked on, its dense twin, and room to read."""
@@ -26,21 +24,6 @@ def largest_block(hf: nn.Module, entry: Architecture) -> int:
     """Bytes of the largest block of a model, in its own dtype."""
     blocks = [block for stack in entry.stacks for block in cast(nn.ModuleList, hf.get_submodule(stack.blocks))]
     return max(sum(p.numel() * p.dtype.itemsize for p in block.parameters()) for block in blocks)
-
-
-def cannot_stream(hf: PreTrainedModel) -> str | None:
-    """Why the files of a model's family cannot be read block by block, in a clause after its name; None when they can.
-
-    Parameters
-    ----------
-    hf : of the family, wherever its parameters are
-    """
-    if get_model_conversion_mapping(hf, add_legacy=False):
-        return (
-            f"cannot be streamed: files of {hf.config.model_type} hold weights in another layout than transformers "
-            "computes with; load it whole"
-        )
-    return None
 
 
 def fill_(
@@ -60,14 +43,16 @@ def fill_(
     Raises
     ------
     ModelError
-        When files are damaged, or do not hold exactly the weights that the config asks for, or hold them in another
-        layout.
+        When files are damaged, or do not hold exactly the weights that the config asks for, or hold them in a layout
+        that is not known here.
     """
-    if reason := cannot_stream(hf):
+    layout = Layout(hf)
+    if reason := layout.unknown():
         raise ModelError(f"{what} {reason}")
-    sources: dict[str, Source] = {}
+    held: dict[str, Source] = {}
     for file in files:
-        sources |= read_header(file)
+        held |= read_header(file)
+    sources = layout.as_computed(held, what)
     prefix = f"{hf.base_model_prefix}."
     if not any(name.startswith(prefix) for name in sources):
         # Some published files are of the body alone, and say nothing of what stands in front of it.
@@ -104,7 +89,7 @@ def fill_(
         )
 
 
-def _check(what: str, there: Sequence[str], sources: Mapping[str, Source], parameter: nn.Parameter) -> None:
+def _check(what: str, there: Sequence[str], sources: Mapping[str, Source | Joined], parameter: nn.Parameter) -> None:
     for name in there:
         if sources[name].shape != tuple(parameter.shape):
             raise ModelError(
@@ -124,7 +109,7 @@ def _put(hf: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(hf.get_submodule(path), leaf, parameter)
 
 
-def _fill_buffers(hf: PreTrainedModel, sources: Mapping[str, Source], device: torch.device) -> set[str]:
+def _fill_buffers(hf: PreTrainedModel, sources: Mapping[str, Source | Joined], device: torch.device) -> set[str]:
     """Read the buffers that the files hold and compute the others as transformers does; the names of those read."""
     read: set[str] = set()
     for parameter in hf.parameters():
@@ -171,4 +156,5 @@ def save_(hf: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     tied = cast("dict[str, str]", hf.all_tied_weights_keys)
     held = hf.state_dict(keep_vars=True)
     again = {name for name, source in tied.items() if held.get(name) is held.get(source)}
-    write_shards({name: tensor for name, tensor in held.items() if name not in again}, folder, dtype)
+    tensors = {name: tensor for name, tensor in held.items() if name not in again}
+    write_shards(Layout(hf).as_stored(tensors), folder, dtype)

@@ -84,7 +84,7 @@ def test_a_neuron_of_an_expert_that_goes_is_one_that_gives_nothing(family: str, 
     model, tokens_BT = tiny(family), random_tokens(3, 20, seed=4)
     generator = torch.Generator().manual_seed(0)
     kept = [[torch.randperm(48, generator=generator)[:24].sort().values for _ in range(4)] for _ in model.blocks]
-    cut = keep_expert_neurons(model, kept)
+    cut = keep_expert_neurons(model, [(some, None) for some in kept])
     assert cut.measured_params() == cut.counts.n_params < model.counts.n_params
     with torch.no_grad():
         for block, some in zip(model.blocks, kept, strict=True):

@@ -5,7 +5,7 @@ Shapes: E experts of a block, D model width, F neurons of an expert, K neurons k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -52,7 +52,7 @@ class ExpertFFN(Step):
 
     Cost: one forward pass in which the experts are computed twice, with F² more multiplications a token and expert;
     F³ an expert for the order and one factorisation; an amount then costs D K² an expert. Memory: F² float64 for every
-    expert of the model while text is read. Stored: F² + D F float64 an expert.
+    expert of the model while text is read, or of one block when it is streamed. Stored: F² + D F float64 an expert.
 
     References
     ----------
@@ -61,6 +61,7 @@ class ExpertFFN(Step):
 
     unit: ClassVar[str] = "neurons"
     family: ClassVar[str] = "width"
+    streams: ClassVar[bool] = True
     reference: ClassVar[str] = "hassibi1993optimal"
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     mixtures: ClassVar[bool] = True
@@ -88,14 +89,15 @@ class ExpertFFN(Step):
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         tokens_for(context, self.name())
-        shape = model.shape
-        moments = [
-            torch.zeros(shape.experts, shape.ffn, shape.ffn, dtype=torch.float64, device=model.device)
-            for _ in model.blocks
-        ]
+        shape, blocks = model.shape, model.blocks
+        moments: dict[int, Tensor] = {}
+        prepared = Prepared(context.scratch)
         seen = 0
 
         def gather(index: int, found: Routed) -> None:
+            if index not in moments:
+                sizes = (shape.experts, shape.ffn, shape.ffn)
+                moments[index] = torch.zeros(sizes, dtype=torch.float64, device=model.device)
             weighed_SF = found.hidden_SF.double() * found.share_S.double()[:, None]
             moments[index][found.expert] += weighed_SF.T @ weighed_SF
 
@@ -103,12 +105,11 @@ class ExpertFFN(Step):
             nonlocal seen
             seen += tokens
 
-        watch_experts(model, context, self.name(), gather, count)
-        prepared = Prepared(context.scratch)
-        for index, (block, moment_EFF) in enumerate(zip(model.blocks, moments, strict=True)):
+        def order(index: int) -> None:
+            moment_EFF = moments.pop(index)
             check_finite(moment_EFF, self.name(), "what neurons of experts give", model)
             tensors: dict[str, list[Tensor]] = {"order": [], "factor": [], "product": []}
-            for down_DF, moment_FF in zip(expert_downs(block).double(), moment_EFF / seen, strict=True):
+            for down_DF, moment_FF in zip(expert_downs(blocks[index]).double(), moment_EFF / seen, strict=True):
                 damped_FF = with_ridge(moment_FF, self.ridge)
                 order_F = obs_order(down_DF, damped_FF).flip(0)
                 tensors["order"].append(order_F)
@@ -117,7 +118,9 @@ class ExpertFFN(Step):
                     tensors["factor"].append(factor_FF)
                     tensors["product"].append(product_DF)
             prepared.put(f"block-{index}", {key: torch.stack(each) for key, each in tensors.items() if each})
-            context.progress("order", (index + 1) / len(moments))
+            context.progress("order", (index + 1) / len(blocks))
+
+        watch_experts(model, context, self.name(), gather, count, order)
         return prepared.finish(ffn=shape.ffn, experts=shape.experts)
 
     @override
@@ -128,14 +131,17 @@ class ExpertFFN(Step):
         done = self.done(amount, 1 - width / shape.ffn, ffn=[shape.ffn, width], rounding=multiple)
         if width == shape.ffn:
             return model.copy().after(done)
-        kept: list[list[Tensor]] = []
-        downs: list[list[Tensor]] = []
-        for index in range(len(model.blocks)):
-            tensors = {key: tensor.to(model.device) for key, tensor in prepared.get(f"block-{index}").items()}
-            # In their old order: a kept neuron is then found at the same place whatever ranked it.
-            sorted_EK, position_EK = cast("tuple[Tensor, Tensor]", tensors["order"][:, :width].sort(dim=1))
-            kept.append(list(sorted_EK))
-            if self.compensate:
-                parts = zip(tensors["factor"], tensors["product"], position_EK, strict=True)
-                downs.append([compensated(factor, product, width)[:, place_K] for factor, product, place_K in parts])
-        return keep_expert_neurons(model, kept, downs if self.compensate else None).after(done)
+        kept = (self._kept(model, prepared.get(f"block-{index}"), width) for index in range(len(model.blocks)))
+        return keep_expert_neurons(model, kept).after(done)
+
+    def _kept(
+        self, model: Model, tensors: Mapping[str, Tensor], width: int
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Of each expert of a block the neurons that stay, and the columns that they get; None for their own."""
+        tensors = {key: tensor.to(model.device) for key, tensor in tensors.items()}
+        # In their old order: a kept neuron is then found at the same place whatever ranked it.
+        sorted_EK, position_EK = cast("tuple[Tensor, Tensor]", tensors["order"][:, :width].sort(dim=1))
+        if not self.compensate:
+            return list(sorted_EK), None
+        parts = zip(tensors["factor"], tensors["product"], position_EK, strict=True)
+        return list(sorted_EK), [compensated(factor, product, width)[:, place_K] for factor, product, place_K in parts]

@@ -64,6 +64,7 @@ class Experts(Step):
 
     unit: ClassVar[str] = "experts"
     family: ClassVar[str] = "width"
+    streams: ClassVar[bool] = True
     reference: ClassVar[str] = "lasby2025reap"
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     mixtures: ClassVar[bool] = True
