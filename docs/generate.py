@@ -19,13 +19,15 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+
 import mariotte
 from mariotte import architectures
 from mariotte.experiments.identity import find_step, step_names
 from mariotte.models.model import Model
 from mariotte.models.step import Step, prepare_once
 from mariotte.testing.methods import context_of, middle, reads_text
-from mariotte.testing.tiny import tiny
+from mariotte.testing.tiny import to_ask
 
 PAGES = Path(__file__).parent / "methods"
 BIBLIOGRAPHY = Path(inspect.getfile(mariotte)).parent / "references.bib"
@@ -55,9 +57,8 @@ def methods() -> dict[str, type[Step]]:
     return {name: kind for name, kind in found.items() if kind.__module__.startswith("mariotte.")}
 
 
-@functools.cache
-def _tiny(family: str) -> Model:
-    return tiny(family, tied=True)
+def _tiny(step: Step, family: str) -> Model:
+    return to_ask(family, step, tied=True)
 
 
 @functools.cache
@@ -128,9 +129,9 @@ def head(name: str, kind: type[Step]) -> str:
     """What the method is, in a line and a table."""
     step = kind()
     recovery = kind.family == "recovery"
-    plain = sorted({step.makes_plain(_tiny(family)) for family in works_on(step)})
+    plain = sorted({step.makes_plain(_tiny(step, family)) for family in works_on(step)})
     with tempfile.TemporaryDirectory() as folder:
-        reads = not recovery and reads_text(step, _tiny(works_on(step)[0]), Path(folder))
+        reads = not recovery and reads_text(step, _tiny(step, works_on(step)[0]), Path(folder))
     text = "trains on it" if recovery else "yes" if reads else "no"
     amount = f"none: write `{name}`" if kind.fixed is not None else UNITS.get(kind.unit, kind.unit)
     if kind.removes is not Step.removes:
@@ -147,6 +148,7 @@ def head(name: str, kind: type[Step]) -> str:
         ("Prepared", prepared(step)),
         ("Result", result),
         ("Models larger than memory", "a few blocks at a time" if kind.streams else "no: the whole model in memory"),
+        *_device(step),
         ("Source", references()[kind.reference] if kind.reference else "ours"),
     ]
     return "\n".join(
@@ -162,13 +164,18 @@ def head(name: str, kind: type[Step]) -> str:
     )
 
 
+def _device(step: Step) -> list[tuple[str, str]]:
+    reason = step.refuse_device(torch.device("cpu"))
+    return [] if reason is None else [("Device", reason.split(", and this ")[0])]
+
+
 def prepared(step: Step) -> str:
     """What one preparation serves, found by making one."""
     kind = type(step)
     if kind.family == "recovery":
         return "one trunk for all D of a cut on one text; each D leaves it for a decay of its own"
     with tempfile.TemporaryDirectory() as folder:
-        model = _tiny(works_on(step)[0])
+        model = _tiny(step, works_on(step)[0])
         context = context_of(model, Path(folder) / "p")
         made = prepare_once(step, model, context, [middle(step) if step.fixed is None else step.fixed])
         kept = any(path.suffix == ".safetensors" for path in made.folder.rglob("*"))
@@ -182,7 +189,7 @@ def prepared(step: Step) -> str:
 
 def works_on(step: Step) -> list[str]:
     """Families of which a tiny model is not refused."""
-    return [family for family in architectures.FAMILIES if step.refuse(_tiny(family)) is None]
+    return [family for family in architectures.FAMILIES if step.refuse(_tiny(step, family)) is None]
 
 
 def details(name: str, kind: type[Step]) -> str:
@@ -222,7 +229,7 @@ def details(name: str, kind: type[Step]) -> str:
             found += [f"| {_named(families)} | {markdown(reason, name)} |" for reason, families in reasons.items()]
             found.append("")
     step = kind()
-    ours = [family for family in works_on(step) if not step.makes_plain(_tiny(family))]
+    ours = [family for family in works_on(step) if not step.makes_plain(_tiny(step, family))]
     if ours and len(ours) < len(works_on(step)):
         found += [f"The result is an ordinary checkpoint, but of {_named(ours)} a class of ours.", ""]
     return "\n".join(found).rstrip()
@@ -236,7 +243,7 @@ def _reasons(step: Step) -> dict[str, str]:
     """Why families are refused, with the family's name left out, so that equal reasons are equal."""
     found: dict[str, str] = {}
     for family in architectures.FAMILIES:
-        reason = step.refuse(_tiny(family))
+        reason = step.refuse(_tiny(step, family))
         if reason is not None:
             clause = re.split(r": (?=take |compress |do |put |use )", reason)[0]
             clause = re.sub(rf"\bthis {re.escape(family)}\b", "the model", clause)

@@ -16,7 +16,7 @@ from mariotte.testbed.zoo import CLOZE_NAMES, NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
-COMMAND = re.compile(r'^mariotte compress (\S+) "([^"]+)"( --calibration \S+)? --out \S+$')
+COMMAND = re.compile(r'^mariotte compress (\S+) "([^"]+)"( --calibration \S+)?( --device \S+ --dtype \S+)? --out \S+$')
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from mariotte.compress.methods.expert_ffn import ExpertFFN
 from mariotte.compress.methods.experts import Experts
 from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.heads import Heads
+from mariotte.compress.methods.int4 import Int4
 from mariotte.compress.methods.magnitude import Magnitude
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
@@ -43,7 +44,11 @@ LIKE_LLAMA = ("mistral", "qwen3", "smollm3", "granite", "gemma2", "gemma3_text",
 
 @pytest.mark.parametrize(
     ("step", "family"),
-    [*cases(WHOLE, OTHER_FAMILIES), *cases(PARTS, [family for family in OTHER_FAMILIES if family not in LIKE_LLAMA])],
+    [
+        *cases(WHOLE, OTHER_FAMILIES, wide=True),
+        *cases(PARTS, [family for family in OTHER_FAMILIES if family not in LIKE_LLAMA], wide=True),
+        *cases([Int4()], ["llama", "qwen2"], wide=True),
+    ],
     ids=lambda v: v if isinstance(v, str) else str(v.link()),
 )
 class TestFamilies(FamilyConformance):
@@ -52,7 +57,7 @@ class TestFamilies(FamilyConformance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "family"), cases(PARTS, LIKE_LLAMA), ids=lambda v: v if isinstance(v, str) else str(v.link())
+    ("step", "family"), cases(PARTS, LIKE_LLAMA, wide=True), ids=lambda v: v if isinstance(v, str) else str(v.link())
 )
 class TestPartsOfFamilies(FamilyConformance):
     pass

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.architectures import Shape
+from mariotte.architectures import Need
 from mariotte.chain import print_number
-from mariotte.compress.scope import PARTS, SCOPES, change, in_scope, oriented, turned
+from mariotte.compress.scope import SCOPES, change, in_scope, oriented, turned
 from mariotte.compress.surgery import gathered
+from mariotte.cuts import PARTS, misfit
 from mariotte.errors import ChainError
+from mariotte.models import packed
 from mariotte.models.model import Model
 from mariotte.models.paging import Stored
 from mariotte.models.step import Context, Prepared, Step
@@ -112,50 +114,16 @@ def packed_bytes(weights: int, bits: int, groups: int, scales: torch.dtype, *, z
     return math.ceil(weights * bits / 8) + groups * scales.itemsize + (math.ceil(groups * bits / 8) if zeros else 0)
 
 
-def input_widths(shape: Shape, scope: str) -> dict[str, int]:
-    """What the matrices of a scope read, in numbers a row, by what it is called; from sizes alone."""
-    stacks = (shape,) if shape.encoder is None else (shape.encoder, shape)
-    widths: dict[str, int] = {}
-    for stack in stacks:
-        if "attention" in PARTS[scope]:
-            widths |= {"the hidden size": stack.hidden, "the attention output": stack.heads * stack.head_dim}
-        if "ffn" in PARTS[scope]:
-            inner = {stack.ffn_of(layer) for layer in range(stack.layers)}
-            widths |= {"the hidden size": stack.hidden, "the MLP": min(inner)}
-            widths |= {f"an MLP of {width}": width for width in inner - {min(inner)}}
-    if "head" in PARTS[scope]:
-        widths["the head"] = shape.embedding_size if shape.transform or shape.map_out else shape.final_size
-    return widths
-
-
-def misfit(group: int | None, widths: Mapping[str, int]) -> str | None:
-    """Why groups of this size do not divide all widths, and which would, in a clause; None where they do.
-
-    Parameters
-    ----------
-    group : None for whole rows, which always fit
-    widths : inputs of matrices, by what a reader knows them as
-    """
-    wrong = next((name for name, width in widths.items() if group is not None and width % group), None)
-    if wrong is None:
-        return None
-    common = math.gcd(*widths.values())
-    fitting = [size for size in range(common, 1, -1) if common % size == 0]
-    groups = f" ({', '.join(map(str, fitting[:_NAMED]))})" if fitting else ""
-    return f"needs input widths that group={group} divides, and {wrong} has {widths[wrong]}: " + (
-        f"take a group that divides them all{groups}, or leave group out" if fitting else "leave group out"
-    )
-
-
-_NAMED = 6
-"""Group sizes that an error names at most, the largest ones."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(Step):
     """A method that rounds the matrices in scope, each by itself and without text unless it prepares otherwise.
 
-    Subclasses say how a matrix is rounded and how many bytes it takes.
+    Subclasses say how a matrix is rounded, and how many bytes it takes unless it is its integers and a scale a row.
+
+    Parameters
+    ----------
+    scope : all: the projections of attention and MLP; attention or ffn: those alone; head: the final dense layer alone,
+        which gets a matrix of its own where it was tied to the embeddings
     """
 
     unit: ClassVar[str] = "bits"
@@ -166,9 +134,9 @@ class Quantizer(Step):
     def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:
         """What is left of a matrix, (O, I), in its dtype."""
 
-    @abstractmethod
     def packed(self, outputs: int, inputs: int, bits: int, scales: torch.dtype) -> int:
         """Bytes of a matrix's integers and of what stands beside them."""
+        return packed_bytes(outputs * inputs, bits, outputs, scales)
 
     def facts(self) -> dict[str, Any]:
         """What else a model's history should say."""
@@ -221,19 +189,48 @@ class Quantizer(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Quantizer):
-    """A quantizer of 2 to 8 bits whose scales each serve a row, or some neighbours in it.
+class Held(Quantizer):
+    """A quantizer whose weights a checkpoint holds packed by torchao; in memory they are plain.
+
+    Subclasses say how, and under ``otherwise`` which method to take where there is no torchao.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("linear",)
+    otherwise: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def form(self) -> packed.Form:
+        """How torchao packs them."""
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
+        if packed.installed():
+            return None
+        return f"needs torchao, which is not installed: {packed.INSTALL}, or take {self.otherwise}"
+
+    @override
+    def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:
+        return packed.rounded(weight_OI, self.form)
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {"stored": self.form.stored}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InGroups(Quantizer):
+    """A quantizer whose scales each serve a row, or some neighbours in it.
 
     Parameters
     ----------
     group : neighbouring weights of a row that share a scale; it must divide the inputs of every matrix in scope.
         None: the whole row
-    symmetric : levels lie around zero, one fewer than there could be, and no zero point is stored. False: they go from
-        the least weight of a group to its largest
     """
 
     group: int | None = None
-    symmetric: bool = False
 
     @override
     def __post_init__(self) -> None:
@@ -242,6 +239,33 @@ class Grouped(Quantizer):
             raise ChainError(
                 f"{self.name()}: group must be a positive number of weights, got {self.group}: try group=64"
             )
+
+    def misfit(self, widths: Mapping[str, int]) -> str | None:
+        """Why the groups do not divide all widths; as `misfit`."""
+        return misfit(self.group, widths)
+
+    @override
+    def refuse(self, model: Model) -> str | None:
+        if reason := super().refuse(model):
+            return reason
+        return self.misfit({name: oriented(m).shape[1] for name, m in in_scope(model, self.scope).items()})
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "group": self.group or "row"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(InGroups):
+    """A quantizer of 2 to 8 bits.
+
+    Parameters
+    ----------
+    symmetric : levels lie around zero, one fewer than there could be, and no zero point is stored. False: they go from
+        the least weight of a group to its largest, as in the experiments of GPTQ
+    """
+
+    symmetric: bool = False
 
     @classmethod
     @override
@@ -254,16 +278,6 @@ class Grouped(Quantizer):
         return int(checked)
 
     @override
-    def refuse(self, model: Model) -> str | None:
-        if reason := super().refuse(model):
-            return reason
-        return misfit(self.group, {name: oriented(m).shape[1] for name, m in in_scope(model, self.scope).items()})
-
-    @override
     def packed(self, outputs: int, inputs: int, bits: int, scales: torch.dtype) -> int:
         groups = outputs * inputs // (self.group or inputs)
         return packed_bytes(outputs * inputs, bits, groups, scales, zeros=not self.symmetric)
-
-    @override
-    def facts(self) -> dict[str, Any]:
-        return {"group": self.group or "row"}

@@ -328,7 +328,7 @@ def perform(
                 yield Outcome(task.model, str(node.chain), experiment, tuple(ids.values()))
             else:
                 try:
-                    foresight.check(model.name, model.config, node.parts, model.rounded)
+                    foresight.check(model.name, model.config, node.parts, model.rounded, device=model.device)
                 except MariotteError as error:
                     missing[id(node)] = []
                     lacking.discard(id(node))
@@ -555,7 +555,7 @@ def compress_model(
         for part in parts:
             part.step.refuse_streamed()
     dense = load(model, device, dtype, stream=stream) if isinstance(model, str) else model
-    foresight.check(dense.name, dense.config, parts, dense.rounded)
+    foresight.check(dense.name, dense.config, parts, dense.rounded, device=dense.device)
     spec = None if calibration is None else Calibration(corpus=calibration, rows=rows, block=block)
     blocks = read_calibration(spec, dense)
     with ExitStack() as stack:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mariotte import __version__
@@ -54,15 +54,19 @@ def tokenizer_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
     return "AutoTokenizer" if same else "PreTrainedTokenizerFast"
 
 
-def _packable(model: Model) -> dict[str, Tensor]:
-    """The weights that a checkpoint should hold packed, by the path of their matrix.
+def _packable(model: Model) -> tuple[dict[str, Tensor], packed.Form | None]:
+    """The weights that a checkpoint should hold packed, by the path of their matrix, and how.
 
-    None in a class of ours, or in an encoder-decoder, whose packed matrices transformers does not read back.
+    None in a class of ours, or in an encoder-decoder, whose packed matrices transformers does not read back; in a
+    family whose layers have a pass of their own, such as Falcon's, that packed ones do not go through; and where two
+    kinds would be packed, of which a config can name one.
     """
-    scopes = [done.scope for done in model.rounded if done.facts.get("stored") == packed.STORED]
-    unread = model.entry.irregular or model.kind == "seq2seq"
+    scopes = {done.scope: form for done in model.rounded if (form := packed.form_of(done.facts)) is not None}
+    unread = model.entry.irregular or model.kind == "seq2seq" or len({*scopes.values()}) > 1
     matrices = model.paths(*scopes) if scopes and not unread else {}
-    return {path: matrix.weight for path, matrix in matrices.items()}
+    if not matrices or any(type(matrix) is not nn.Linear for matrix in matrices.values()):
+        return {}, None
+    return {path: matrix.weight for path, matrix in matrices.items()}, next(iter(scopes.values()))
 
 
 def file_bytes(folder: Path) -> int:
@@ -136,9 +140,11 @@ lost has to be measured for your data: `mariotte run`, or any evaluation of your
 def _of_quantization(model: Model, small: bool) -> str:
     """What the card says of weights, and perhaps inputs, that were rounded, and of weights that are held packed."""
     said: list[str] = []
+    stored = [done.facts.get("stored") for done in model.rounded]
     if small:
-        said.append("Some weights are eight-bit floats, which `transformers` reads where torchao is installed.")
-    if any(not small or done.facts.get("stored") != packed.STORED for done in model.rounded):
+        held = "eight-bit floats" if packed.FLOAT8 in stored else "four-bit integers for an NVIDIA GPU"
+        said.append(f"Some weights are {held}, which `transformers` reads where torchao is installed.")
+    if stored and not (small and all(stored)):
         said.append(
             "Quantization is simulated: weights are stored as what their integers stand for. Packed, the model would "
             f"take {model.counts.n_bytes:,} bytes."
@@ -227,7 +233,7 @@ def _open_to_all(folder: Path) -> None:
 def _write(model: Model, folder: Path, stored: torch.dtype, dense_params: int) -> None:
     # A copy: casting in place would round the weights of the model that the caller goes on measuring.
     rounded = _cast(model.copy(), stored)
-    small = packed.pack_(rounded.hf, _packable(model))
+    small = packed.pack_(rounded.hf, *_packable(model))
     try:
         with quiet_transformers():
             if model.streamed:

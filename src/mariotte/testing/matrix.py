@@ -13,7 +13,7 @@ from mariotte.architectures import FAMILIES, Architecture
 from mariotte.compress import METHODS
 from mariotte.models.model import Model
 from mariotte.models.step import Step
-from mariotte.testing.tiny import tiny
+from mariotte.testing.tiny import to_ask
 
 PLAIN, OWN, REFUSED = "●", "○", "·"
 """An ordinary checkpoint of the family; one of a class of ours, which goes beside the weights; refused by name."""
@@ -31,6 +31,9 @@ Which method works on which family of models. {PLAIN} gives an ordinary checkpoi
 Mariotte; {OWN} one whose class goes beside the weights, which transformers loads with `trust_remote_code=True` (for
 `int8-dynamic`: with `import mariotte.models.dynamic`); {REFUSED} is refused by name, for the reason below. Asked of the
 default fields and scope of each method; other fields can make a result plain, or be refused where the defaults are not.
+
+`int4` needs an NVIDIA GPU, and is refused where there is none; of it the suite tries, on any machine, all but the GPU's
+own kernel.
 
 This page is what `python -m mariotte.testing.matrix` prints. The conformance suite tries every {PLAIN} and {OWN} on a
 tiny random model of the family, and a test compares this page with the code.
@@ -65,10 +68,9 @@ def page(families: Sequence[str] = tuple(FAMILIES), methods: Iterable[Step] | No
     methods : those that are asked; None takes all
     """
     asked = sorted(steps() if methods is None else methods, key=lambda step: step.name())
-    models = {family: tiny(family) for family in families}
     kinds = list(dict.fromkeys(kind(FAMILIES[family]) for family in families))
     order = sorted(families, key=lambda family: kinds.index(kind(FAMILIES[family])))
-    found = {(step.name(), family): cell(step, models[family]) for step in asked for family in order}
+    found = {(step.name(), family): cell(step, to_ask(family, step)) for step in asked for family in order}
     parts = [HEAD]
     for title, of in GROUPS.items():
         names = [step.name() for step in asked if step.family in of]

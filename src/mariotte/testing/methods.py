@@ -11,7 +11,7 @@ Subclass it, say which steps on which families, and run pytest::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,7 @@ from mariotte.models import checkpoint
 from mariotte.models.load import LOADED_BY, load, quiet_transformers
 from mariotte.models.model import Done, Model, Stacked
 from mariotte.models.step import Context, Prepared, Step, apply_at, prepare_once
-from mariotte.testing.tiny import random_tokens, tiny, weights_hash
+from mariotte.testing.tiny import random_tokens, sizes_for, tiny, to_ask, weights_hash
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.9)
 BITS = (8, 4)
@@ -57,10 +57,19 @@ OTHER_FAMILIES = tuple(family for family in architectures.FAMILIES if family not
 """On which every method that claims them is tried in short; see `FamilyConformance`."""
 
 
-def cases(steps: Iterable[Step], families: Iterable[str] = FAMILIES) -> list[tuple[Step, str]]:
-    """Each step with each of these families that it does not refuse."""
-    models = {family: tiny(family) for family in families}
-    return [(step, family) for step in steps for family, model in models.items() if step.refuse(model) is None]
+def cases(steps: Iterable[Step], families: Sequence[str] = FAMILIES, *, wide: bool = False) -> list[tuple[Step, str]]:
+    """Each step with each of these families that it does not refuse.
+
+    Parameters
+    ----------
+    wide : of the widths that its groups ask for, as `FamilyConformance` tries it
+    """
+    return [
+        (step, family)
+        for step in steps
+        for family in families
+        if step.refuse(to_ask(family, step if wide else None)) is None
+    ]
 
 
 def amounts(step: Step) -> tuple[int | float, ...]:
@@ -414,7 +423,7 @@ class FamilyConformance:
     """What a method promises on a family, in one short case of a model with a tied head; parametrise as above."""
 
     def test_it_does_what_it_says_and_nothing_else(self, step: Step, family: str, tmp_path: Path) -> None:
-        model, amount = tiny(family, tied=True), middle(step)
+        model, amount = tiny(family, tied=True, **sizes_for(step)), middle(step)
         before = weights_hash(model)
         context = context_of(model, tmp_path / "prepared")
         prepared = prepare_once(step, model, context, [amount])

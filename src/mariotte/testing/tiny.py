@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any, cast
@@ -14,8 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from mariotte import architectures
 from mariotte.models.load import LOADED_BY
 from mariotte.models.model import Model
+from mariotte.models.step import Step
 
 VOCAB = 64
+
+_FITTING = 16
+"""Divides the usual widths."""
 
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"sliding_window": 8},
@@ -112,6 +117,23 @@ def tiny(
     model = Model(hf, None, name=f"tiny-{model_type}", fingerprint="", stored_dtype=dtype)
     model.fingerprint = weights_hash(model)
     return model
+
+
+def sizes_for(step: Step) -> dict[str, Any]:
+    """Sizes of `tiny` whose widths the groups of a step divide; none where the usual ones do."""
+    group = cast("int | None", getattr(step, "group", None))
+    return {} if group is None or _FITTING % group == 0 else {"hidden": group, "ffn": 2 * group}
+
+
+def to_ask(family: str, step: Step | None = None, **settings: Any) -> Model:
+    """A tiny model, of the widths that a step asks for, which is made once and must not be changed."""
+    sizes = {} if step is None else sizes_for(step)
+    return _made(family, tuple(sorted({**sizes, **settings}.items())))
+
+
+@functools.cache
+def _made(family: str, sizes: tuple[tuple[str, Any], ...]) -> Model:
+    return tiny(family, **dict(sizes))
 
 
 def weights_hash(model: Model) -> str:

@@ -58,7 +58,9 @@ def test_it_is_what_transformers_makes_of_the_dense_model_with_torchao(dtype, tm
     model.hf.save_pretrained(tmp_path / "dense")
     with quiet_transformers():
         theirs = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "dense", dtype=dtype, quantization_config=TorchAoConfig(packed._config())
+            tmp_path / "dense",
+            dtype=dtype,
+            quantization_config=TorchAoConfig(packed._config(packed.Form(packed.FLOAT8))),
         )
     for path, matrix in ours.paths("all").items():
         their = theirs.get_submodule(path).weight.dequantize()

@@ -131,10 +131,6 @@ class GPTQ(Grouped):
 
     Parameters
     ----------
-    group : neighbouring weights of a row that share a scale; it must divide the inputs of every matrix in scope.
-        None: the whole row
-    symmetric : levels lie around zero, one fewer than there could be, and no zero point is stored. False: they go from
-        the least weight of a group to its largest, as in the experiments of the paper
     act_order : round the columns with the largest inputs first. A group's scale is then that of its weights as they
         came, and the stored order stays
     damp : added to the diagonal of the inputs' second moment, as a share of its mean
@@ -142,8 +138,6 @@ class GPTQ(Grouped):
         False measures the model that enters, once for all
     by : mariotte: here, on any device. llm-compressor: by that program, in a Python environment of its own whose
         interpreter ``MARIOTTE_LLM_COMPRESSOR`` names
-    scope : all: the projections of attention and MLP; attention or ffn: those alone; head: the final dense layer alone,
-        which gets a matrix of its own where it was tied to the embeddings
 
     Raises
     ------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mariotte.compress.quantize import Quantizer, packed_bytes, round_absmax
+from mariotte.compress.quantize import Quantizer, round_absmax
 
 __all__ = ["Int8"]
 
@@ -20,11 +20,6 @@ __all__ = ["Int8"]
 @dataclass(frozen=True, kw_only=True)
 class Int8(Quantizer):
     """Round weights to eight bits, a scale for each output channel; activations stay as they are.
-
-    Parameters
-    ----------
-    scope : all: the projections of attention and MLP; attention or ffn: those alone; head: the final dense layer alone,
-        which gets a matrix of its own where it was tied to the embeddings
 
     Notes
     -----
@@ -46,7 +41,3 @@ class Int8(Quantizer):
     @override
     def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:
         return round_absmax(weight_OI, bits, scales)
-
-    @override
-    def packed(self, outputs: int, inputs: int, bits: int, scales: torch.dtype) -> int:
-        return packed_bytes(outputs * inputs, bits, outputs, scales)

@@ -40,8 +40,6 @@ class Int8Dynamic(Quantizer):
     scheme : token: a scale for each output channel of the weights, and one for each token of what a matrix reads, both
         around zero. torch: what torch.ao.quantization.quantize_dynamic does, as in the Cost of Compression study: one
         scale for a whole matrix, and one for all that it reads at once, in 128 levels from the least to the largest
-    scope : all: the projections of attention and MLP; attention or ffn: those alone; head: the final dense layer alone,
-        which gets a matrix of its own where it was tied to the embeddings
 
     Raises
     ------

@@ -21,15 +21,6 @@ __all__ = ["RTN"]
 class RTN(Grouped):
     """Round weights to the nearest of 2^bits levels, the same ones for each row or group of neighbours in it.
 
-    Parameters
-    ----------
-    group : neighbouring weights of a row that share a scale; it must divide the inputs of every matrix in scope.
-        None: the whole row
-    symmetric : levels lie around zero, one fewer than there could be, and no zero point is stored. False: they go from
-        the least weight of a group to its largest, as in the experiments of GPTQ
-    scope : all: the projections of attention and MLP; attention or ffn: those alone; head: the final dense layer alone,
-        which gets a matrix of its own where it was tied to the embeddings
-
     Raises
     ------
     ChainError
