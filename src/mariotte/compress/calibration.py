@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mariotte.compress.walk import Walk
+from mariotte.compress.walk import Walk, hooked
 from mariotte.compress.walk import rows_at_once as rows_at_once
 from mariotte.compress.walk import tokens_for as tokens_for
 from mariotte.compress.walk import watching as watching
@@ -238,21 +238,17 @@ def taylor(
 
     totals: dict[str, Tensor] = {}
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in inputs.items()]
-    try:
-        with torch.enable_grad():
-            for start in range(0, len(tokens_NT), rows):
-                tokens_BT = tokens_NT[start : start + rows].to(model.device)
-                logits_BTV = model.logits(tokens_BT)[:, :-1].float()
-                loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none")
-                gradients = torch.autograd.grad(loss_BT.mean(1).sum(), [seen[name] for name in inputs])
-                for name, gradient_BTI in zip(inputs, gradients, strict=True):
-                    change_I = (seen[name].detach().double() * gradient_BTI.double()).sum(1).abs().sum(0)
-                    totals[name] = totals[name] + change_I if name in totals else change_I
-                seen.clear()
-                context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.enable_grad():
+        for start in range(0, len(tokens_NT), rows):
+            tokens_BT = tokens_NT[start : start + rows].to(model.device)
+            logits_BTV = model.logits(tokens_BT)[:, :-1].float()
+            loss_BT = nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BT[:, 1:], reduction="none")
+            gradients = torch.autograd.grad(loss_BT.mean(1).sum(), [seen[name] for name in inputs])
+            for name, gradient_BTI in zip(inputs, gradients, strict=True):
+                change_I = (seen[name].detach().double() * gradient_BTI.double()).sum(1).abs().sum(0)
+                totals[name] = totals[name] + change_I if name in totals else change_I
+            seen.clear()
+            context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
     for name, total_I in totals.items():
         check_finite(total_I, step, name, model, what="activations or gradients")
     return {name: total_I / len(tokens_NT) for name, total_I in totals.items()}

@@ -6,11 +6,12 @@ Shapes: N rows, T tokens of a row, D model width, B rows at once, M tokens at on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mariotte.errors import DataError
 from mariotte.models.blockwise import Blockwise
@@ -19,6 +20,16 @@ from mariotte.models.step import Context
 
 BATCH_TOKENS = 4096
 """Tokens run at once, unless one row holds more: enough to keep the processor busy, little enough for its memory."""
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Generator[None]:
+    """Hooks that were just put on modules, for as long as it lasts."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -31,11 +42,8 @@ def watching(
         return lambda _module, arguments: gather(group, cast(Tensor, arguments[0]).flatten(0, -2))
 
     handles = [module.register_forward_pre_hook(watch(group)) for group, some in inputs.items() for module in some]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tokens_for(context: Context, step: str, *, predicting: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ from mariotte.compress.calibration import check_finite, mean_squares, rows_at_on
 from mariotte.compress.compensation import check_ridge, compensated, invertible, least_squares_factors, with_ridge
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import gathered, parameter_names
+from mariotte.compress.walk import hooked
 from mariotte.cuts import BY, choices_of_heads, largest_gap, nearest_heads, refuse_heads
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -210,11 +211,8 @@ def mask_gradients(model: Model, context: Context, step: str) -> list[Tensor]:
             block.output.register_forward_pre_hook(masked(mask_BN))
             for block, mask_BN in zip(blocks, masks, strict=True)
         ]
-        try:
+        with hooked(handles):
             logits_MV = model.logits(rows_BT)[:, :-1].float().flatten(0, 1)
-        finally:
-            for handle in handles:
-                handle.remove()
         loss = functional.cross_entropy(logits_MV, rows_BT[:, 1:].flatten(), reduction="sum") / (rows_BT.shape[1] - 1)
         for some, gradient_BN in zip(found, torch.autograd.grad(loss, masks), strict=True):
             some.append(gradient_BN.double())
