@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,10 @@ import torch
 
 from mariotte import compress_model, save
 from mariotte.testbed.world import World
+from mariotte.testing.stock import without_mariotte
 
 GENERATE = """
-import sys, json
-sys.modules["mariotte"] = None  # any import of it is now an ImportError
-try:
-    import mariotte
-except ImportError:
-    pass
-else:
-    raise SystemExit("mariotte could be imported")
+import json
 import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -53,10 +44,7 @@ def test_it_generates_the_same_tokens(name: str, chain: str, tmp_path: Path) -> 
         if len(fact.seen[0].split()) > 3
     ]
     assert len(prompts) == 40
-    script = [sys.executable, "-c", GENERATE, str(folder), json.dumps(prompts)]
-    done = subprocess.run(script, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    theirs = json.loads(without_mariotte(GENERATE, str(folder), json.dumps(prompts))[-1])
     with torch.no_grad():
         # The model in memory, which was never saved: what was measured is what is stored.
         ours = compressed.hf.generate(torch.tensor(prompts), max_new_tokens=24, do_sample=False).tolist()

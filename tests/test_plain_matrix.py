@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,17 +15,11 @@ from mariotte.models.load import quiet_transformers
 from mariotte.models.step import Step
 from mariotte.testing import matrix
 from mariotte.testing.methods import middle, run
+from mariotte.testing.stock import without_mariotte
 from mariotte.testing.tiny import random_tokens, tiny
 
 GENERATE = """
-import json, sys, warnings
-sys.modules["mariotte"] = None  # any import of it is now an ImportError
-try:
-    import mariotte
-except ImportError:
-    pass
-else:
-    raise SystemExit("mariotte could be imported")
+import json
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 CLASSES = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
@@ -73,10 +65,8 @@ def compare(cases: Iterable[tuple[Step, str]], folder: Path) -> int:
                         prompts, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0
                     )
             expected[str(saved)] = found.tolist()
-    script = [sys.executable, "-c", GENERATE, str(listed), json.dumps(prompts.tolist())]
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    printed = without_mariotte(GENERATE, str(listed), json.dumps(prompts.tolist()))
+    theirs = dict(json.loads(line) for line in printed if line.startswith("["))
     assert theirs.keys() == expected.keys()
     assert not {Path(name).name for name in expected if theirs[name] != expected[name]}
     return len(expected)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from types import MethodType
 from typing import Any
 
@@ -32,6 +28,7 @@ from mariotte.models.step import prepare_once
 from mariotte.recover.methods.lora import LoRA
 from mariotte.testing import recoveries
 from mariotte.testing.methods import MethodConformance, cases, context_of, overflowing, run
+from mariotte.testing.stock import generated_by_our_class
 from mariotte.testing.tiny import random_tokens, tiny, weights_hash
 
 FULL_BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}}
@@ -317,46 +314,18 @@ def test_the_cache_changes_no_token(family, tmp_path):
     assert torch.equal(*made)
 
 
-STOCK = """
-import sys, json
-sys.modules["mariotte"] = None
-import torch
-from transformers import AutoModelForCausalLM
-prompts = torch.tensor(json.loads(sys.argv[1]))
-settings = dict(attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False, pad_token_id=0)
-made = []
-for folder in sys.argv[2:]:
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
-        assert "trust_remote_code" in str(error), error
-    else:
-        raise SystemExit("it loads without trust")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    made.append(model.generate(prompts, **settings).tolist())
-    model.save_pretrained(folder + "-again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-    assert torch.equal(model(prompts).logits, again(prompts).logits)
-print(json.dumps(made))
-"""
-
-
 def test_stock_transformers_reads_it_where_there_is_no_mariotte(tmp_path):
     prompts = random_tokens(3, 5)
-    settings = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     folders, expected = [], []
     for family in ("llama", "qwen2"):
         model = run(SliceGPT(), tiny(family, tied=True), 0.5, tmp_path / f"cut {family}")
         folder = checkpoint.save(model, tmp_path / family)
         assert (folder / "modeling_mariotte.py").is_file()
         assert "trust_remote_code=True" in (folder / "README.md").read_text()
-        folders.append(str(folder))
-        expected.append(model.hf.generate(prompts, **settings).tolist())
-    script = [sys.executable, "-c", STOCK, json.dumps(prompts.tolist()), *folders]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+        folders.append(folder)
+        expected.append(model.hf.generate(prompts, attention_mask=torch.ones_like(prompts), **settings).tolist())
+    assert generated_by_our_class(folders, prompts, tmp_path / "modules", **settings) == expected
 
 
 def test_loading_runs_no_code_of_the_folder(tmp_path):
