@@ -117,11 +117,14 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
     attended = [query * (width + value) for (query, _), (width, value) in zip(heads, sizes, strict=True)]
     # Of query, key and value together, and of the output.
     read = [(query + keys) * width + keys * value for (query, keys), (width, value) in zip(heads, sizes, strict=True)]
+    behind = [s.attended_by(layer) for layer in range(s.layers)]
     attention_matrices = [
-        s.hidden * (rows + query * value) * attentions + more
-        for rows, (query, _), (_, value), (more, _) in zip(read, heads, sizes, factored, strict=True)
+        (s.hidden * rows + query * value * wide) * attentions + more
+        for rows, (query, _), (_, value), wide, (more, _) in zip(read, heads, sizes, behind, factored, strict=True)
     ]
-    attention_biases = [(rows * s.attention_bias + s.hidden * s.output_bias) * attentions for rows in read]
+    attention_biases = [
+        (rows * s.attention_bias + wide * s.output_bias) * attentions for rows, wide in zip(read, behind, strict=True)
+    ]
     ins = 2 if s.gated else 1
     widths = [(s.ffn_of(layer), s.written_by(layer)) for layer in range(s.layers)]
     one = [ffn * (ins * s.hidden + written) + more for (ffn, written), (_, more) in zip(widths, factored, strict=True)]
@@ -129,7 +132,8 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
     ffn_matrices = [weights * (s.experts or 1) + s.hidden * s.experts for weights in one]
     ffn_passed = [weights * (s.active or 1) + s.hidden * s.experts for weights in one]
     ffn_biases = [
-        (ins * ffn * s.mlp_bias + written * (s.mlp_bias or s.down_bias)) * (s.experts or 1) + s.experts * s.mlp_bias
+        (ins * ffn * (s.mlp_bias or s.up_bias) + written * (s.mlp_bias or s.down_bias)) * (s.experts or 1)
+        + s.experts * s.mlp_bias
         for ffn, written in widths
     ]
     # Norms have weights, or are folded into the matrices behind them.
@@ -138,7 +142,8 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
         {None: 0, "each": 2 * s.head_dim, "all": (query + keys) * s.head_dim}[s.head_norms] + query * s.sinks
         for query, keys in heads[: s.blocks]
     )
-    shortcuts = sum(s.hidden * (s.hidden + written) for _, written in widths) * s.shortcuts
+    # One beside attention, and one beside the MLP, unless the two stand side by side.
+    shortcuts = sum(s.hidden * (written + s.hidden * (not s.parallel)) for _, written in widths) * s.shortcuts
     return (
         sum(attention_matrices[: s.blocks]) + sum(attention_biases[: s.blocks]),
         sum(ffn_matrices[: s.blocks]) + sum(ffn_biases[: s.blocks]),
@@ -152,12 +157,16 @@ def _count_stack(s: Shape) -> tuple[int, int, int, int, int, int]:
 def matrices(s: Shape, layer: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """Outputs and inputs of a block's matrices: query, key, value, output; gate if there is one, up, down.
 
-    Of a family that holds each of them by itself.
+    Where a family holds query, key and value in one, or gate and up, that one in their place.
     """
     (heads, groups), (width, value), ffn = s.heads_of(layer), s.widths_of(layer), s.ffn_of(layer)
-    read = [(heads * width, s.hidden), (groups * width, s.hidden), (groups * value, s.hidden)]
-    ins = 2 if s.gated else 1
-    return (*read, (s.hidden, heads * value)), (*[(ffn, s.hidden)] * ins, (s.written_by(layer), ffn))
+    reads = [(heads * width, s.hidden), (groups * width, s.hidden), (groups * value, s.hidden)]
+    ins = [(ffn, s.hidden)] * (2 if s.gated else 1)
+    if s.fused:
+        reads = [(sum(outputs for outputs, _ in reads), s.hidden)]
+    if s.fused_mlp:
+        ins = [(2 * ffn, s.hidden)]
+    return (*reads, (s.attended_by(layer), heads * value)), (*ins, (s.written_by(layer), ffn))
 
 
 def _factored(s: Shape, layer: int) -> tuple[int, int]:

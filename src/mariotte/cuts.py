@@ -311,6 +311,11 @@ def refuse_flap(model: Sizes, scope: str, *, uniform: bool) -> str | None:
         return refuse_groups(model, scope)
     if reason := refuse_irregular(model):
         return f"{reason}: ask for uniform=true"
+    if scope != "ffn" and model.entry.slopes:
+        return (
+            f"needs heads that do not depend on their place, and this {model.entry.model_type} has scores that do "
+            "(ALiBi): take the scope ffn"
+        )
     if model.shape.shortcuts:
         return "needs one stream through all blocks, and this one goes through shortcut matrices: take flap first"
     if model.shape.widths is not None or model.shape.ranks is not None:
@@ -497,16 +502,14 @@ def refuse_low_rank(model: Sizes) -> str | None:
     return None
 
 
-def refuse_narrowing(model: Sizes, scope: str, *, plain: bool, others: Iterable[str] | None = None) -> str | None:
+def refuse_narrowing(model: Sizes, scope: str, *, plain: bool) -> str | None:
     """Why blocks of `model` cannot get widths of their own, of neurons and within heads, or None when they can.
 
     Parameters
     ----------
     plain : all blocks get the same width of neurons, and nothing else changes
-    others : what there is in attention beside its projections; None for the norms that the family has there
     """
     entry, shape = model.entry, model.shape
-    others = sorted(path.rpartition(".")[2] for path in entry.head_norms) if others is None else sorted(others)
     if entry.model_type not in IRREGULAR and not plain:
         return (
             f"needs a class for widths by layer, and {entry.model_type} has none; {', '.join(IRREGULAR)} have "
@@ -517,19 +520,28 @@ def refuse_narrowing(model: Sizes, scope: str, *, plain: bool, others: Iterable[
             "needs blocks that are alike, and those of this model have shortcuts, factors or numbers of heads of "
             "their own: do it before the step that gave them"
         )
-    if scope != "ffn" and others:
+    if scope == "ffn":
+        return None
+    if entry.slopes:
         return (
-            f"needs attention of four projections and nothing else over a head's width, and {entry.model_type} has "
-            f"{' and '.join(others)}: take the scope ffn, as in modegpt@0.2:ffn"
+            f"needs heads that do not depend on their place, and this {entry.model_type} has scores that do (ALiBi): "
+            "take the scope ffn"
         )
+    if shape.widths is None and shape.head_dim % 2:
+        return f"needs heads of pairs of dimensions, and these have {shape.head_dim}: take the scope ffn"
     return None
 
 
-def turns_in_part(config: Mapping[str, Any]) -> bool:
-    """Whether rotary embeddings turn a part of each head alone, as a config says."""
+TURN_IN_PART = ("phi", "phi3", "gpt_neox")
+"""Families whose code lets rotary embeddings turn a part of each head, if the config says so."""
+
+
+def turned_dimensions(model: Sizes, config: Mapping[str, Any]) -> int:
+    """Dimensions of each head that rotary embeddings turn, which are its first, as a config says."""
     stated = cast("dict[str, Any]", config.get("rope_parameters") or {})
     # Configs of earlier transformers state it beside the others.
-    return (stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1
+    part = stated.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    return int(model.shape.head_dim * (part if model.entry.model_type in TURN_IN_PART else 1))
 
 
 def rank_left(outputs: int, inputs: int, rank: int, amount: float) -> int:
@@ -620,7 +632,8 @@ def widths_left(
     ----------
     amount : of the weights in scope, in [0, 1)
     scope : all, attention or ffn
-    queries : share of what the others lose that queries and keys do
+    queries : share of what the others lose that queries and keys do; where these have norms of their own, they lose
+        nothing
     round_to : multiple of neurons, see `multiples_of_widths`
     spread : of what goes over the blocks
     """
@@ -633,11 +646,14 @@ def widths_left(
     mlp, scores, mixed = (
         weight * (part in PARTS[scope]) for weight, part in zip(weights, ("ffn", "attention", "attention"), strict=True)
     )
+    # Norms of queries and keys divide by the mean over all that is there, so that no score would be what it was.
+    whole_scores = shape.head_norms is not None
+    queries = 0.0 if whole_scores else queries
     wanted = amount * (mlp + scores + mixed)
     share = wanted / (mlp + mixed + queries * scores)
     of_queries = queries * share
     if share > 1:
-        share, of_queries = 1.0, (wanted - mlp - mixed) / scores
+        share, of_queries = 1.0, 0.0 if whole_scores else (wanted - mlp - mixed) / scores
     found = [
         kept_of_all(sizes, part if weight else 0.0, multiple, spread)
         for sizes, part, weight, multiple in zip(

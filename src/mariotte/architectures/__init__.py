@@ -74,6 +74,10 @@ def of(config: Mapping[str, Any]) -> Architecture:
         if fnmatchcase(str(found), wanted):
             encoder = {**entry.encoder, **otherwise.get("encoder", {})}
             entry = replace(entry, **{**otherwise, "encoder": encoder})
+    if entry.irregular and stated.get("shortcuts"):
+        entry = replace(entry, rms_norm=True)
+    if entry.irregular and stated.get("width_sizes"):
+        entry = replace(entry, grouped=False)
     return entry
 
 

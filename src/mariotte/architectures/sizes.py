@@ -23,6 +23,9 @@ class Shape:
     widths : H of queries and keys, and of values, of every layer, where they are not `head_dim`
     ranks : of every layer those of its matrices, attention's and then the MLP's, that are products of two, and 0 of
         those that are whole, where there are any
+    fused, fused_mlp : query, key and value are one matrix, and so are gate and up
+    parallel : attention and MLP read the same stream
+    up_bias : of the MLP's projections all but the last have biases
     down_bias : of the MLP's projections the last alone has a bias
     shortcuts : blocks hand on their input through matrices, and norms have no weights
     final : width of the stream that the last block writes and the head reads, where it is not D
@@ -61,6 +64,10 @@ class Shape:
     attentions: tuple[tuple[int, int], ...] | None = None
     widths: tuple[tuple[int, int], ...] | None = None
     ranks: tuple[tuple[int, ...], ...] | None = None
+    fused: bool = False
+    fused_mlp: bool = False
+    parallel: bool = False
+    up_bias: bool = False
     down_bias: bool = False
     shortcuts: bool = False
     final: int | None = None
@@ -116,6 +123,10 @@ class Shape:
         """Width of the stream behind one layer."""
         return self.final_size if layer == self.layers - 1 else self.hidden
 
+    def attended_by(self, layer: int) -> int:
+        """Width of what the attention of one layer writes."""
+        return self.written_by(layer) if self.parallel else self.hidden
+
 
 def stack_shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
     """The sizes of one stack of blocks, with what is before and behind it.
@@ -157,6 +168,7 @@ def stack_shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
     if ranks is not None and (len(ranks) != layers or any(set(some) - set(paths) for some in ranks)):
         raise ModelError(f"ranks must name matrices of the block for each of the {layers} layers, got {ranks}")
     added = entry.irregular and fact("output_biases")
+    folded = entry.irregular and fact("input_biases")
     final = size("final_size", hidden) if entry.irregular else hidden
     embedding = size(entry.embedding, hidden)
     mapped, tied = entry.always_mapped or embedding != hidden, fact(entry.tied)
@@ -177,13 +189,17 @@ def stack_shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
         sinks=bool(entry.sinks),
         experts=size(entry.expert_count) if entry.experts else 0,
         active=size(entry.active_experts) if entry.experts else 0,
-        attention_bias=fact(entry.attention_bias),
+        attention_bias=fact(entry.attention_bias) or folded,
         output_bias=fact(entry.output_bias) or added,
         mlp_bias=fact(entry.mlp_bias),
         ffns=None if ffns is None else tuple(ffns),
         attentions=None if attentions is None else tuple((heads, groups) for heads, groups in attentions),
         widths=None if widths is None else tuple((width, value) for width, value in widths),
         ranks=None if ranks is None else tuple(tuple(some.get(path, 0) for path in paths) for some in ranks),
+        fused=bool(entry.fused),
+        fused_mlp=bool(entry.fused_mlp),
+        parallel=entry.parallel,
+        up_bias=folded and not fact(entry.mlp_bias),
         down_bias=added and not fact(entry.mlp_bias),
         shortcuts=entry.irregular and fact("shortcuts"),
         final=None if final == hidden else final,
@@ -201,5 +217,5 @@ def stack_shape(config: Mapping[str, Any], entry: Architecture) -> Shape:
         transform=bool(entry.transform),
         # Like the head itself, copies of the embeddings and a second name of the bias are shared only when it is tied.
         copies=0 if tied else len(entry.copies),
-        head_biases=min(len(entry.head_biases), 1) if tied else len(entry.head_biases),
+        head_biases=min(len(entry.head_biases), 1) if tied else max(len(entry.head_biases), int(folded)),
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mariotte.compress.attention import head_weights, without_heads
 from mariotte.compress.neurons import keep_neurons, neuron_weights
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.scope import oriented
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.models.model import Model
 
 SCOPES = ("all", "attention", "ffn")
@@ -66,7 +67,7 @@ def keep_groups(
                     matrix.bias.add_(bias_D.to(matrix.bias.dtype))
         return cut
     names, shape = parameter_names(model), model.shape
-    weights: dict[str, Tensor] = {}
+    weights = gathered(model)
     counts: list[list[int]] = []
     widths: list[int] = []
     for index, block in enumerate(model.blocks):
@@ -87,7 +88,7 @@ def keep_groups(
         ):
             if biases is not None:
                 old_D = matrix.bias
-                new_D = torch.zeros(len(matrix.weight), device=model.device) if bias_D is None else bias_D
+                new_D = torch.zeros(len(oriented(matrix)), device=model.device) if bias_D is None else bias_D
                 weights[f"{block.path}.{path}.bias"] = new_D if old_D is None else old_D + new_D  # pyright: ignore[reportUnnecessaryComparison]
     sizes: dict[str, Any] = {}
     if heads is not None:
@@ -105,7 +106,7 @@ def _equally_cut(model: Model, heads: Sequence[Sequence[int]] | None, neurons: S
     if heads is None:
         return cut
     names, shape = parameter_names(cut), cut.shape
-    weights: dict[str, Tensor] = {}
+    weights = gathered(cut)
     for block, kept in zip(cut.blocks, heads, strict=True):
         weights |= head_weights(block, names, shape, kept)
     (count,) = {len(kept) for kept in heads}

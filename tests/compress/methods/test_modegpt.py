@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mariotte import accounting
+from mariotte.architectures import FAMILIES
 from mariotte.compress.allocate import by_influence
 from mariotte.compress.calibration import Means, observe, outer
 from mariotte.compress.methods.ffn import FFN
@@ -22,13 +23,17 @@ from mariotte.compress.methods.modegpt import MoDeGPT, leverage_order, pair_orde
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.compress.methods.svd_llm import SVDLLM
+from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import derive
 from mariotte.cuts import kept_of_all
 from mariotte.errors import ChainError, ModelError
 from mariotte.evaluate.measures.memory import kv_bytes
 from mariotte.models import checkpoint
+from mariotte.models.irregular import CLASSES
 from mariotte.models.load import load
+from mariotte.models.model import Model
 from mariotte.models.modeling_mariotte import NarrowAttention
+from mariotte.models.step import prepare_once
 from mariotte.testing.methods import context_of, logits, run
 from mariotte.testing.tiny import random_tokens, tiny
 
@@ -105,6 +110,43 @@ def test_attention_of_the_class_that_keeps_everything_is_that_of_the_family(fami
     assert isinstance(whole.blocks[0].module.self_attn, NarrowAttention)
     torch.testing.assert_close(logits(whole), logits(model))
     assert whole.counts == model.counts
+
+
+def fellows(model: Model) -> list[tuple[int, int]]:
+    """Dimensions of a head that a rotation turns together, in the family's order; behind them those that it leaves."""
+    width = model.shape.head_dim
+    part = (model.config.get("rope_parameters") or {}).get("partial_rotary_factor", 1)
+    turns = int(width * part)
+    still = (width - turns) // 2
+    return [(i, i + turns // 2) for i in range(turns // 2)] + [(turns + i, turns + still + i) for i in range(still)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name, entry in FAMILIES.items() if name in CLASSES])
+def test_pairs_of_every_family_that_go_are_as_if_their_keys_were_zero(family, tmp_path):
+    """Whatever holds queries and keys, and however much of a head is turned; nothing goes where they have norms."""
+    model = tiny(family, layers=2, hidden=64, heads=4, kv_heads=2)
+    step, context = MoDeGPT(scope="attention"), context_of(model, tmp_path)
+    prepared = prepare_once(step, model, context, [0.5])
+    shape, kept = model.shape, 8 if model.entry.head_norms else 5
+    found, masked = {}, model.copy()
+    for index, block in enumerate(model.blocks):
+        tensors = prepared.get(f"block-{index}")
+        found |= step._narrower(model, block, tensors, (16, 16), kept, 16)
+        rows, matrix = range(shape.kv_heads * 16), masked.blocks[index].attention[1]
+        if model.entry.fused:
+            rows, matrix = model.entry.rows(shape)[1], masked.blocks[index].attention[0]
+        for group in range(shape.kv_heads):
+            for pair in tensors["pairs"][group, kept:].tolist():
+                for dimension in fellows(model)[pair]:
+                    row = rows[group * 16 + dimension]
+                    oriented(matrix)[row] = 0
+                    if matrix.bias is not None:
+                        matrix.bias[row] = 0
+    cut = derive(model, found, {"width_sizes": [[2 * kept, 16]] * 2}, irregular=True)
+    torch.testing.assert_close(logits(cut), logits(masked), atol=1e-4, rtol=1e-3)
+    assert torch.allclose(logits(cut), logits(model)) == (kept == 8)
+    assert cut.measured_params() == cut.counts.n_params
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -268,13 +310,9 @@ def test_bad_requests_are_one_sentence():
     model = tiny("llama")
     model.entry = dataclasses.replace(model.entry, model_type="other")
     assert str(MoDeGPT().refuse(model)).startswith("needs a class for widths by layer, and other has none; llama, ")
-    normed = tiny("llama")
-    normed.blocks[0].module.self_attn.q_norm = torch.nn.Identity()
-    assert "and llama has q_norm: take the scope ffn" in str(MoDeGPT().refuse(normed))
-    partly = tiny("llama")
-    partly.hf.config.rope_parameters = {**partly.hf.config.rope_parameters, "partial_rotary_factor": 0.5}
-    assert "turn here in part" in str(MoDeGPT().refuse(partly))
-    assert MoDeGPT(scope="ffn").refuse(normed) is None
+    assert "scores that do (ALiBi)" in str(MoDeGPT().refuse(tiny("falcon", alibi=True)))
+    assert MoDeGPT(scope="ffn").refuse(tiny("falcon", alibi=True)) is None
+    assert "and these have 11: take the scope ffn" in str(MoDeGPT().refuse(tiny("gpt2", hidden=33, heads=3)))
     config = {**model.config, "model_type": "mariotte_llama"}
     with pytest.raises(ModelError, match="width_sizes must hold two widths of heads for each of the 2 layers"):
         accounting.count({**config, "width_sizes": [[4, 4]]})

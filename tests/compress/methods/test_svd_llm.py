@@ -199,7 +199,6 @@ def test_bad_requests_are_one_sentence(tmp_path):
     model = tiny("llama")
     with pytest.raises(DataError, match=r"^svd-llm needs at least 2 calibration tokens, got 1"):
         run(SVDLLM(sequential=True), model, 0.5, tmp_path, random_tokens(1, 1))
-    assert "gpt2 holds its matrices transposed" in str(SVDLLM().refuse(tiny("gpt2")))
     model.entry = dataclasses.replace(model.entry, model_type="other")
     assert str(SVDLLM().refuse(model)).startswith("needs a class for models of factors, and other has none; llama, ")
     config = {**tiny("llama").config, "model_type": "mariotte_llama"}

@@ -22,8 +22,18 @@ from mariotte.compress.allocate import by_influence
 from mariotte.compress.calibration import Means, observe, outer
 from mariotte.compress.compensation import compensated, invertible, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.influence import block_influence
+from mariotte.compress.neurons import neuron_weights
+from mariotte.compress.scope import oriented, turned
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.cuts import evenly, multiples_of_widths, refuse_narrowing, turns_in_part, whole, widths_left, with_widths
+from mariotte.cuts import (
+    evenly,
+    multiples_of_widths,
+    refuse_narrowing,
+    turned_dimensions,
+    whole,
+    widths_left,
+    with_widths,
+)
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -181,7 +191,7 @@ class MoDeGPT(Step):
     reference: ClassVar[str] = "lin2025modegpt"
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
     plain: ClassVar[bool] = False
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear", "separate")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
     allocation: str = "influence"
     temperature: float = 1.0
@@ -221,15 +231,7 @@ class MoDeGPT(Step):
     def refuse(self, model: Model) -> str | None:
         if reason := super().refuse(model):
             return reason
-        # All that is there, and not only what the family's entry knows.
-        attention = model.blocks[0].module.get_submodule(model.entry.query.rpartition(".")[0])
-        projections = {path.rpartition(".")[2] for path in model.entry.attention_paths}
-        others = {name for name, _ in attention.named_children()} - projections
-        if reason := refuse_narrowing(model, self.scope, plain=self._plain, others=others):
-            return reason
-        if self.scope != "ffn" and turns_in_part(model.config):
-            return "needs heads that rotary embeddings turn as a whole, and turn here in part: take the scope ffn"
-        return None
+        return refuse_narrowing(model, self.scope, plain=self._plain)
 
     @override
     def moment(self, shape: Shape) -> int:
@@ -268,7 +270,7 @@ class MoDeGPT(Step):
             if self.scope != "attention":
                 inputs[f"neurons-{index}"] = [block.down]
             if self.scope != "ffn":
-                inputs[f"inputs-{index}"] = [block.query]
+                inputs[f"inputs-{index}"] = [block.attention[0]]
                 inputs[f"values-{index}"] = [block.output]
         observe(model, context, self.name(), inputs, gather)
         moments = means.result(self.name(), model)
@@ -283,14 +285,14 @@ class MoDeGPT(Step):
                 tensors |= self._of_neurons(block, moments.pop(f"neurons-{index}"))
             if self.scope != "ffn":
                 found = moments.pop(f"inputs-{index}"), moments.pop(f"values-{index}")
-                tensors |= self._of_heads(block, shape, shape.widths_of(index), *found)
+                tensors |= self._of_heads(block, model, shape.widths_of(index), *found)
             prepared.put(f"block-{index}", tensors)
             context.progress("decomposition", (index + 1) / len(blocks))
         return prepared.finish(influence=[round(float(value), 6) for value in influence_L])
 
     def _of_neurons(self, block: Block, moment_FF: Tensor) -> dict[str, Tensor]:
         """The order of a block's neurons, and what least squares need for any number of them."""
-        down_DF, damped_FF = block.down.weight.double(), with_ridge(moment_FF, self.ridge)
+        down_DF, damped_FF = oriented(block.down).double(), with_ridge(moment_FF, self.ridge)
         if self.neurons == "obs":
             order_F = obs_order(down_DF, damped_FF).flip(0).to(down_DF.device)
         else:
@@ -299,7 +301,7 @@ class MoDeGPT(Step):
         return {"neurons": order_F, "neurons-factor": factor_FF, "neurons-product": product_DF}
 
     def _of_heads(
-        self, block: Block, shape: Shape, widths: tuple[int, int], moment_XX: Tensor, mixed_II: Tensor
+        self, block: Block, model: Model, widths: tuple[int, int], moment_XX: Tensor, mixed_II: Tensor
     ) -> dict[str, Tensor]:
         """The order of pairs, the bases of values, and what least squares need for any width of them.
 
@@ -309,12 +311,13 @@ class MoDeGPT(Step):
         moment_XX : of the inputs of query, key and value with a one behind them
         mixed_II : of the inputs of the output projection
         """
-        heads, groups = shape.heads, shape.kv_heads
+        heads, groups = model.shape.heads, model.shape.kv_heads
         width, value = widths
-        query_NH = _moment(block.query, moment_XX).diagonal().view(heads, width)
-        key_KH = _moment(block.key, moment_XX).diagonal().view(groups, width)
-        values_VV = _moment(block.value, moment_XX)
-        output_DNH = block.output.weight.double().view(-1, heads, value)
+        queries, keys, values = projections(block, model, widths)
+        query_NH = _moment(queries, moment_XX).diagonal().view(heads, width)
+        key_KH = _moment(keys, moment_XX).diagonal().view(groups, width)
+        values_VV = _moment(values, moment_XX)
+        output_DNH = oriented(block.output).double().view(-1, heads, value)
         to_KHH, back_KHH = torch.zeros(2, groups, value, value, dtype=torch.float64, device=mixed_II.device)
         shared = heads // groups
         for group in range(groups):
@@ -330,7 +333,7 @@ class MoDeGPT(Step):
             order_I = torch.arange(heads * value, device=mixed_II.device).view(heads, value).T.flatten()
             turned_II = to_II @ with_ridge(mixed_II, self.ridge) @ to_II.T
             turned_II = (turned_II + turned_II.T) / 2
-            factors = least_squares_factors(block.output.weight.double() @ back_II, turned_II, order_I)
+            factors = least_squares_factors(oriented(block.output).double() @ back_II, turned_II, order_I)
             found["values-factor"], found["values-product"] = factors
         return found
 
@@ -386,28 +389,79 @@ class MoDeGPT(Step):
         # In their old order: of all pairs each then stays where it was.
         kept_KP = tensors["pairs"][:, :pairs].sort(dim=1).values
         dims_KH = torch.cat([kept_KP, kept_KP + width // 2], 1)
-        path = f"{block.path}.{block.entry.query.rpartition('.')[0]}.pairs"
+        path = f"{block.path}.{block.entry.output.rpartition('.')[0]}.pairs"
         old = dict(model.hf.named_buffers()).get(path)
         found = {path: kept_KP if old is None else old.gather(1, kept_KP)}
-        for linear, count in ((block.query, heads), (block.key, groups)):
+        queries, keys, values = projections(block, model, widths)
+        new: list[_Projection] = []
+        for (weight_OI, bias_O), count in ((queries, heads), (keys, groups)):
             of_head_NH = dims_KH.repeat_interleave(count // groups, 0)
             rows = (torch.arange(count, device=dims_KH.device)[:, None] * width + of_head_NH).flatten()
-            found |= {names[parameter]: parameter[rows] for parameter in linear.parameters()}
+            new.append((weight_OI[rows], None if bias_O is None else bias_O[rows]))
+        if value < before:
+            to_KWH = tensors["to"][:, :value]
+            weight_OI, bias_O = values
+            turned_KWI = to_KWH @ weight_OI.double().view(groups, before, -1)
+            turned_KW = None if bias_O is None else to_KWH @ bias_O.double().view(groups, before, 1)
+            values = turned_KWI.flatten(0, 1), None if turned_KW is None else turned_KW.flatten()
+        new.append(values)
+        of_matrices = [new] if block.entry.fused else [[each] for each in new]
+        for matrix, some in zip(block.attention, of_matrices, strict=False):  # and the output is behind them
+            found[names[matrix.weight]] = turned(matrix, torch.cat([weight_OI for weight_OI, _ in some]))
+            if matrix.bias is not None:  # pyright: ignore[reportUnnecessaryComparison] some families have none
+                found[names[matrix.bias]] = torch.cat([bias_O for _, bias_O in some if bias_O is not None])
         if value == before:
             return found
-        to_KWH = tensors["to"][:, :value]
-        for parameter in block.value.parameters():
-            new = to_KWH @ parameter.double().view(groups, before, -1)
-            found[names[parameter]] = new.flatten(0, 1).view(-1, *parameter.shape[1:])
         if self.compensate:
             columns = compensated(tensors["values-factor"], tensors["values-product"], heads * value)
             output_DI = columns.view(-1, value, heads).transpose(1, 2).flatten(1)
         else:
             back_NHW = tensors["back"][:, :, :value].repeat_interleave(heads // groups, 0)
-            output_DNH = block.output.weight.double().view(-1, heads, before)
+            output_DNH = oriented(block.output).double().view(-1, heads, before)
             output_DI = torch.einsum("dnh,nhw->dnw", output_DNH, back_NHW).flatten(1)
-        found[names[block.output.weight]] = output_DI
+        found[names[block.output.weight]] = turned(block.output, output_DI)
         return found
+
+
+_Projection = tuple[Tensor, "Tensor | None"]
+"""The weights, (O, I), and biases, (O,), of what makes queries, keys or values."""
+
+
+def projections(block: Block, model: Model, widths: tuple[int, int]) -> tuple[_Projection, _Projection, _Projection]:
+    """What makes a block's queries, keys and values, whichever matrices hold them, heads in their order.
+
+    The dimensions of each head of queries and of keys are those that a rotation turns first, pair by pair: a pair is
+    one of the first half and its fellow of the second. Dimensions that nothing turns are pairs behind the others.
+
+    Parameters
+    ----------
+    widths : of queries and keys, and of values
+    """
+    entry, shape = block.entry, model.shape
+    heads, groups = shape.heads, shape.kv_heads
+    matrices = block.attention[:-1]
+    if not entry.fused:
+        queries, keys, values = ((oriented(matrix), cast("Tensor | None", matrix.bias)) for matrix in matrices)
+    else:
+        (matrix,) = matrices
+        weight_OI, bias_O = oriented(matrix), cast("Tensor | None", matrix.bias)
+        if shape.widths is None:
+            rows = entry.rows(shape)
+        else:  # of our class: all queries, all keys, all values
+            first, second = heads * widths[0], (heads + groups) * widths[0]
+            rows = (list(range(first)), list(range(first, second)), list(range(second, len(weight_OI))))
+        queries, keys, values = ((weight_OI[some], None if bias_O is None else bias_O[some]) for some in rows)
+    if shape.widths is None and (turned_dims := turned_dimensions(model, model.config)) < shape.head_dim:
+        half, still = turned_dims // 2, (shape.head_dim - turned_dims) // 2
+        firsts = [*range(half), *range(turned_dims, turned_dims + still)]
+        seconds = [*range(half, turned_dims), *range(turned_dims + still, shape.head_dim)]
+        order = torch.tensor([*firsts, *seconds])
+        queries, keys = (
+            (weight_OI[rows], None if bias_O is None else bias_O[rows])
+            for (weight_OI, bias_O), count in ((queries, heads), (keys, groups))
+            for rows in [(torch.arange(count)[:, None] * shape.head_dim + order).flatten()]
+        )
+    return queries, keys, values
 
 
 def _diagonal(blocks_NHH: Tensor) -> Tensor:
@@ -415,20 +469,17 @@ def _diagonal(blocks_NHH: Tensor) -> Tensor:
     return cast(Tensor, torch.block_diag(*blocks_NHH))  # pyright: ignore[reportUnknownMemberType]
 
 
-def _moment(linear: nn.Linear, moment_XX: Tensor) -> Tensor:
-    """Mean of y yᵀ over the outputs of a layer, whose inputs with a one behind them have this moment."""
-    bias = cast("Tensor | None", linear.bias)
-    column = torch.zeros_like(linear.weight[:, 0]) if bias is None else bias
-    wide_OX = torch.cat([linear.weight, column[:, None]], 1).double()
+def _moment(projection: _Projection, moment_XX: Tensor) -> Tensor:
+    """Mean of y yᵀ over the outputs of a projection, whose inputs with a one behind them have this moment."""
+    weight_OI, bias_O = projection
+    column = torch.zeros_like(weight_OI[:, 0]) if bias_O is None else bias_O
+    wide_OX = torch.cat([weight_OI, column[:, None]], 1).double()
     return wide_OX @ moment_XX @ wide_OX.T
 
 
 def _fewer_neurons(model: Model, block: Block, tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:
     """What the parameters of a block's MLP become when some neurons stay, by name."""
-    names = parameter_names(model)
     # In their old order: a kept neuron is then found at the same place whatever ranked it.
     kept_W, position_W = tensors["neurons"][:width].sort()
-    found = {names[parameter]: parameter[kept_W] for linear in block.ffn[:-1] for parameter in linear.parameters()}
     down_DW = compensated(tensors["neurons-factor"], tensors["neurons-product"], width)
-    found[names[block.down.weight]] = down_DW[:, position_W]
-    return found
+    return neuron_weights(block, parameter_names(model), kept_W, down_DW[:, position_W])
