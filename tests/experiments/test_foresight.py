@@ -16,6 +16,7 @@ from mariotte.experiments.pipeline import Task, compress_model, perform
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.models.step import Counters
+from mariotte.shapes import Sized, foretold
 from mariotte.testing.tiny import tiny
 
 
@@ -35,11 +36,7 @@ CHAINS = (
 @pytest.mark.parametrize("name", ["testbed/llama-146k", "testbed/qwen2-46k"])
 def test_the_sizes_that_are_foreseen_are_those_that_come(name: str, chain: str) -> None:
     model = load(name)
-    shape = model.shape
-    for part in parts_of(chain):
-        found = foresight.left(shape, model.entry, part)
-        assert found is not None
-        shape = found
+    shape = foretold(Sized.of(name, model.config), chains.parse(chain)).shape
     cut = compress_model(model, chain, calibration="testbed/all", rows=4)
     assert shape == cut.shape
     for scope in ("all", "attention", "ffn", "head"):
@@ -80,9 +77,40 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
             "that group=16 divides, and the hidden size has 36: take a group that divides them all (12, 6, 4, 3, 2), "
             "or leave group out",
         ),
+        (
+            "heads@0.25 | rtn@4:attention(group=32)",
+            "rtn cannot work on what heads@0.25 leaves of testbed/llama-146k: it needs input widths that group=32 "
+            "divides, and the hidden size has 48: take a group that divides them all (16, 8, 4, 2), or leave group out",
+        ),
+        (
+            "svd-llm@0.3 | gptq@4(group=16)",
+            "gptq cannot work on what svd-llm@0.3 leaves of testbed/llama-146k: it needs input widths that group=16 "
+            "divides, and a factor of 24 has 24: take a group that divides them all (8, 4, 2), or leave group out",
+        ),
+        (
+            "modegpt@0.3(allocation=uniform) | rtn@4(group=16)",
+            "rtn cannot work on what modegpt@0.3(allocation=uniform) leaves of testbed/llama-146k: it needs input "
+            "widths that group=16 divides, and the attention output has 30: take a group that divides them all (2), or "
+            "leave group out",
+        ),
+        (
+            "svd-llm@0.3 | ffn@0.2",
+            "ffn cannot work on what svd-llm@0.3 leaves of testbed/llama-146k: it needs whole matrices, and this model "
+            "holds some as products of two: do it before svd-llm",
+        ),
+        (
+            "ffn@0.2 | int8 | rtn@4",
+            "rtn cannot work on what ffn@0.2 | int8 leaves of testbed/llama-146k: it needs weights that were not "
+            "quantized yet, and int8 was done to them: quantize once, from the model before it",
+        ),
+        (
+            "modegpt@0.3 | int8 | heads@0.5",
+            "heads cannot work on what modegpt@0.3 | int8 leaves of testbed/llama-146k: it needs heads whose queries "
+            "and values are as wide as the config says, and these are not: do it before",
+        ),
     ],
 )
-def test_groups_are_checked_against_widths_to_come(chain: str, said: str) -> None:
+def test_later_steps_are_checked_against_sizes_to_come(chain: str, said: str) -> None:
     with pytest.raises(ModelError) as raised:
         compress_model("testbed/llama-146k", chain, calibration="testbed/all", rows=4)
     assert str(raised.value) == said

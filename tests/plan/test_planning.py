@@ -306,7 +306,11 @@ def test_chains_have_parts_in_one_order() -> None:
     found = parted("ffn@0.3(criterion=norm) | lora@64k | rtn@4")
     assert found is not None
     assert (found.cut, found.recovery, found.quantizer) == ("ffn(criterion=norm)", "lora@64k", "rtn@4")
-    assert parted("ffn@0.3 | slice@0.2") is None
+    several = parted("ffn@0.3 | slice@0.2 | gptq@4")
+    assert several is not None
+    assert (several.cuts, several.combined, several.quantizer) == (("ffn", "slice"), True, "gptq@4")
+    for wrong in ("ffn@0.3 | lora@64k | slice@0.2", "int8 | ffn@0.3", "ffn@0.3 | int8 | lora@64k"):
+        assert parted(wrong) is None
 
 
 def folder_of(name: str, tmp_path: Path) -> Path:

@@ -64,7 +64,10 @@ def plan(
     level: Annotated[float, typer.Option(help="Of the intervals.")] = 0.9,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Cut to consider; may be given several times.  [default: all of which anything is known]"),
+        typer.Option(
+            help="Cut to consider, or several together: 'heads | ffn'; may be given several times.  "
+            "[default: all of which anything is known]"
+        ),
     ] = None,
     step: Annotated[float, typer.Option(help="Distance of the amounts that are considered.")] = 0.05,
     measure: Annotated[

@@ -12,7 +12,7 @@ from mariotte.chain import Chain, parse_link
 from mariotte.errors import ChainError, ModelError
 from mariotte.experiments.identity import Part
 from mariotte.models.model import Done
-from mariotte.shapes import Here, Sized, Untold, after
+from mariotte.shapes import Here, Sized, UntoldError, after
 
 
 def check(
@@ -38,7 +38,7 @@ def check(
     ------
     ModelError
         When a step cannot work on the sizes that will be left: groups that share a scale must divide each width, and
-        the sentence names the width and groups that fit; methods that cut need blocks that are alike, or whole matrices.
+        the sentence names the width and groups that fit; what cuts needs blocks that are alike, or whole matrices.
         When what a step makes cannot be computed with on the device.
     ChainError
         When a recovery comes after a quantization: training moves weights off their levels.
@@ -61,10 +61,11 @@ def check(
             rounded = str(part.link)
         try:
             here = here if here is None or part.recovers else after(here, part.link)
-        except Untold:
+        except UntoldError:
             here = here if step.family in ("unstructured", "quantization") else None
         except ModelError as error:
             if not place:
-                return  # the first step is refused by its own word, which names the matrix
+                here = None  # the first step is refused by its own word, which names the matrix
+                continue
             before = Chain(tuple(each.link for each in parts[:place]))
             raise ModelError(f"{step.name()} cannot work on what {before} leaves of {name}: it {error}") from None

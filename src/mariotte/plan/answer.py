@@ -46,6 +46,8 @@ class Option:
     chain : canonical text
     quality : one forecast a metric of the budget, the first decides between options
     n_params, n_bytes, memory : after the chain; bytes as in `Budget`
+    slack : parameters by which `n_params` may be off, where text decides what goes; memory is then the most it can be
+    decided : what text decides, a clause each
     saving : parameters removed ÷ dense ones
     bytes_share : bytes ÷ the dense model's
     speedup, latency_s : of decoding at the budget's context and batch, None where speed is not calibrated
@@ -71,6 +73,8 @@ class Option:
     probability: float
     misses: tuple[str, ...]
     meets: bool
+    slack: int = 0
+    decided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from mariotte import chain as chains
 from mariotte.chain import Chain
 from mariotte.errors import StoreError
 from mariotte.laws.base import metric_kind
-from mariotte.shapes import RECOVERIES
+from mariotte.shapes import QUANTIZERS, RECOVERIES
 from mariotte.store.record import Record, digest
 
 SHIPPED = Path(__file__).parent / "testbed.csv"
@@ -69,11 +69,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Parted:
-    """A chain in the parts that laws know: one cut, then a quantizer, then a recovery; each may be missing.
+    """A chain in the parts that laws know: cuts, then a recovery, then a quantizer; each may be missing.
 
     Parameters
     ----------
-    cut : the first step without its amount, such as ``slice`` or ``ffn(criterion=norm)``; empty without one
+    cut : the cut without its amount, such as ``slice`` or ``ffn(criterion=norm)``, or several as ``heads | ffn``; empty
+        without one
     quantizer, recovery : canonical texts, with their amounts; empty without one
     """
 
@@ -81,25 +82,40 @@ class Parted:
     quantizer: str
     recovery: str
 
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The cuts, each without its amount, in their order."""
+        return tuple(self.cut.split(TOGETHER)) if self.cut else ()
+
+    @property
+    def combined(self) -> bool:
+        """Whether there are several cuts, so that no single curve is theirs."""
+        return TOGETHER in self.cut
+
+
+TOGETHER = " | "
+"""Between the cuts of a combination."""
+
 
 @functools.cache
 def parted(chain: str) -> Parted | None:
     """The parts of a chain; None where it has more of a kind than laws know, or in another order."""
-    cut = quantizer = recovery = ""
+    cuts: list[str] = []
+    quantizer = recovery = ""
     for link in chains.parse(chain).links:
         if link.name in RECOVERIES:
             if recovery or quantizer:
                 return None
             recovery = str(link)
-        elif link.name in ("rtn", "int8", "int8-dynamic"):
+        elif link.name in QUANTIZERS:
             if quantizer:
                 return None
             quantizer = str(link)
-        elif cut or quantizer or recovery:
+        elif quantizer or recovery:
             return None
         else:
-            cut = str(replace(link, amount=None))
-    return Parted(cut, quantizer, recovery)
+            cuts.append(str(replace(link, amount=None)))
+    return Parted(TOGETHER.join(cuts), quantizer, recovery)
 
 
 def protocol_of(measure: str, protocol: Mapping[str, object]) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
 
-from mariotte.chain import parse
+from mariotte.chain import Chain, parse
 from mariotte.errors import FitError, MariotteError
 from mariotte.laws.base import metric_kind
 from mariotte.plan.answer import Forecast
@@ -46,12 +46,21 @@ class Asked:
     ----------
     chain : canonical text
     parts : of it
-    amount : what its cut removes in its own unit, after rounding; 0 without a cut
+    amount : what its cut removes in its own unit, after rounding, or its cuts together; 0 without a cut
+    amounts : of each of several cuts; nothing for one
     """
 
     chain: str
     parts: Parted
     amount: float
+    amounts: tuple[float, ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[str, float], ...]:
+        """Each cut with its amount."""
+        if not self.parts.combined:
+            return ((self.parts.cut, self.amount),) if self.parts.cut else ()
+        return tuple(zip(self.parts.cuts, self.amounts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,17 @@ class Level:
 
     mean: float
     sd: float
+
+
+ADDS = Level(0.15, 0.4)
+"""Of several cuts, before anything is known of combinations: damages add, and a little more. On four testbed decoders
+the logarithm of the damage of 44 combinations over the sum was .16 in the mean, with a deviation of .33."""
+
+_PRIOR_WEIGHT = 4
+"""Measurements of combinations that `ADDS` counts as."""
+
+_COMBINED = 10
+"""Seeds of the draws of several cuts, apart from those of a recovery and a quantizer."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +108,7 @@ class Quality:
     measured : values of this model by chain, and by what its cut leaves
     quantizers, recoveries : by canonical text
     level : of intervals
+    together : logarithm of what several cuts do over the sum of what each does alone
     """
 
     floor: Floor
@@ -103,6 +124,7 @@ class Quality:
     quantizers: Mapping[str, Level]
     recoveries: Mapping[str, Line]
     level: float
+    together: Level = field(default_factory=lambda: ADDS)
 
     @property
     def limit(self) -> float:
@@ -126,7 +148,7 @@ class Quality:
     def knows(self, asked: Asked) -> bool:
         """Whether anything can be said of a candidate."""
         return self._value(asked) is not None or (
-            (not asked.parts.cut or asked.parts.cut in self.curves.methods)
+            all(cut in self.curves.methods for cut in asked.parts.cuts)
             and (not asked.parts.quantizer or asked.parts.quantizer in self.quantizers)
             and (not asked.parts.recovery or asked.parts.recovery in self.recoveries)
         )
@@ -134,6 +156,10 @@ class Quality:
     def shots(self, cut: str) -> int:
         """Points of this model on a cut's curve."""
         return sum(sample.method == cut for sample in self.own)
+
+    def middle(self, cut: str, amount: float) -> float:
+        """The damage that is expected of a cut alone, without what points of its own curve bound."""
+        return float(self.scale.damage_of(self.belief([(cut, amount)]).mean_Q)[0])
 
     def belief(self, cuts: Sequence[tuple[str, float]]) -> Posterior:
         """Of the curves at these cuts, all together."""
@@ -162,13 +188,17 @@ class Quality:
         """
         cuts = [(asked.parts.cut, asked.amount) for asked in candidates]
         known = [i for i, asked in enumerate(candidates) if asked.parts.cut and self._value(asked) is None]
+        alone = [i for i in known if not candidates[i].parts.combined]
         means = np.full(len(cuts), -math.inf)
         sds = np.zeros(len(cuts))
-        if known:
-            belief = self.belief([cuts[i] for i in known])
-            means[known], sds[known] = belief.mean_Q, self.widened(belief, [cuts[i] for i in known])
+        if alone:
+            belief = self.belief([cuts[i] for i in alone])
+            means[alone], sds[alone] = belief.mean_Q, self.widened(belief, [cuts[i] for i in alone])
+        several = self._drawn_together([candidates[i] for i in known if candidates[i].parts.combined])
         said = [
-            self._expected(asked, float(mean), float(sd))
+            self._of_draws(self._treated(asked, several[asked.chain]))
+            if asked.chain in several
+            else self._expected(asked, float(mean), float(sd))
             for asked, mean, sd in zip(candidates, means, sds, strict=True)
         ]
         chains: dict[Parted, list[int]] = {}
@@ -183,7 +213,41 @@ class Quality:
 
     def _value(self, asked: Asked) -> float | None:
         found = self.measured.get(asked.chain)
-        return found if found is not None else self.measured.get(place(asked.parts, asked.amount))
+        if found is not None or asked.parts.combined:
+            return found
+        return self.measured.get(place(asked.parts, asked.amount))
+
+    def _drawn_together(self, candidates: Sequence[Asked]) -> dict[str, Array]:
+        """Draws of the damage of each combination of cuts, before recovery and quantization, by chain.
+
+        Damages add, but for a factor that other models needed; what is not known of one curve of a model is shared by
+        the others, so that single damages are drawn together.
+        """
+        places = list(dict.fromkeys(place for asked in candidates for place in asked.places))
+        if not places:
+            return {}
+        belief = self.belief(places)
+        sds_Q = self.widened(belief, places)
+        plain_Q = np.maximum(belief.sd, 1e-9)
+        found: dict[str, Array] = {}
+        for asked in candidates:
+            here = [places.index(place) for place in asked.places]
+            correlation = belief.covariance_QQ[np.ix_(here, here)] / np.outer(plain_Q[here], plain_Q[here])
+            np.fill_diagonal(correlation, 1.0)
+            values, vectors = np.linalg.eigh(correlation)
+            root = vectors * np.sqrt(np.maximum(values, 0.0))
+            steps_CS = root @ np.stack([_stratified(_COMBINED + c) for c in range(len(here))])
+            damage_S = np.zeros(DRAWS)
+            for (cut, amount), q, steps_S in zip(asked.places, here, steps_CS, strict=True):
+                z_S = np.clip(belief.mean_Q[q] + sds_Q[q] * steps_S, *self._bounds(cut, amount))
+                damage_S = damage_S + self.scale.damage_of(z_S)
+            found[asked.chain] = damage_S * np.exp(self.together.mean + self.together.sd * _stratified(_COMBINED - 1))
+        return found
+
+    def _of_draws(self, damage_S: Array) -> _Expected:
+        ordered_S = np.sort(damage_S)
+        low, middle, high = (float(ordered_S[round(q * (DRAWS - 1))]) for q in self._quantiles)
+        return low, middle, high, float(np.mean(damage_S <= self.allowed))
 
     def _bounds(self, cut: str, amount: float) -> tuple[float, float]:
         """Logarithms of damage between which a cut lies, since smaller and larger ones of its curve were measured."""
@@ -205,10 +269,7 @@ class Quality:
             z = np.clip(mean + sd * quantile * np.array([-1.0, 0, 1]), *bounds)
             low, middle, high = (float(v) for v in self.scale.damage_of(z))
             return low, middle, high, self._probability(mean, sd, bounds)
-        damage_S = self._drawn(asked, mean, sd, bounds)
-        ordered_S = np.sort(damage_S)
-        low, middle, high = (float(ordered_S[round(q * (DRAWS - 1))]) for q in self._quantiles)
-        return low, middle, high, float(np.mean(damage_S <= self.allowed))
+        return self._of_draws(self._drawn(asked, mean, sd, bounds))
 
     def _forecast(self, asked: Asked, low: float, middle: float, high: float, probability: float) -> Forecast:
         value = self._value(asked)
@@ -260,6 +321,10 @@ class Quality:
         """Draws of the damage of a cut with a quantizer or a recovery."""
         steps_S = _stratified(0)
         cut_S = self.scale.damage_of(np.clip(mean + sd * steps_S, *bounds)) if asked.parts.cut else np.zeros(DRAWS)
+        return self._treated(asked, cut_S)
+
+    def _treated(self, asked: Asked, cut_S: Array) -> Array:
+        """Draws of the damage of cuts after the recovery and the quantizer behind them."""
         if asked.parts.recovery:
             line = self.recoveries[asked.parts.recovery]
             z_S = np.log(np.maximum(cut_S, self.scale.resolution))
@@ -295,7 +360,9 @@ def measured_values(entries: Sequence[Entry]) -> dict[str, float]:
     for entry in entries:
         if entry.dense or (parts := parted(entry.chain)) is None:
             continue
-        found[entry.chain] = found[place(parts, entry.obtained)] = entry.value
+        found[entry.chain] = entry.value
+        if not parts.combined:
+            found[place(parts, entry.obtained)] = entry.value
     return found
 
 
@@ -305,6 +372,8 @@ def own_samples(entries: Sequence[Entry], params: float) -> list[Sample]:
     for entry in entries:
         parts = None if entry.dense else parted(entry.chain)
         if parts is None or not parts.cut or parts.quantizer or parts.recovery or not 0 < entry.obtained < 1:
+            continue
+        if parts.combined:
             continue
         found[(parts.cut, round(entry.obtained, 6))] = Sample(
             model=entry.model,
@@ -432,6 +501,7 @@ def believe(
         quantizers=_quantizers(entries, floor.name, scale),
         recoveries=_recoveries(same, scale),
         level=level,
+        together=_together(same, scale),
     )
 
 
@@ -452,7 +522,7 @@ def _quantizers(entries: Sequence[Entry], metric: str, scale: Scale) -> dict[str
 def _recoveries(entries: Sequence[Entry], scale: Scale) -> dict[str, Line]:
     """What recoveries leave of the damage of the cut before them, on models that were measured before and after."""
     before = {
-        (e.model, parts.cut, round(e.obtained, 6)): scale.damage(e.base, e.value)
+        (e.model, _cuts_of(e)): scale.damage(e.base, e.value)
         for e in entries
         if not e.dense and (parts := parted(e.chain)) is not None and not parts.recovery and not parts.quantizer
     }
@@ -461,12 +531,46 @@ def _recoveries(entries: Sequence[Entry], scale: Scale) -> dict[str, Line]:
         parts = None if e.dense else parted(e.chain)
         if parts is None or not parts.recovery or parts.quantizer:
             continue
-        cut = before.get((e.model, parts.cut, round(e.obtained, 6)))
+        cut = before.get((e.model, _cuts_of(e)))
         if cut is None or cut < 5 * scale.resolution:
             continue
         left = max(scale.damage(e.base, e.value), scale.resolution)
         pairs.setdefault(parts.recovery, []).append((math.log(cut), math.log(left / cut)))
     return {text: _line(some) for text, some in pairs.items() if len(some) >= 3}
+
+
+def _cuts_of(entry: Entry) -> str:
+    """What two chains share whose cuts leave the same, whatever follows."""
+    parts = parted(entry.chain)
+    assert parts is not None
+    if not parts.combined:
+        return f"{parts.cut} {entry.obtained:.6f}"
+    return str(Chain(parse(entry.chain).links[: len(parts.cuts)]))
+
+
+def _together(entries: Sequence[Entry], scale: Scale) -> Level:
+    """What several cuts do over the sum of what each does alone, on models of which all of it was measured.
+
+    A few measurements move it little: `ADDS` counts as `_PRIOR_WEIGHT` of them.
+    """
+    alone: dict[tuple[str, str], float] = {}
+    for e in entries:
+        parts = None if e.dense else parted(e.chain)
+        if parts is not None and not (parts.combined or parts.quantizer or parts.recovery):
+            alone[(e.model, e.chain)] = scale.damage(e.base, e.value)
+    found: list[float] = []
+    for e in entries:
+        parts = None if e.dense else parted(e.chain)
+        if parts is None or not parts.combined or parts.quantizer or parts.recovery:
+            continue
+        single = [alone.get((e.model, str(link))) for link in parse(e.chain).links]
+        damages = [damage for damage in single if damage is not None]
+        if len(damages) == len(single) and sum(damages) >= 5 * scale.resolution:
+            found.append(math.log(max(scale.damage(e.base, e.value), scale.resolution) / sum(damages)))
+    weight = len(found) + _PRIOR_WEIGHT
+    mean = (sum(found) + _PRIOR_WEIGHT * ADDS.mean) / weight
+    spread = sum((z - mean) ** 2 for z in found) + _PRIOR_WEIGHT * (ADDS.sd**2 + (mean - ADDS.mean) ** 2)
+    return Level(mean, math.sqrt(spread / weight))
 
 
 def _line(pairs: Sequence[tuple[float, float]]) -> Line:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mariotte.accounting import BYTES
 from mariotte.chain import parse
 from mariotte.errors import MariotteError
 from mariotte.plan import speed
@@ -17,7 +18,10 @@ from mariotte.plan.curves import NEAR_SIZE
 from mariotte.plan.experiments import propose
 from mariotte.plan.pool import Entry, parted
 from mariotte.plan.quality import Quality
-from mariotte.shapes import Left, Sized, left_by, memory_bytes
+from mariotte.shapes import Sized, foretold, memory_bytes
+
+PACKED = ("fp8", "int4")
+"""Quantizers whose checkpoints hold packed weights."""
 
 CALIBRATION_TOKENS = 256 * 64
 """Read by a cut, about."""
@@ -37,6 +41,7 @@ class Planner:
     calibration : of speed, None where there is none
     level : of intervals
     probes : chains that were measured for this plan
+    untold : why methods of which something is known are not among the candidates, a sentence each
     """
 
     model: Sized
@@ -47,6 +52,7 @@ class Planner:
     calibration: speed.Calibration | None
     level: float
     probes: tuple[str, ...] = ()
+    untold: tuple[str, ...] = ()
 
     def learned(self, measured: Sequence[Entry]) -> Planner:
         """The planner that knows more of this model."""
@@ -77,14 +83,7 @@ class Planner:
         ranked = sorted(options, key=self._rank)
         winner = ranked[0] if ranked and ranked[0].meets else None
         dense = self.model.counts
-        left = Left(
-            shape=self.model.shape,
-            n_params=dense.n_params,
-            n_bytes=dense.n_bytes,
-            obtained=0.0,
-            zeros=0,
-            flops_per_token=dense.flops_per_token,
-        )
+        left = foretold(self.model, parse("dense"))
         return Plan(
             model=self.model.name,
             budget=self.budget,
@@ -121,26 +120,23 @@ class Planner:
     def option(self, candidate: Candidate, quality: tuple[Forecast, ...]) -> Option:
         """One candidate against the budget, of whatever quality is expected of it."""
         b, dense, left = self.budget, self.model.counts, candidate.left
-        memory = memory_bytes(self.model, left, b.context, b.batch)
+        memory = memory_bytes(self.model, left, b.context, b.batch) + left.slack * BYTES[self.model.dtype]
         latency = speedup = hours = None
         if self.calibration is not None:
             latency = speed.decode_seconds(self.model, left, b.context, b.batch, self.calibration)
-            whole = left_by(self.model, parse("dense"))
-            assert whole is not None
+            whole = foretold(self.model, parse("dense"))
             speedup = speed.decode_seconds(self.model, whole, b.context, b.batch, self.calibration) / latency
             seconds = speed.reading_seconds(self.model.shape, CALIBRATION_TOKENS, self.calibration)
             seconds += speed.training_seconds(left.shape, candidate.tokens, self.calibration)
             hours = seconds / 3600
         money = None if hours is None or b.price_per_hour is None else hours * b.price_per_hour
         misses: list[str] = []
-        if b.bytes is not None and left.n_bytes > b.bytes.of(dense.n_bytes):
-            misses.append(f"bytes {left.n_bytes:,} > {b.bytes.of(dense.n_bytes):,.0f}")
+        # Of what text decides the most that it can come to is held against a budget.
+        more = left.slack * BYTES[self.model.dtype]
+        if b.bytes is not None and left.n_bytes + more > b.bytes.of(dense.n_bytes):
+            misses.append(f"bytes {left.n_bytes + more:,} > {b.bytes.of(dense.n_bytes):,.0f}")
         if b.memory is not None:
-            most = b.memory.of(
-                memory_bytes(
-                    self.model, replace(left, shape=self.model.shape, n_bytes=dense.n_bytes), b.context, b.batch
-                )
-            )
+            most = b.memory.of(memory_bytes(self.model, foretold(self.model, parse("dense")), b.context, b.batch))
             if memory > most:
                 misses.append(f"memory {memory:,} > {most:,.0f}")
         if b.speedup is not None and speedup is not None and speedup < b.speedup:
@@ -170,6 +166,8 @@ class Planner:
             probability=probability,
             misses=tuple(misses),
             meets=not misses and probability >= b.sure,
+            slack=left.slack,
+            decided=left.decided,
         )
 
     def _rank(self, option: Option) -> tuple[Any, ...]:
@@ -292,7 +290,7 @@ class Planner:
             for quantizer in QUANTIZERS:
                 if quantizer not in known:
                     said.append(f"what {quantizer} costs such a model: nothing was measured, so no chain here has it")
-        if known:
+        if known := [quantizer for quantizer in known if parse(quantizer).links[0].name not in PACKED]:
             said.append(
                 f"bytes and memory of {' and '.join(known)} are simulated: they count the weights as packed, while the "
                 "step keeps them rounded in the model's own dtype, so that a checkpoint of it is not smaller until "
@@ -308,4 +306,15 @@ class Planner:
                 )
             if parts is not None and parts.recovery and not winner.quality[0].measured:
                 said.append(f"what {parts.recovery} leaves is known from other models' cuts, not from this one's")
+            if parts is not None and parts.combined and not winner.quality[0].measured:
+                said.append(
+                    f"what {parts.cut} do together is not known of this model: taken as the sum of what each does "
+                    f"alone, times {math.exp(self.qualities[0].together.mean):.2f}"
+                )
+            said += [
+                f"text decides {what}: the parameters of {winner.chain} are foretold to within {winner.slack:,}, and "
+                "its memory is the most that it can be"
+                for what in winner.decided
+            ]
+        said += self.untold
         return said

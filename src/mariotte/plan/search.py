@@ -8,19 +8,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mariotte import architectures
+from mariotte import architectures, shapes
 from mariotte.architectures import Kind
-from mariotte.chain import parse
-from mariotte.errors import MariotteError, unknown
+from mariotte.chain import Chain, parse
+from mariotte.errors import MariotteError, ModelError, unknown
 from mariotte.locate import config_of
 from mariotte.plan import speed
 from mariotte.plan.answer import Plan
 from mariotte.plan.budget import Budget, Floor
-from mariotte.plan.candidates import CUTS, QUANTIZERS, candidates_of
-from mariotte.plan.pool import PUBLISHED, STANDS, Entry, of_records, parted, published, shipped, usable
+from mariotte.plan.candidates import CUTS, QUANTIZERS, Damage, candidates_of, together
+from mariotte.plan.pool import (
+    PUBLISHED,
+    STANDS,
+    TOGETHER,
+    Entry,
+    Parted,
+    of_records,
+    parted,
+    published,
+    shipped,
+    usable,
+)
 from mariotte.plan.quality import Quality, amount_of_recovery, believe
 from mariotte.plan.ranking import Planner
-from mariotte.shapes import Sized
+from mariotte.shapes import Sized, foretold
 
 
 def planner(
@@ -73,14 +84,7 @@ def planner(
         entries += _also_published(entries, model, measure)
     # A loss of an encoder is another quantity than a decoder's, and so is its damage.
     entries = [e for e in entries if e.model == model or _kind(e.family) == sized.entry.kind]
-    known = [e.chain for e in entries]
-    cuts = {p.cut for chain in known if (p := parted(chain)) is not None and p.cut}
-    if methods is None:
-        chosen = [name for name in CUTS if name in cuts]
-    else:
-        if strange := [name for name in methods if name not in cuts]:
-            raise unknown("method with measurements", strange[0], cuts)
-        chosen = list(methods)
+    chosen, several = _methods(entries, methods)
     floors = budget.floors or (Floor("", "loss", math.inf, ""),)
     qualities = tuple(
         believe(
@@ -89,19 +93,34 @@ def planner(
             model=model,
             params=float(sized.counts.n_params),
             measure=measure,
-            methods=chosen,
+            methods=list(dict.fromkeys([*chosen, *(cut for cuts in several for cut in cuts)])),
             level=level,
         )
         for floor in floors
     )
-    quantizers = (
-        [q for q in QUANTIZERS if all(q in quality.quantizers for quality in qualities)]
-        if budget.bytes is not None or budget.memory is not None
-        else []
-    )
+    quantizers = _quantizers(qualities) if budget.bytes is not None or budget.memory is not None else []
     recoveries = _recoveries(qualities, budget.recovery_tokens)
     found = candidates_of(sized, chosen, step=step, quantizers=quantizers, recoveries=recoveries)
+    measured = [e.chain for e in entries if e.model == model]
+    for cuts in several:
+        if not all(cut in quality.curves.methods for quality in qualities for cut in cuts):
+            continue  # no record of one of them by this measure
+        own = [
+            chain for chain in measured if (p := parted(chain)) is not None and p == Parted(TOGETHER.join(cuts), "", "")
+        ]
+        found += together(
+            sized,
+            cuts,
+            _expected(qualities[0]),
+            step=step,
+            quantizers=quantizers,
+            recoveries=recoveries,
+            measured=own,
+        )
     found = [c for c in found if all(quality.knows(c.asked) for quality in qualities)]
+    untold = _untold(sized, [*chosen, *(cut for cuts in several for cut in cuts)], quantizers)
+    if methods is not None and untold and not found:
+        raise MariotteError(untold[0])
     return Planner(
         model=sized,
         budget=budget,
@@ -110,7 +129,78 @@ def planner(
         entries=tuple(entries),
         calibration=calibration,
         level=level,
+        untold=tuple(untold),
     )
+
+
+def _methods(entries: Sequence[Entry], asked: Sequence[str] | None) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The cuts that are considered, each without amount, and the combinations of cuts.
+
+    Parameters
+    ----------
+    entries : of all models
+    asked : by the user, combinations as chains; None for all that take parameters away, as far as something is known
+
+    Raises
+    ------
+    UnknownNameError
+        When nothing is known of one that is asked for.
+    """
+    known = [p for e in entries if (p := parted(e.chain)) is not None and p.cut]
+    cuts = {p.cut for p in known if not p.combined}
+    if asked is not None:
+        links = {name: [str(replace(link, amount=None)) for link in parse(name).links] for name in asked}
+        if strange := [cut for some in links.values() for cut in some if cut not in cuts]:
+            raise unknown("method with measurements", strange[0], cuts)
+        single = [some[0] for some in links.values() if len(some) == 1]
+        return single, [tuple(some) for some in links.values() if len(some) > 1]
+    remove = {cut for cut in cuts if parse(cut).links[0].name in shapes.CUTS}
+    several = {p.cuts for p in known if p.combined and remove.issuperset(p.cuts)}
+    return [*(name for name in CUTS if name in cuts), *sorted(remove.difference(CUTS))], sorted(several)
+
+
+def _quantizers(qualities: Sequence[Quality]) -> list[str]:
+    """Quantizers that are considered: of those that the package brings records of `QUANTIZERS`, and all others."""
+    known = [q for q in qualities[0].quantizers if all(q in quality.quantizers for quality in qualities)]
+    brought = {e.chain for e in shipped()}
+    return [q for q in QUANTIZERS if q in known] + sorted(
+        q for q in known if q not in QUANTIZERS and (q not in brought or q.partition("@")[0] not in _BROUGHT)
+    )
+
+
+_BROUGHT = {quantizer.partition("@")[0] for quantizer in QUANTIZERS}
+
+
+def _untold(model: Sized, cuts: Sequence[str], quantizers: Sequence[str]) -> list[str]:
+    """Why methods of which something is known are not among the options, a sentence each."""
+    said: list[str] = []
+    for cut in dict.fromkeys(cuts):
+        try:
+            foretold(model, Chain((replace(parse(cut).links[0], amount=_TRIED),)))
+        except ModelError as error:
+            said.append(str(error))
+    for quantizer in quantizers:
+        try:
+            foretold(model, parse(quantizer))
+        except ModelError as error:
+            said.append(str(error))
+    return said
+
+
+_TRIED = 0.5
+"""Amount at which a method is tried on a model, of which only its sizes are known."""
+
+
+def _expected(quality: Quality) -> Damage:
+    """The damage that is expected of a cut at an amount."""
+    found: dict[tuple[str, float], float] = {}
+
+    def damage(cut: str, amount: float) -> float:
+        if (cut, amount) not in found:
+            found[cut, amount] = quality.middle(cut, amount)
+        return found[cut, amount]
+
+    return damage
 
 
 def _recoveries(qualities: Sequence[Quality], tokens: int) -> list[str]:
@@ -143,7 +233,8 @@ def plan(
     budget : what is asked; see `read_budget` for texts
     store : measurements of your own, of this model or others; None for none
     measure : by which floors are judged, such as ``loss:wikitext2``; None takes the one that is known best
-    methods : cuts to consider, None for `CUTS` as far as something is known of them
+    methods : cuts to consider, or several together as in ``heads | ffn``; None for all that take parameters away, and
+        all combinations, as far as something is known of them
     step : distance of the amounts that are considered, in each method's own unit
     level : of intervals
     device : whose speed is predicted

@@ -160,10 +160,11 @@ def prompt_seconds(shape: Shape, tokens: int, calibration: Calibration) -> float
 
 
 def _calls(shape: Shape, calibration: Calibration) -> float:
-    """Seconds of the calls of one forward pass, however little they compute."""
+    """Seconds of the calls of one forward pass, however little they compute: a matrix that is a product takes two."""
+    products = sum(rank > 0 for ranks in shape.ranks or () for rank in ranks) * calibration.operation_s
     if calibration.block_s is None or calibration.step_s is None:
-        return shape.layers * OPERATIONS * calibration.operation_s
-    return shape.layers * calibration.block_s + calibration.step_s
+        return shape.layers * OPERATIONS * calibration.operation_s + products
+    return shape.layers * calibration.block_s + calibration.step_s + products
 
 
 def training_seconds(shape: Shape, tokens: float, calibration: Calibration) -> float:
