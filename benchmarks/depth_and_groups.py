@@ -8,11 +8,7 @@ Prints a table for each.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import torch
-from equal_parameters import Found, known_facts, row_losses, run, stories, testbed
+from equal_parameters import arguments, cases, dense_of, run
 
 RATIO = 0.25
 ASKED: tuple[tuple[str, dict[str, object]], ...] = (
@@ -33,16 +29,9 @@ ASKED: tuple[tuple[str, dict[str, object]], ...] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--data", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in given.models:
-        if name == "stories260K" and given.data is None:
-            parser.error("stories260K needs --data")
-        case = stories(given.data) if name == "stories260K" else testbed(name)
-        dense = Found("dense", 0.0, row_losses(case.model, case.test_NT), known_facts(case, case.model), 0.0)
+    parser = arguments(__doc__)
+    for name, case in cases(parser, parser.parse_args()):
+        dense = dense_of(case)
         print(f"\n## {name}: {case.model.counts.n_params:,} parameters, dense loss {dense.loss:.4f}. {case.text}\n")
         print("| chain | removed | loss | facts kept | seconds |\n|---|---|---|---|---|")
         for method, asked in ASKED:

@@ -23,7 +23,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -126,6 +126,11 @@ def known_facts(case: Case, model: Model) -> frozenset[str] | None:
     return None if case.knowledge is None else frozenset(case.knowledge.measure(model).details["known"])
 
 
+def dense_of(case: Case) -> Found:
+    """The uncut model, which the others are compared with."""
+    return Found("dense", 0.0, row_losses(case.model, case.test_NT), known_facts(case, case.model), 0.0)
+
+
 def row_losses(model: Model, test_NT: Tensor) -> Tensor:
     return token_nll(model, test_NT, batch=max(1, 4096 // test_NT.shape[1])).double().mean(1)
 
@@ -172,6 +177,12 @@ def cached(cache: Path | None, key: str, work: Callable[[], list[Found | str]]) 
     return results
 
 
+def paired(one: Found, other: Found) -> tuple[float, float]:
+    """How much more one loses than another, nats a token, and twice the standard error of that over rows."""
+    difference_N = one.nll_N - other.nll_N
+    return float(difference_N.mean()), 2 * float(difference_N.std() / len(difference_N) ** 0.5)
+
+
 def compared(found: dict[str, Found], ratio: float, dense: Found) -> str:
     """How auto stands against the best of the others, in loss and in facts, with twice the paired standard error."""
     auto = found["auto"]
@@ -179,9 +190,8 @@ def compared(found: dict[str, Found], ratio: float, dense: Found) -> str:
     if not others:
         return "alone"
     name = min(others, key=lambda n: others[n].loss)
-    difference_N = auto.nll_N - others[name].nll_N
-    said = verdict(float(difference_N.mean()), 2 * float(difference_N.std() / len(difference_N) ** 0.5))
-    text = f"{float(difference_N.mean()):+.3f} to {name}: {said}"
+    mean, noise = paired(auto, others[name])
+    text = f"{mean:+.3f} to {name}: {verdict(mean, noise)}"
     if auto.known is not None and dense.known:
         name = max(others, key=lambda n: len(others[n].known or ()))
         other, asked = others[name].known or frozenset[str](), len(dense.known)
@@ -197,25 +207,36 @@ def verdict(worse: float, noise: float) -> str:
     return "best" if worse <= 0 else "within noise" if worse <= noise else "worse"
 
 
+def heading(name: str, case: Case, dense: Found, columns: Sequence[str]) -> list[str]:
+    """The first lines of a model's part of the results, the head of its table among them."""
+    facts = "" if dense.known is None else f", {len(dense.known):,} facts known"
+    return [
+        f"## {name}",
+        "",
+        f"{case.model.counts.n_params:,} parameters, dense loss {dense.loss:.4f}{facts}. {case.text}. Seed {SEED}.",
+        "",
+        f"| removed | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+
+
+def cell(found: Found, dense: Found, ratio: float, *, loss: str, facts: str) -> str:
+    """Loss, facts kept, and what was removed where it is not the ratio; `loss` and `facts` say how numbers look."""
+    kept = "" if found.known is None or not dense.known else f", {len(found.known) / len(dense.known):{facts}}"
+    exact = "" if abs(found.removed - ratio) < SHORT else f" ({found.removed:.1%})"
+    return f"{found.loss:{loss}}{kept}{exact}"
+
+
 def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None = None) -> str:
     """The model's part of the results."""
-    model = case.model
-    dense = Found("dense", 0.0, row_losses(model, case.test_NT), known_facts(case, model), 0.0)
+    dense = dense_of(case)
     by_method = {
         method: cached(
             cache, "-".join([name, method, *map(str, ratios)]), functools.partial(run, case, method, ratios, dense)
         )
         for method in METHODS
     }
-    asked = "" if dense.known is None else f", {len(dense.known):,} facts known"
-    lines = [
-        f"## {name}",
-        "",
-        f"{model.counts.n_params:,} parameters, dense loss {dense.loss:.4f}{asked}. {case.text}. Seed {SEED}.",
-        "",
-        f"| removed | {' | '.join(METHODS)} | auto against the best other |",
-        f"|---|{'---|' * (len(METHODS) + 1)}",
-    ]
+    lines = heading(name, case, dense, [*METHODS, "auto against the best other"])
     notes: list[str] = []
     refused: dict[str, str] = {}
     for i, ratio in enumerate(ratios):
@@ -230,9 +251,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None =
                 )  # the first says why for all larger ratios
                 continue
             at[method] = result
-            facts = "" if result.known is None or not dense.known else f", {len(result.known) / len(dense.known):.0%}"
-            exact = "" if abs(result.removed - ratio) < SHORT else f" ({result.removed:.1%})"
-            cells.append(f"{result.loss:.3f}{facts}{exact}")
+            cells.append(cell(result, dense, ratio, loss=".3f", facts=".0%"))
         lines.append(f"| {ratio:.0%} | {' | '.join(cells)} | {compared(at, ratio, dense) if 'auto' in at else ''} |")
         if "auto" in at:
             notes.append(f"* auto at {ratio:.0%}: `{at['auto'].chain}`, {at['auto'].seconds:.0f} s.")
@@ -260,18 +279,29 @@ def write(name: str, text: str, results: Path = RESULTS, head: str = HEAD) -> No
     results.write_text("\n".join([head, *(sections[key] for key in sorted(sections))]), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of this protocol is asked: which models, and where the text of stories260K is."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="stories260K, or names of testbed models")
     parser.add_argument("--data", type=Path, help="folder with models/ and tinystories/, for stories260K")
+    return parser
+
+
+def cases(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """The models that were asked for, one at a time, on one thread."""
+    if "stories260K" in given.models and given.data is None:
+        parser.error("stories260K needs --data")
+    torch.set_num_threads(1)
+    for name in given.models:
+        yield name, stories(given.data) if name == "stories260K" else testbed(name)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+")
     parser.add_argument("--cache", type=Path, help="folder for what was done")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in given.models:
-        if name == "stories260K" and given.data is None:
-            parser.error("stories260K needs --data")
-        case = stories(given.data) if name == "stories260K" else testbed(name)
+    for name, case in cases(parser, given):
         usual = WITH_A_QUARTER if name == "stories260K" else RATIOS
         text = section(name, case, given.ratios or usual, given.cache)
         print(text)

@@ -9,13 +9,12 @@ benchmarks/results/low_rank.md is replaced when the model is run, and --cache FO
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from equal_parameters import SHORT, Case, Found, cached, known_facts, row_losses, run, stories, testbed, write
+from equal_parameters import SHORT, Case, Found, arguments, cached, cases, cell, dense_of, heading, paired, run, write
 
 from mariotte import __version__
 
@@ -40,15 +39,14 @@ def against(found: dict[str, Found], ratio: float, name: str) -> str:
     other = found.get(name)
     if other is None or other.removed < ratio - SHORT:
         return "alone"
-    difference_N = found["modegpt"].nll_N - other.nll_N
-    mean, noise = float(difference_N.mean()), 2 * float(difference_N.std() / len(difference_N) ** 0.5)
+    mean, noise = paired(found["modegpt"], other)
     said = "within noise" if abs(mean) <= noise else "better" if mean < 0 else "worse"
     return f"{mean:+.5f} ± {noise:.5f}: {said}"
 
 
 def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) -> str:
     """The table of one model."""
-    dense = Found("dense", 0.0, row_losses(case.model, case.test_NT), known_facts(case, case.model), 0.0)
+    dense = dense_of(case)
     by_name: dict[str, list[Found | str]] = {}
     for label, (method, fields) in VARIANTS.items():
 
@@ -56,15 +54,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) 
             return run(case, method, ratios, dense, **fields)
 
         by_name[label] = cached(cache, f"low-rank-{name}-{label.replace(' ', '-').replace(',', '')}", work)
-    facts = "" if dense.known is None else f", {len(dense.known):,} facts known"
-    lines = [
-        f"## {name}",
-        "",
-        f"{case.model.counts.n_params:,} parameters, dense loss {dense.loss:.4f}{facts}. {case.text}. Seed 0.",
-        "",
-        f"| removed | {' | '.join(VARIANTS)} | modegpt against ffn | against heads |",
-        f"|---|{'---|' * (len(VARIANTS) + 2)}",
-    ]
+    lines = heading(name, case, dense, [*VARIANTS, "modegpt against ffn", "against heads"])
     for i, ratio in enumerate(ratios):
         cells: list[str] = []
         at: dict[str, Found] = {}
@@ -74,9 +64,7 @@ def section(name: str, case: Case, ratios: Sequence[float], cache: Path | None) 
                 cells.append("cannot")
                 continue
             at[label] = result
-            kept = "" if result.known is None or not dense.known else f", {len(result.known) / len(dense.known):.1%}"
-            exact = "" if abs(result.removed - ratio) < SHORT else f" ({result.removed:.1%})"
-            cells.append(f"{result.loss:.4f}{kept}{exact}")
+            cells.append(cell(result, dense, ratio, loss=".4f", facts=".1%"))
         lines.append(
             f"| {ratio:.0%} | {' | '.join(cells)} | {against(at, ratio, 'ffn')} | {against(at, ratio, 'heads')} |"
         )
@@ -95,16 +83,10 @@ published: `queries=1, neurons=leverage, compensate=false`; both of modegpt. Mar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="stories260K, or names of testbed models")
-    parser.add_argument("--data", type=Path, help="folder with models/ and tinystories/, for stories260K")
+    parser = arguments(__doc__)
     parser.add_argument("--cache", type=Path, help="folder for what was done")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in given.models:
-        if name == "stories260K" and given.data is None:
-            parser.error("stories260K needs --data")
-        case = stories(given.data) if name == "stories260K" else testbed(name)
+    for name, case in cases(parser, given):
         text = section(name, case, RATIOS, given.cache)
         print(text)
         write(name, text, RESULTS, HEAD)
