@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import transformers
+from stand_ins import stand_ins
 
 from mariotte.compress.methods.laco import LaCo
 from mariotte.compress.methods.sleb import SLEB
@@ -73,14 +74,18 @@ class Switched(torch.nn.Module):
 
 def reference_sleb(checkout: Path, model: Model, tokens_NT: torch.Tensor, count: int) -> list[int]:
     """The order that the authors' code prints."""
-    for name in ("fire", "utils.data_utils", "utils.onoff_utils.onoff", "utils.block_remove", "utils.eval_utils"):
-        sys.modules[name] = types.ModuleType(name)
-    stubs: dict[str, Any] = dict.fromkeys(("turn_off", "turn_on", "block_replace"))
-    sys.modules["utils.onoff_utils.onoff"].__dict__.update(stubs)
-    sys.modules["utils.block_remove"].__dict__["block_remove"] = None
-    sys.modules["utils.eval_utils"].__dict__.update(load_and_eval_ppl=None, eval_zero_shot=None)
+    # Of these modules ``sleb`` uses before it prints its order only what is put in their place below; the command line
+    # and the tests of what is left, which `eval_ppl` asks for, are None: they would raise, and change no order.
+    unused = {
+        "fire": (),
+        "utils.data_utils": (),
+        "utils.onoff_utils.onoff": ("turn_off", "turn_on", "block_replace"),
+        "utils.block_remove": ("block_remove",),
+        "utils.eval_utils": ("load_and_eval_ppl", "eval_zero_shot"),
+    }
     sys.path.insert(0, str(checkout))
-    import sleb as theirs  # pyright: ignore[reportMissingImports]
+    with stand_ins(unused):
+        import sleb as theirs  # pyright: ignore[reportMissingImports]
 
     hf: Any = copy.deepcopy(model.hf)
     hf.seqlen, hf.name = tokens_NT.shape[1], model.name

@@ -18,12 +18,12 @@ import copy
 import importlib.util
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 
 import torch
 from equal_parameters import stories
+from stand_ins import stand_ins
 from torch import Tensor
 
 from mariotte.compress.calibration import second_moments
@@ -38,20 +38,19 @@ AMOUNTS = (0.2, 0.4, 0.6)
 
 def published(checkout: Path) -> Any:
     """The published module, with stand-ins for what it imports and does not need here."""
-    for name in ("utils.data_utils", "evaluater", "component.svd_mistral", "component.svd_opt"):
-        sys.modules[name] = types.ModuleType(name)
-    for name, of in (
-        ("SVD_MistralAttention", "svd_mistral"),
-        ("SVD_MistralMLP", "svd_mistral"),
-        ("SVDOPTDecoderLayer", "svd_opt"),
-    ):
-        setattr(sys.modules[f"component.{of}"], name, None)
+    unused = {
+        "utils.data_utils": (),
+        "evaluater": (),
+        "component.svd_mistral": ("SVD_MistralAttention", "SVD_MistralMLP"),
+        "component.svd_opt": ("SVDOPTDecoderLayer",),
+    }
     sys.path.insert(0, str(checkout))
     spec = importlib.util.spec_from_file_location("published_svd_llm", checkout / "SVDLLM.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with stand_ins(unused):
+        spec.loader.exec_module(module)
     return module
 
 
