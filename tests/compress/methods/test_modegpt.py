@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -35,6 +31,7 @@ from mariotte.models.model import Model
 from mariotte.models.modeling_mariotte import NarrowAttention
 from mariotte.models.step import prepare_once
 from mariotte.testing.methods import context_of, logits, run
+from mariotte.testing.stock import generated_by_our_class
 from mariotte.testing.tiny import random_tokens, tiny
 
 
@@ -263,37 +260,15 @@ def test_the_cache_holds_narrow_keys_and_values_and_changes_no_token(tmp_path):
     assert held * 4 == kv_bytes(cut.shape, 4) * prompt.numel()
 
 
-STOCK = """
-import sys, json
-sys.modules["mariotte"] = None
-import torch
-from transformers import AutoModelForCausalLM
-prompts = torch.tensor(json.loads(sys.argv[1]))
-settings = dict(attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False, pad_token_id=0)
-made = []
-for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    made.append(model.generate(prompts, **settings).tolist())
-    model.save_pretrained(folder + "-again")
-    again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
-    assert torch.equal(model(prompts).logits, again(prompts).logits)
-print(json.dumps(made))
-"""
-
-
 def test_stock_transformers_reads_it_where_there_is_no_mariotte(tmp_path):
     prompts = random_tokens(3, 5)
-    settings = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     folders, expected = [], []
     for family, step in itertools.product(("llama", "qwen2"), (MoDeGPT(), SVDLLM())):
         model = run(step, tiny(family, tied=True, head_dim=16), 0.4, tmp_path / f"cut {family} {step.name()}")
-        folders.append(str(checkpoint.save(model, tmp_path / f"{family}-{step.name()}")))
-        expected.append(model.hf.generate(prompts, **settings).tolist())
-    script = [sys.executable, "-c", STOCK, json.dumps(prompts.tolist()), *folders]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+        folders.append(checkpoint.save(model, tmp_path / f"{family}-{step.name()}"))
+        expected.append(model.hf.generate(prompts, attention_mask=torch.ones_like(prompts), **settings).tolist())
+    assert generated_by_our_class(folders, prompts, tmp_path / "modules", **settings) == expected
 
 
 def test_bad_requests_are_one_sentence():
