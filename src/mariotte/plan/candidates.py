@@ -151,23 +151,31 @@ def together(
         _, cut, further, here, harm = best
         at[cut], done[cut] = further, harm
         paths.append(chain_of([steps[place] for place in at]))
-    return _treated(model, [*paths, *map(parse, measured)], quantizers, recoveries)
+    return _treated(model, paths, quantizers, recoveries, [parse(chain) for chain in measured])
 
 
 def _treated(
-    model: Sized, chains: Sequence[Chain], quantizers: Sequence[str], recoveries: Sequence[str]
+    model: Sized,
+    chains: Sequence[Chain],
+    quantizers: Sequence[str],
+    recoveries: Sequence[str],
+    measured: Sequence[Chain],
 ) -> list[Candidate]:
-    """Chains of several cuts alone, and with each recovery and quantizer."""
+    """Chains of several cuts, and those that were measured, alone and with each recovery and quantizer."""
     found: dict[str, Candidate] = {}
-    for cuts in chains:
+    for cuts in (*chains, *measured):
         if len(cuts.links) < 2:
             continue
         for quantizer in ("", *quantizers):
             # Recoveries leave sizes as they are.
             left = left_by(model, Chain((*cuts.links, *(parse(quantizer).links if quantizer else ()))))
-            if left is None or min(left.shares) <= 0:
+            if left is None:
                 continue
-            for recovery in ("", *recoveries):
+            # A cut that rounds to nothing makes no combination, unless that was measured; then it alone is known.
+            nothing = min(left.shares) <= 0
+            if nothing and (quantizer or cuts not in measured):
+                continue
+            for recovery in ("",) if nothing else ("", *recoveries):
                 chain = TOGETHER.join(part for part in (str(cuts), recovery, quantizer) if part)
                 parts = parted(chain)
                 assert parts is not None, chain
