@@ -43,6 +43,12 @@ LARGE = (
     "rtn@4",
     "gptq@4",
     "shortgpt@0.25 | heads@0.25 | ffn@0.2 | slice@0.1 | int8",
+    "sleb@0.04",
+    "laco@0.04",
+    "svd-llm@0.3",
+    "flap@0.3",
+    "modegpt@0.2",
+    "int8-dynamic",
 )
 CHAINS = (
     *LARGE,
@@ -56,6 +62,16 @@ CHAINS = (
     "random@0.3",
     "magnitude-structured@0.3",
     "int8",
+    "sleb@0.5",
+    "laco@0.5",
+    "laco@0.5(rule=last)",
+    "svd-llm@0.3:ffn(sequential=true)",
+    "flap@0.3(uniform=true)",
+    "modegpt@0.3:ffn(allocation=uniform)",
+    "modegpt@0.3:attention(compensate=false)",
+    "flap@0.3(compensate=false)",
+    "svd-llm@0.3 | magnitude@0.3",
+    "flap@0.2 | rtn@4",
 )
 
 LIMITED = """
@@ -310,9 +326,15 @@ def test_nothing_is_left_in_scratch(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lora@1k", "lora cannot be streamed: it needs the whole model in memory"),
+        ("lora@1k", "lora cannot be streamed: it trains the model, whose gradients go through all blocks at once"),
+        ("llm-pruner@0.3", "llm-pruner cannot be streamed: it takes gradients of the loss through all blocks at once"),
         ("shortgpt@0.25 | lora@1k", "lora cannot be streamed"),
-        ("prunenet@0.3", "prunenet cannot be streamed"),
+        (
+            "fp8",
+            "fp8 cannot be streamed: it leaves the checkpoint to torchao, which packs .* at once, in memory: take int8",
+        ),
+        ("int4", "int4 cannot be streamed: it leaves the checkpoint to torchao, which .*: take rtn@4"),
+        ("prunenet@0.3", "prunenet cannot be streamed: it trains its policy on a matrix of every block"),
         ("ffn@0.3(criterion=taylor)", "ffn cannot be streamed: it takes gradients through all blocks"),
         ("heads@0.3(criterion=taylor)", "heads cannot be streamed: it takes gradients through all blocks"),
         ("magnitude@0.3(per=layer, allocation=greedy)", "magnitude cannot be streamed: it measures the loss"),
@@ -440,7 +462,10 @@ class TestPreflight:
         # What cannot be streamed is tried whole: the estimate may be wrong by a factor of two.
         found = self.takes(small, "ffn@0.3 | lora@1k")
         assert not found.streamed
-        assert found.cannot_stream == "lora cannot be streamed: it needs the whole model in memory"
+        assert (
+            found.cannot_stream
+            == "lora cannot be streamed: it trains the model, whose gradients go through all blocks at once"
+        )
         monkeypatch.setattr(estimate, "free_bytes", lambda device: None)
         assert not self.takes(small, "ffn@0.3").streamed
 

@@ -212,6 +212,13 @@ class Held(Quantizer):
         return f"needs torchao, which is not installed: {packed.INSTALL}, or take {self.otherwise}"
 
     @override
+    def whole(self) -> str | None:
+        return (
+            "leaves the checkpoint to torchao, which packs and unpacks all matrices at once, in memory: take "
+            f"{self.otherwise}, whose weights are stored as they are"
+        )
+
+    @override
     def rounded(self, weight_OI: Tensor, bits: int, scales: torch.dtype) -> Tensor:
         return packed.rounded(weight_OI, self.form)
 

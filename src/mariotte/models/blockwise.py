@@ -85,8 +85,14 @@ class Blockwise:
         with self._replaced(lambda index, given_BTD, beside: given_BTD if index else stream_BTD):
             return _logits(self.model, tokens_BT, kept)
 
-    def _body(self, tokens_BT: Tensor) -> None:
-        self.model.hf.base_model(input_ids=tokens_BT.to(self.model.device), use_cache=False)
+    @torch.no_grad()
+    def final(self, tokens_BT: Tensor, stream_BTD: Tensor) -> Tensor:
+        """The stream behind the last block as the head gets it, behind the final norm; see `leave`."""
+        with self._replaced(lambda index, given_BTD, beside: given_BTD if index else stream_BTD):
+            return self._body(tokens_BT)
+
+    def _body(self, tokens_BT: Tensor) -> Tensor:
+        return cast(Tensor, self.model.hf.base_model(input_ids=tokens_BT.to(self.model.device), use_cache=False)[0])
 
     def _arrive(self, tokens_BT: Tensor) -> tuple[Tensor, Beside]:
         entered: list[tuple[Tensor, Beside]] = []
@@ -163,12 +169,35 @@ def logits(model: Model, batches: Sequence[Tensor], kept: Sequence[int] | None =
     that stream, on the CPU. Either way each batch goes through the same operations in the same shapes.
     """
     kept = [0] * len(batches) if kept is None else kept
-    pager = pager_of(model.embeddings.weight)
-    if pager is None:
+    if not model.streamed:
         for tokens_BT, places in zip(batches, kept, strict=True):
             yield _logits(model, tokens_BT, places)
         return
     apart = Blockwise(model)
+    numbers = iter(range(len(batches)))
+    for stream_BTD in _behind(apart, batches):
+        number = next(numbers)
+        yield apart.leave(batches[number], stream_BTD, kept[number])
+
+
+@torch.no_grad()
+def finals(model: Model, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The stream of a causal model as its head gets it, (B, T, D), for one batch after another; as `logits`."""
+    if not model.streamed:
+        for tokens_BT in batches:
+            yield cast(Tensor, model.hf.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)[0])
+        return
+    apart = Blockwise(model)
+    numbers = iter(range(len(batches)))
+    for stream_BTD in _behind(apart, batches):
+        yield apart.final(batches[next(numbers)], stream_BTD)
+
+
+def _behind(apart: Blockwise, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The stream of a streamed model behind its last block, (B, T, D) on its device, for one batch after another."""
+    model = apart.model
+    pager = pager_of(model.embeddings.weight)
+    assert pager is not None
     room = pager.limit // BLOCKS_HELD // (model.shape.hidden * model.hf.dtype.itemsize)
     start = 0
     while start < len(batches):
@@ -176,12 +205,12 @@ def logits(model: Model, batches: Sequence[Tensor], kept: Sequence[int] | None =
         while end < len(batches) and tokens + batches[end].numel() <= room:
             tokens += batches[end].numel()
             end += 1
-        yield from _together(apart, batches[start:end], kept[start:end])
+        yield from _together(apart, batches[start:end])
         start = end
 
 
-def _together(apart: Blockwise, batches: Sequence[Tensor], kept: Sequence[int]) -> Iterator[Tensor]:
-    """`logits` of a streamed model for batches whose stream is held at once."""
+def _together(apart: Blockwise, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The same for batches whose stream is held at once."""
     # What is not computed with just now has no place on the device of a model that does not fit there either.
     device = apart.model.device
     beside = {tokens_BT.shape: apart.beside(tokens_BT) for tokens_BT in batches}
@@ -190,5 +219,5 @@ def _together(apart: Blockwise, batches: Sequence[Tensor], kept: Sequence[int]) 
         for number, tokens_BT in enumerate(batches):
             given = beside[tokens_BT.shape][index]
             streams[number] = apart.run(index, streams[number].to(device), given).cpu()
-    for tokens_BT, stream_BTD, places in zip(batches, streams, kept, strict=True):
-        yield apart.leave(tokens_BT, stream_BTD.to(device), places)
+    while streams:
+        yield streams.pop(0).to(device)

@@ -33,6 +33,7 @@ from mariotte.architectures import Architecture, Kind
 from mariotte.errors import ModelError, UnknownNameError
 from mariotte.locate import folder_of, read_config
 from mariotte.models import packed
+from mariotte.models.dynamic import restore_
 from mariotte.models.irregular import freeze_shortcuts_
 from mariotte.models.model import Done, Model
 from mariotte.models.streaming import fill_
@@ -318,6 +319,7 @@ def stream_weights(
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{what} cannot be loaded: {' '.join(str(error).split())[:400]}") from error
     hf = cast(PreTrainedModel, made).eval()
+    restore_(hf)
     with quiet_transformers():
         fill_(hf, weight_files(folder), entry, device, scratch, what=what)
     freeze_shortcuts_(hf)

@@ -377,10 +377,10 @@ class Cell:
 
     def cast(self, numbers: Tensor) -> Tensor:
         """What was read, where and in the dtype in which it is computed with."""
-        numbers = numbers.to(self.pager.device)
         for dtype in self.dtypes:
             numbers = numbers.to(dtype)
-        return numbers
+        # Last: a device then never holds it in both dtypes.
+        return numbers.to(self.pager.device)
 
     @property
     def nbytes(self) -> int:

@@ -147,6 +147,7 @@ class FLAP(Step):
     unit: ClassVar[str] = "groups"
     family: ClassVar[str] = "width"
     reference: ClassVar[str] = "an2024flap"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES
     plain: ClassVar[bool] = False

@@ -69,6 +69,7 @@ class Int8Dynamic(Quantizer):
     """
 
     reference: ClassVar[str] = "namburi2023cost"
+    streams: ClassVar[bool] = True
     fixed: ClassVar[int | None] = 8
     plain: ClassVar[bool] = False
 

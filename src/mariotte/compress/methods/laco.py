@@ -18,7 +18,9 @@ from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
 from mariotte.cuts import kept_blocks, refuse_unlike_blocks
 from mariotte.errors import ChainError
+from mariotte.models.blockwise import finals
 from mariotte.models.model import Block, Model
+from mariotte.models.paging import pager_of
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["LaCo"]
@@ -125,8 +127,8 @@ class LaCo(Step):
     2.145 nats, with ``rule=last`` at 1.620, `shortgpt` came to 1.521 and `sleb` to 1.432.
 
     Cost: at most L forward passes for each threshold that is tried, about ten; those after the same merges are made
-    once. Few rows are enough: the authors take five sentences. Memory: the merged blocks a second time, and the final
-    stream of all calibration tokens.
+    once; a streamed model is read once for each. Few rows are enough: the authors take five sentences. Memory: the
+    merged blocks a second time, and the final stream of all calibration tokens.
 
     References
     ----------
@@ -136,6 +138,7 @@ class LaCo(Step):
     unit: ClassVar[str] = "blocks"
     family: ClassVar[str] = "depth"
     reference: ClassVar[str] = "yang2024laco"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     mixtures: ClassVar[bool] = True
 
@@ -260,7 +263,9 @@ def _collapsed(model: Model, runs: Mapping[int, Mapping[int, int]], *, share: bo
             for other, times in shares.items():
                 total += times * parameters[other][name].double()
             path, _, leaf = name.rpartition(".")
-            new = nn.Parameter(total.to(old.dtype), requires_grad=old.requires_grad)
+            pager = pager_of(old)
+            value = total.to(old.dtype) if pager is None else pager.stored(total, old.dtype)
+            new = nn.Parameter(value, requires_grad=old.requires_grad)
             setattr(block.module.get_submodule(path), leaf, new)
     return cut
 
@@ -281,14 +286,13 @@ class _Similarity:
         self.step, self.model = step, model
         self.tokens_NT = tokens_for(context, step.name())
         self.known: dict[tuple[Merge, ...], float] = {}
-        self.dense = [self._checked(final_BTD, "the uncut stream") for final_BTD in self._final(model)]
+        # What is not computed with just now has no place on the device of a model that does not fit there either.
+        where = torch.device("cpu") if model.streamed else model.device
+        self.dense = [self._checked(final_BTD, "the uncut stream").to(where) for final_BTD in self._final(model)]
 
     def _final(self, model: Model) -> Iterator[Tensor]:
         """The stream behind the final norm, some rows at once."""
-        rows = rows_at_once(self.tokens_NT)
-        for start in range(0, len(self.tokens_NT), rows):
-            tokens_BT = self.tokens_NT[start : start + rows].to(model.device)
-            yield cast(Tensor, model.hf.base_model(input_ids=tokens_BT, use_cache=False)[0])
+        yield from finals(model, cast("tuple[Tensor, ...]", self.tokens_NT.split(rows_at_once(self.tokens_NT))))
 
     def _checked(self, found: Tensor, what: str) -> Tensor:
         check_finite(found, self.step.name(), what, self.model)
@@ -302,7 +306,9 @@ class _Similarity:
             total = 0.0
             for before_BTD, after_BTD in zip(self.dense, self._final(seen), strict=True):
                 self._checked(after_BTD, f"the stream after the merges {list(key)}")
-                before_BI, after_BI = before_BTD.double().flatten(1), after_BTD.double().flatten(1)
+                before_BI, after_BI = (
+                    x_BTD.to(self.model.device).double().flatten(1) for x_BTD in (before_BTD, after_BTD)
+                )
                 total += float(nn.functional.cosine_similarity(before_BI, after_BI).sum())
             self.known[key] = total / len(self.tokens_NT)
         return self.known[key]

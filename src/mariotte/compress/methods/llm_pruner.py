@@ -222,6 +222,10 @@ class LLMPruner(Step):
         return len(self._pruned(model)) < model.shape.layers
 
     @override
+    def whole(self) -> str | None:
+        return "takes gradients of the loss through all blocks at once"
+
+    @override
     def refuse(self, model: Model) -> str | None:
         return super().refuse(model) or refuse_pruner(model, self.scope, self._pruned(model))
 

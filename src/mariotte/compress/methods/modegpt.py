@@ -24,7 +24,7 @@ from mariotte.compress.compensation import compensated, invertible, least_square
 from mariotte.compress.influence import block_influence
 from mariotte.compress.neurons import neuron_weights
 from mariotte.compress.scope import oriented, turned
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.cuts import (
     evenly,
     multiples_of_widths,
@@ -189,6 +189,7 @@ class MoDeGPT(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "low-rank"
     reference: ClassVar[str] = "lin2025modegpt"
+    streams: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
     plain: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
@@ -272,15 +273,19 @@ class MoDeGPT(Step):
             if self.scope != "ffn":
                 inputs[f"inputs-{index}"] = [block.attention[0]]
                 inputs[f"values-{index}"] = [block.output]
-        observe(model, context, self.name(), inputs, gather)
-        moments = means.result(self.name(), model)
         influence_L = torch.zeros(shape.layers, dtype=torch.float64)
         if self.allocation == "influence":
             influence_L = block_influence(model, context, self.name())
         prepared = Prepared(context.scratch)
         prepared.put("influence", {"influence": influence_L})
-        for index, block in enumerate(blocks):
-            tensors: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+
+        def passed(group: str) -> None:
+            moments[group] = means.pop(group, self.name(), model)
+            index = int(group.rpartition("-")[2])
+            if not {name for name in inputs if name.endswith(f"-{index}")} <= set(moments):
+                return
+            block, tensors = blocks[index], dict[str, Tensor]()
             if self.scope != "attention":
                 tensors |= self._of_neurons(block, moments.pop(f"neurons-{index}"))
             if self.scope != "ffn":
@@ -288,6 +293,8 @@ class MoDeGPT(Step):
                 tensors |= self._of_heads(block, model, shape.widths_of(index), *found)
             prepared.put(f"block-{index}", tensors)
             context.progress("decomposition", (index + 1) / len(blocks))
+
+        observe(model, context, self.name(), inputs, gather, passed=passed)
         return prepared.finish(influence=[round(float(value), 6) for value in influence_L])
 
     def _of_neurons(self, block: Block, moment_FF: Tensor) -> dict[str, Tensor]:
@@ -358,7 +365,7 @@ class MoDeGPT(Step):
         )
         if not gone:
             return model.copy().after(done)
-        found: dict[str, Tensor] = {}
+        found = gathered(model)
         narrow = [shape.widths_of(layer) != after.widths_of(layer) for layer in range(shape.layers)]
         for index, block in enumerate(model.blocks):
             tensors = {key: tensor.to(model.device) for key, tensor in prepared.get(f"block-{index}").items()}

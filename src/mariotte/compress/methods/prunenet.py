@@ -289,6 +289,10 @@ class PruneNet(Step):
         return {"policy": _sha256(path, stat.st_mtime_ns, stat.st_size)}
 
     @override
+    def whole(self) -> str | None:
+        return "trains its policy on a matrix of every block, all of them over and over: take prunenet-random, or ffn"
+
+    @override
     def refuse(self, model: Model) -> str | None:
         return super().refuse(model) or refuse_unequal_widths(model)
 

@@ -76,6 +76,7 @@ class SLEB(Step):
 
     Cost: L forward passes for the first block that goes, one fewer for each that follows: of k blocks about k L, each
     over all calibration tokens and as much faster as the model has lost blocks. Memory: the model and its activations.
+    A streamed model is read once for each pass.
 
     References
     ----------
@@ -85,6 +86,7 @@ class SLEB(Step):
     unit: ClassVar[str] = "blocks"
     family: ClassVar[str] = "depth"
     reference: ClassVar[str] = "song2024sleb"
+    streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     mixtures: ClassVar[bool] = True
 

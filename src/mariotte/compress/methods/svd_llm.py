@@ -5,7 +5,7 @@ Shapes: O outputs and I inputs of a matrix, R rank, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -18,7 +18,7 @@ from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import Means, outer, second_moments, tokens_for
 from mariotte.compress.scope import oriented
 from mariotte.compress.sequential import Walk
-from mariotte.compress.surgery import derive
+from mariotte.compress.surgery import derive, gathered
 from mariotte.cuts import PARTS, rank_left, ranks_left, refuse_low_rank
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -114,6 +114,7 @@ class SVDLLM(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "low-rank"
     reference: ClassVar[str] = "wang2025svdllm"
+    streams: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
     plain: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
@@ -189,9 +190,9 @@ class SVDLLM(Step):
 
     def _factors(
         self, model: Model, prepared: Prepared, ranks: Sequence[Mapping[str, int]], context: Context
-    ) -> dict[str, Tensor]:
+    ) -> MutableMapping[str, Tensor]:
         """The factors of every matrix in scope, by the name of their parameters, and the biases that move with them."""
-        found: dict[str, Tensor] = {}
+        found = gathered(model)
         cut, walk = model, None
         if self.sequential:
             cut = model.copy()
