@@ -23,7 +23,8 @@ from mariotte.errors import ChainError, DataError, MariotteError, ModelError
 from mariotte.experiments import identity
 from mariotte.experiments import run as running
 from mariotte.experiments.auto import ROUNDED, Auto, Estimate, Trials, _Search, execute
-from mariotte.experiments.pipeline import Bench, compress_model
+from mariotte.experiments.bench import Bench
+from mariotte.experiments.pipeline import compress_model
 from mariotte.experiments.space import COARSEST, Space
 from mariotte.experiments.study import parse
 from mariotte.models.load import load

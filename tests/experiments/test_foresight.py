@@ -59,7 +59,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("mariotte.experiments.pipeline.prepare_once", fail)
+    monkeypatch.setattr("mariotte.experiments.bench.prepare_once", fail)
 
 
 @pytest.mark.usefixtures("no_work")

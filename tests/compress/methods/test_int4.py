@@ -255,7 +255,7 @@ def test_on_a_cpu_it_is_refused_before_any_work(chain, monkeypatch):
     chain = chain.replace("(group=32):head", ":head(group=32)")
     model = model_of()
     monkeypatch.setattr(Int4, "prepare", lambda *_: pytest.fail("work was done"))
-    monkeypatch.setattr("mariotte.experiments.pipeline.prepare_once", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("mariotte.experiments.bench.prepare_once", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ModelError) as raised:
         compress_model(model, chain)
     assert str(raised.value) == ON_A_CPU.format(model.name, 32)
