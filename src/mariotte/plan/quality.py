@@ -73,7 +73,8 @@ class Level:
 
 ADDS = Level(0.15, 0.4)
 """Of several cuts, before anything is known of combinations: damages add, and a little more. On four testbed decoders
-the logarithm of the damage of 44 combinations over the sum was .16 in the mean, with a deviation of .33."""
+the logarithm of the damage of 42 combinations over the sum was .17 in the mean, with a deviation of .33
+(``benchmarks/results/plan_combined.md``)."""
 
 _PRIOR_WEIGHT = 4
 """Measurements of combinations that `ADDS` counts as."""
