@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 from mariotte import accounting
 from mariotte.accounting import cut_width, rounding
-from mariotte.architectures import Architecture, Need, Shape
+from mariotte.architectures import FAMILIES, Architecture, Need, Shape
 
 
 class Sizes(Protocol):
@@ -154,14 +154,39 @@ def refuse_slice(model: Sizes) -> str | None:
     return None
 
 
+ONE_WIDTH = ("gpt2",)
+"""Families whose code takes the stream behind the blocks to be as wide as the embeddings."""
+
+
 def refuse_slicegpt(model: Sizes) -> str | None:
     """Why the stream of `model` cannot be reduced under a rotation for each norm, or None when it can."""
-    if reason := cannot_turn(model.entry):
-        return reason
-    if model.entry.model_type not in IRREGULAR:
+    entry = model.entry
+    if not entry.norm_first or entry.outer_norms:
         return (
-            f"needs a class for sliced models, and {model.entry.model_type} has none; {', '.join(IRREGULAR)} have one: "
+            f"needs norms that feed the matrices, and {entry.model_type} has norms after them, whose weights no "
+            "rotation passes: take ffn or shortgpt"
+        )
+    if entry.model_type not in IRREGULAR:
+        return (
+            f"needs a class for sliced models, and {entry.model_type} has none; {', '.join(IRREGULAR)} have one: "
             "take slice"
+        )
+    if model.shape.map_in or model.shape.map_out:
+        return "needs embeddings as wide as the stream, and these are mapped to it: take ffn or shortgpt"
+    if entry.slopes:
+        return (
+            f"needs scores that do not depend on the hidden size, and those of this {entry.model_type} do (ALiBi): "
+            "take ffn or shortgpt"
+        )
+    if entry.model_type in ONE_WIDTH:
+        return (
+            f"needs a last block that may write more than the first reads, and the code of {entry.model_type} takes "
+            "both to be as wide: take ffn or shortgpt"
+        )
+    if FAMILIES[entry.model_type].head_dim and not entry.head_dim:
+        return (
+            f"needs a config that states head_dim, and this {entry.model_type} counts the factors of its rotation "
+            "against the hidden size over the heads: take ffn or shortgpt"
         )
     return None
 
@@ -179,7 +204,22 @@ def sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
     if width == shape.hidden and not always:
         return shape
     final = shape.final_size
-    return replace(shape, hidden=width, tied=False, shortcuts=True, final=None if final == width else final)
+    if shape.norm_bias:  # LayerNorms become RMSNorms, and their biases those of the matrices behind them
+        shape = replace(
+            shape,
+            norm_bias=False,
+            attention_bias=True,
+            up_bias=not shape.mlp_bias,
+            head_biases=max(shape.head_biases, 1),
+        )
+    return replace(
+        shape,
+        hidden=width,
+        tied=False,
+        shortcuts=True,
+        final=None if final == width else final,
+        tables=shape.tables // shape.hidden * width,
+    )
 
 
 def cannot_turn(entry: Architecture) -> str | None:
@@ -678,10 +718,16 @@ def with_widths(shape: Shape, ffns: Sequence[int], pairs: Sequence[int], values:
 
 def untied(model: Sizes) -> Shape:
     """The sizes of a model whose head has a matrix of its own, and with it what is shared only while it is tied."""
-    shape, entry = model.shape, model.entry
+    shape, stacks = model.shape, model.entry.stacks
     if not shape.tied:
         return shape
-    return replace(shape, tied=False, copies=len(entry.copies), head_biases=len(entry.head_biases))
+
+    def alone(stack: Shape, entry: Architecture) -> Shape:
+        return replace(stack, tied=False, copies=len(entry.copies), head_biases=len(entry.head_biases))
+
+    if shape.encoder is not None:
+        shape = replace(shape, encoder=alone(shape.encoder, stacks[0]))
+    return alone(shape, stacks[-1])
 
 
 def matrices_of(model: Sizes, scope: str) -> Iterator[tuple[int, int]]:

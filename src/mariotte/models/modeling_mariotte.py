@@ -408,6 +408,7 @@ class Sliced:
 
     family: Family
     parallel: bool
+    given: list[str]
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """What the MLP makes of the normalised stream."""

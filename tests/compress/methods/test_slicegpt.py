@@ -18,7 +18,7 @@ from mariotte.compress.methods.slice import Slice
 from mariotte.compress.methods.slicegpt import HalfWalk, SliceGPT, text_mask
 from mariotte.compress.rotation import random_rotation
 from mariotte.compress.surgery import derive
-from mariotte.cuts import sliced_width
+from mariotte.cuts import sliced, sliced_width
 from mariotte.errors import ChainError, DataError, ModelError, UnknownNameError
 from mariotte.models import checkpoint
 from mariotte.models.load import load
@@ -42,7 +42,7 @@ def exact_norms_(model: Model) -> Model:
         return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
     for module in model.hf.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm"):
+        if type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Phi3RMSNorm"):
             module.forward = MethodType(forward, module)
     return model
 
@@ -80,6 +80,49 @@ def test_turning_leaves_logits_unchanged(family, tied, step, tmp_path):
     assert (logits(again) - logits(model)).abs().max() < 1e-8
 
 
+OTHERS = [
+    ("phi", {}),
+    ("phi3", {}),
+    ("opt", {}),
+    ("opt", {"enable_bias": False}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    ("falcon", {}),
+    ("falcon", {"parallel_attn": False}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+]
+"""Norms that subtract a mean, blocks side by side and one behind the other, matrices with biases and without."""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "settings"), OTHERS, ids=str)
+def test_turning_a_centred_stream_leaves_logits_unchanged(family, settings, tied, tmp_path):
+    model = exact_norms_(tiny(family, tied=tied, layers=3, dtype=torch.float64, **settings))
+    step, context = SliceGPT(), context_of(model, tmp_path)
+    turned = step._cut(model, prepare_once(step, model, context, [0.5]), 32, context)
+    assert (logits(turned) - logits(model)).abs().max() < 1e-8
+    assert not torch.allclose(turned.embeddings.weight, model.embeddings.weight, atol=0.1)
+    assert turned.measured_params() == turned.counts.n_params
+    assert turned.shape == sliced(model.shape, 32, always=True)
+    again, context = SliceGPT(sequential=False), context_of(turned, tmp_path / "again")
+    cut = again.apply(turned, prepare_once(again, turned, context, [0.5]), 0.5, context)
+    assert (cut.shape.hidden, cut.shape.final_size) == (16, 32)
+    assert cut.measured_params() == cut.counts.n_params == turned.counts.n_params - again.removes(turned, 0.5)
+
+
+@pytest.mark.parametrize(("family", "settings"), OTHERS, ids=str)
+def test_a_centred_stream_that_lives_in_fewer_dimensions_is_cut_to_them_without_loss(family, settings, tmp_path):
+    model = in_subspaces_(tiny(family, dtype=torch.float64, **settings), 15)
+    context = context_of(exact_norms_(model), tmp_path)
+    cut = SliceGPT().apply(model, prepare_once(SliceGPT(), model, context, [0.5]), 0.5, context)
+    assert cut.shape.hidden == 16
+    assert (logits(cut) - logits(model)).abs().max() < 1e-8
+    prompt = random_tokens(2, 6)
+    given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    made = [m.hf.generate(prompt, use_cache=use, **given) for m in (cut, model) for use in (True, False)]
+    assert all(torch.equal(tokens, made[0]) for tokens in made)
+
+
 @torch.no_grad()
 def in_subspaces_(model: Model, width: int) -> Model:
     """Let the stream use `width` of its dimensions only: those of a random basis."""
@@ -87,7 +130,10 @@ def in_subspaces_(model: Model, width: int) -> Model:
     noise = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     basis_DD = torch.linalg.qr(noise)[0]
     projector_DD = basis_DD[:, :width] @ basis_DD[:, :width].T
-    model.embeddings.weight.copy_(model.embeddings.weight @ projector_DD)
+    for table in (model.entry.embeddings, model.entry.positions):
+        if table:
+            weight = model.hf.get_submodule(table).weight
+            weight.copy_(weight @ projector_DD)
     for block in model.blocks:
         for linear in (block.output, block.down):
             for parameter in linear.parameters():
@@ -249,14 +295,21 @@ def test_fields_are_checked():
 def test_only_families_that_can_be_cut_are_accepted(tmp_path):
     model = tiny("llama")
     for change, words in (
-        ({"rms_norm": False}, "needs RMSNorm"),
         ({"norm_first": False}, "norms that feed"),
-        ({}, "other has none; llama, qwen2, mistral, qwen3, smollm3, granite have one"),
+        ({}, "other has none; llama, mistral, qwen2, qwen3, smollm3, granite, gemma2"),
     ):
         model.entry = dataclasses.replace(tiny("llama").entry, model_type="other", **change)
         reason = SliceGPT().refuse(model)
         assert reason is not None
         assert words in reason
+    for family, settings, words in (
+        ("gemma2", {}, "gemma2 has norms after them"),
+        ("opt", {"do_layer_norm_before": False}, "opt has norms after them"),
+        ("opt", {"word_embed_proj_dim": 16}, "these are mapped to it"),
+        ("gpt2", {}, "the code of gpt2 takes both to be as wide"),
+        ("falcon", {"alibi": True}, "those of this falcon do (ALiBi)"),
+    ):
+        assert words in str(SliceGPT().refuse(tiny(family, **settings)))
     assert "shortcut" in (Slice().refuse(run(SliceGPT(), tiny("qwen2"), 0.5, tmp_path)) or "")
 
 

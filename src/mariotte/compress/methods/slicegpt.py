@@ -24,11 +24,14 @@ from mariotte import accounting
 from mariotte.architectures import Need
 from mariotte.compress.calibration import Means, outer, tokens_for
 from mariotte.compress.rotation import principal_directions, random_rotation
+from mariotte.compress.scope import oriented
+from mariotte.compress.scope import turned as as_held
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.cuts import refuse_slicegpt, sliced, sliced_width
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
+from mariotte.models.modeling_mariotte import Sliced
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["SliceGPT"]
@@ -63,7 +66,9 @@ def _faster_attention(model: Model) -> Generator[None]:
     before = config._attn_implementation
     shape = model.shape
     widths = {width for layer in range(shape.layers) for width in shape.widths_of(layer)}
-    if before == "sdpa" and model.device.type == "cpu" and any(width % 16 for width in widths):
+    # Falcon's attention knows the kernels that it has by name, and no others.
+    known = model.entry.model_type != "falcon"
+    if known and before == "sdpa" and model.device.type == "cpu" and any(width % 16 for width in widths):
         config._attn_implementation = WIDE_HEADS
     try:
         yield
@@ -102,16 +107,24 @@ class HalfWalk(Walk):
     @torch.no_grad()
     def attend(self, block: Block) -> None:
         """Move on past attention: to the norm of the MLP."""
-        attention = cast(Any, block.module.get_submodule(block.entry.query.rpartition(".")[0]))
+        attention = cast(Any, block.module.get_submodule(block.entry.output.rpartition(".")[0]))
+        beside = self.beside(block.module)
+        if isinstance(block.module, Sliced):  # which knows the names of what is handed over without
+            places = self._beside[self._place[block.module]].places
+            beside = {**dict(zip(block.module.given, places, strict=False)), **beside}
         for rows in self.batches():
             x_BTD = self.stream_NTD[rows]
-            out_BTD, *_ = attention(hidden_states=block.attention_norm(x_BTD), **self.beside(block.module))
+            out_BTD, *_ = attention(hidden_states=block.attention_norm(x_BTD), **beside)
             self.stream_NTD[rows] = _handed_on(block.attention_shortcut, x_BTD) + _added(block, out_BTD)
 
     @torch.no_grad()
     def feed_forward(self, block: Block) -> None:
         """Move on past the MLP: to the norm of the next block's attention."""
-        mlp = block.module.get_submodule(block.entry.down.rpartition(".")[0])
+        mlp = (
+            block.module.feed_forward
+            if isinstance(block.module, Sliced)
+            else block.module.get_submodule(block.entry.down.rpartition(".")[0])
+        )
         for rows in self.batches():
             x_BTD = self.stream_NTD[rows]
             self.stream_NTD[rows] = _handed_on(block.mlp_shortcut, x_BTD) + _added(block, mlp(block.mlp_norm(x_BTD)))
@@ -168,6 +181,11 @@ class SliceGPT(Step):
     another one in front of each norm, the stream is handed on through Qᵀ (this norm's) Q (the next one's): a shortcut
     matrix after attention and one after the MLP in each block. Then d of D dimensions are kept; norms go on dividing by
     the D of the uncut stream, so that what is lost is as if it were zero.
+
+    LayerNorm also subtracts the mean of h, and adds biases. With M = 1 - 11ᵀ / D it is RMSNorm of M h: M goes into
+    whatever writes to the stream, the biases into the matrices that read it, which then need some, and the result has
+    RMSNorms. Where attention and MLP stand side by side (phi, gpt_neox, falcon) both read one rotation, and a block has
+    one shortcut.
 
     The shortcuts are parameters and are counted: d² a norm, so that a small cut makes the model larger (below an eighth
     of the width for the shape of Llama-2-7B), and a tied head is untied, as the final norm's weights cannot be folded
@@ -229,6 +247,7 @@ class SliceGPT(Step):
         ModelError
             When activations are not finite.
         """
+        model = centred(model)
         prepared = Prepared(context.scratch)
         if self.sequential:
             prepared.put("stream-0", {DIRECTIONS: self._embedded(model, context)})
@@ -241,6 +260,10 @@ class SliceGPT(Step):
         """The principal directions of the embeddings of the calibration tokens, which no amount changes."""
         tokens_NT = tokens_for(context, self.name())
         text_NT = _text(model, tokens_NT)
+        if model.entry.positions:
+            walk = HalfWalk(model, context, self.name())
+            walk.text_NT = text_NT
+            return walk.directions(self.name(), model, "the embeddings")
         ids_M = (tokens_NT if text_NT is None else tokens_NT[text_NT]).flatten()
         # Each embedding once, as often as its token occurs: the same moment without the tokens' copies of it.
         count_V = ids_M.bincount(minlength=model.shape.vocab).to(model.device)
@@ -259,9 +282,10 @@ class SliceGPT(Step):
         """
         walk = HalfWalk(model, context, self.name())
         walk.text_NT = _text(model, tokens_for(context, self.name()))
-        halves = [(block, half) for block in model.blocks for half in ("attention", "mlp")]
+        parts = ("block",) if model.entry.parallel else ("attention", "mlp")
+        halves = [(block, half) for block in model.blocks for half in parts]
         for place, (block, half) in enumerate(halves):
-            where = f"the stream before {half} of block {place // 2}"
+            where = f"the stream before {half} of block {place // len(parts)}"
             directions_DD = first_DD if place == 0 else walk.directions(self.name(), model, where)
             yield f"stream-{place}", directions_DD
             context.progress("rotation", (place + 1) / len(halves))
@@ -269,7 +293,9 @@ class SliceGPT(Step):
                 break
             if width is not None:
                 walk.project(directions_DD[:, :width])
-            if half == "attention":
+            if half == "block":
+                walk.advance(block.module)
+            elif half == "attention":
                 with _faster_attention(model):
                     walk.attend(block)
             else:
@@ -300,7 +326,8 @@ class SliceGPT(Step):
 
     def _cut(self, model: Model, prepared: Prepared, width: int, context: Context) -> Model:
         """The turned model, cut to its first `width` dimensions; of full width, its logits are the model's own."""
-        places = 2 * model.shape.layers
+        model = centred(model)
+        places = model.shape.layers * (1 if model.entry.parallel else 2)
         if self.sequential:
             first_DD = prepared.get("stream-0")[DIRECTIONS].to(model.device)
             found = [directions_DD for _, directions_DD in self._walk(model, context, width, first_DD)]
@@ -313,7 +340,7 @@ class SliceGPT(Step):
             kept = [kept_Dd @ turn_dd for kept_Dd, turn_dd in zip(kept, turns, strict=True)]
         shape = sliced(model.shape, width, always=True)
         sizes = {
-            model.entry.hidden: width,
+            **{key: width for key in (model.entry.hidden, model.entry.embedding) if key},
             model.entry.head_dim: shape.head_dim,
             "shortcuts": True,
             "norm_size": model.config.get("norm_size") or model.shape.hidden,
@@ -322,12 +349,55 @@ class SliceGPT(Step):
         return derive(model, turned(model, kept), sizes, untie=model.shape.tied, irregular=True)
 
 
+def centred(model: Model) -> Model:
+    """A model whose norms are RMSNorms, and whose logits are those of the one given; that one, if it is such a model.
+
+    Notes
+    -----
+    LayerNorm(h) = g * Mh / rms(Mh) + b with M = 1 - 11ᵀ / D, which subtracts the mean; also of a stream that has no
+    mean. So M goes into whatever writes to the stream, and g and b into the matrices that read it, which then need
+    biases, and so does the head. Its blocks have shortcuts that hand on all of the stream.
+    """
+    if model.entry.rms_norm:
+        return model
+    names, entry, shape = parameter_names(model), model.entry, model.shape
+    weights: dict[str, Tensor] = {}
+    for table in (entry.embeddings, entry.positions):
+        if table:
+            rows_VD = cast(Tensor, model.hf.get_submodule(table).weight).double()
+            weights[f"{table}.weight"] = rows_VD - rows_VD.mean(1, keepdim=True)
+    for block in model.blocks:
+        for norm, matrices in ((block.attention_norm, block.attention[:-1]), (block.mlp_norm, block.ffn[:-1])):
+            for matrix in matrices:
+                weights |= _taking_over(names[matrix.weight], matrix, norm)
+        for matrix in (block.output, block.down):
+            weight_DI = oriented(matrix).double()
+            weights[names[matrix.weight]] = as_held(matrix, weight_DI - weight_DI.mean(0))
+            if matrix.bias is not None:  # pyright: ignore[reportUnnecessaryComparison] some families have none
+                weights[names[matrix.bias]] = matrix.bias.double() - matrix.bias.double().mean()
+        for path in (entry.attention_shortcut, *(() if entry.parallel else (entry.mlp_shortcut,))):
+            weights[f"{block.path}.{path}.weight"] = torch.eye(shape.hidden, device=model.device)
+    weights |= _taking_over(f"{entry.head}.weight", model.head, model.final_norm)
+    sizes = {"shortcuts": True, "norm_size": shape.hidden, "input_biases": True}
+    return derive(model, weights, sizes, untie=shape.tied, irregular=True)
+
+
+def _taking_over(name: str, matrix: nn.Linear, norm: nn.Module) -> dict[str, Tensor]:
+    """A matrix and its biases with the weights and biases of the norm in front of it, float64, by name."""
+    shift_O = oriented(matrix).double() @ cast(Tensor, norm.bias).double()
+    bias_O = cast("Tensor | None", matrix.bias)
+    return {
+        name: as_held(matrix, _folded(matrix, norm)),
+        f"{name.removesuffix('.weight')}.bias": shift_O if bias_O is None else bias_O.double() + shift_O,
+    }
+
+
 def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
     """The parameters of the model with its stream turned, and cut, in front of every norm but the last.
 
     Parameters
     ----------
-    kept : (D, d) float64 for each of 2 L norms, orthonormal columns
+    kept : (D, d) float64 for each of 2 L norms, or of L blocks whose parts stand side by side, orthonormal columns
 
     Returns
     -------
@@ -336,23 +406,30 @@ def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
     names = parameter_names(model)
     entry = model.entry
     weights = {names[model.embeddings.weight]: model.embeddings.weight.double() @ kept[0]}
+    if entry.positions:
+        weights[f"{entry.positions}.weight"] = (
+            cast(Tensor, model.hf.get_submodule(entry.positions).weight).double() @ kept[0]
+        )
+    parts = 1 if entry.parallel else 2
     for index, block in enumerate(model.blocks):
-        before_Dd, between_Dd = kept[2 * index : 2 * index + 2]
-        after = kept[2 * index + 2] if 2 * index + 2 < len(kept) else None  # what the head reads keeps its basis
-        for norm, linears, read_Dd in (
+        before_Dd, between_Dd = kept[parts * index], kept[parts * (index + 1) - 1]
+        after = kept[parts * (index + 1)] if parts * (index + 1) < len(kept) else None  # the head's basis stays
+        beside_Dd = after if entry.parallel else between_Dd
+        for norm, matrices, read_Dd in (
             (block.attention_norm, block.attention[:-1], before_Dd),
             (block.mlp_norm, block.ffn[:-1], between_Dd),
         ):
-            for linear in linears:
-                weights[names[linear.weight]] = _folded(linear, norm) @ read_Dd
-        for linear, written_Dd in ((block.output, between_Dd), (block.down, after)):
-            for parameter in linear.parameters():
-                new = parameter.double()
-                weights[names[parameter]] = new if written_Dd is None else written_Dd.T @ new
+            for matrix in matrices:
+                weights[names[matrix.weight]] = as_held(matrix, _folded(matrix, norm) @ read_Dd)
+        for matrix, written_Dd in ((block.output, beside_Dd), (block.down, after)):
+            for parameter in matrix.parameters():
+                new = (oriented(matrix) if parameter is matrix.weight else parameter).double()
+                new = new if written_Dd is None else written_Dd.T @ new
+                weights[names[parameter]] = as_held(matrix, new) if parameter is matrix.weight else new
         for path, shortcut, read_Dd, written_Dd in (
-            (entry.attention_shortcut, block.attention_shortcut, before_Dd, between_Dd),
+            (entry.attention_shortcut, block.attention_shortcut, before_Dd, beside_Dd),
             (entry.mlp_shortcut, block.mlp_shortcut, between_Dd, after),
-        ):
+        )[:parts]:
             through_Dd = read_Dd if shortcut is None else shortcut.weight.double() @ read_Dd
             through_Dd = through_Dd if written_Dd is None else written_Dd.T @ through_Dd
             weights[f"{entry.blocks}.{index}.{path}.weight"] = through_Dd
@@ -364,5 +441,5 @@ def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
 def _folded(linear: nn.Linear, norm: nn.Module) -> Tensor:
     """A matrix that takes over the weights of the norm before it, (O, D) float64; sliced models' norms have none."""
     scale_D = cast("Tensor | None", getattr(norm, "weight", None))
-    weight_OD = linear.weight.double()
+    weight_OD = oriented(linear).double()
     return weight_OD if scale_D is None else weight_OD * scale_D.double()
