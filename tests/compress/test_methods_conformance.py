@@ -6,6 +6,7 @@ from mariotte.compress import METHODS
 from mariotte.compress.methods.expert_ffn import ExpertFFN
 from mariotte.compress.methods.experts import Experts
 from mariotte.compress.methods.ffn import FFN
+from mariotte.compress.methods.gptq import GPTQ
 from mariotte.compress.methods.heads import Heads
 from mariotte.compress.methods.int4 import Int4
 from mariotte.compress.methods.magnitude import Magnitude
@@ -23,7 +24,9 @@ CASES = [
     # Families of other kinds: what works on all of them on each, what works on some on the one most unlike Llama.
     *cases([Magnitude()], ["gpt2", "opt", "bert", "albert", "t5", "bart"]),
     *cases([FFN(), ShortGPT(), Wanda()], ["gpt_neox"]),
-    *cases([SparseGPT()], ["opt"]),
+    *cases([SparseGPT()], ["opt", "gpt2"]),
+    *cases([GPTQ(), Wanda()], ["gpt_oss"]),
+    *cases([SparseGPT()], ["mixtral"]),
     *cases([Heads()], ["gpt2", "falcon", "olmo2"]),
     *cases([Heads(), FFN()], ["phi3"]),
     *cases([Experts(), ExpertFFN()], ["mixtral", "gpt_oss"]),

@@ -19,7 +19,7 @@ from mariotte.compress.walk import rows_at_once as rows_at_once
 from mariotte.compress.walk import tokens_for as tokens_for
 from mariotte.compress.walk import watching as watching
 from mariotte.errors import ModelError
-from mariotte.models.model import Model
+from mariotte.models.model import Model, OfExpert
 from mariotte.models.paging import Spilled, pager_of
 from mariotte.models.step import Context
 
@@ -60,6 +60,14 @@ class Means:
         else:
             self._sums[group] = found
         self._tokens[group] = self._tokens.get(group, 0) + len(x_MI)
+
+    def fill(self, group: str, module: nn.Module) -> None:
+        """Where a group has seen nothing, as an expert that no token took: take each unit vector once.
+
+        Its inputs then count as equally large and independent, so that weights alone decide.
+        """
+        if group not in self._sums and isinstance(module, OfExpert):
+            self(group, torch.eye(module.in_features, dtype=torch.float64, device=module.stacked.weight.device))
 
     def result(self, step: str, model: Model) -> dict[str, Tensor]:
         """The mean of every group, float64.
@@ -173,6 +181,7 @@ def means(
     found: MutableMapping[str, Tensor] = {} if pager is None else Spilled(pager)
 
     def passed(group: str) -> None:
+        gather.fill(group, inputs[group][0])
         found[group] = gather.pop(group, step, model)
 
     observe(model, context, step, inputs, gather, batch=batch, passed=passed)
@@ -296,6 +305,11 @@ def observe(
         passed(group)
 
 
+def _runs(module: nn.Module) -> nn.Module:
+    """What runs when a module's input is seen."""
+    return module.held if isinstance(module, OfExpert) else module
+
+
 def _observe_blocks(
     model: Model,
     context: Context,
@@ -307,7 +321,7 @@ def _observe_blocks(
 ) -> None:
     """See `observe`."""
     walk, blocks = Walk(model, context, step, batch=batch), model.blocks
-    waiting = {group: set(modules) for group, modules in inputs.items()}
+    waiting = {group: {_runs(module) for module in modules} for group, modules in inputs.items()}
 
     def leave(modules: set[nn.Module]) -> None:
         for group, left in list(waiting.items()):

@@ -62,6 +62,8 @@ def refuse(model: Model) -> str | None:
     """Why llm-compressor cannot be asked about a model, in a clause; None where it can."""
     if model.entry.irregular:
         return "by=llm-compressor needs a model of an ordinary class, and this one's is ours: leave by out"
+    if reason := model.entry.lacking(["linear", "dense"]):
+        return f"{reason}, which by=llm-compressor is not asked for here: leave by out"
     if interpreter() is None:
         named = os.environ.get(VARIABLE)
         came = f"{VARIABLE} is {named!r}, which is no program" if named else f"{VARIABLE} is not set"

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mariotte.compress.calibration import observe
 from mariotte.compress.scope import oriented, turned
@@ -76,8 +75,8 @@ def watch_experts(
             for expert in range(ins.experts):
                 token_S, place_S = (taken_Mk == expert).nonzero(as_tuple=True)
                 if len(token_S):
-                    hidden_SF = cast(Any, module)._apply_gate(_applied(ins, expert, x_MD[token_S]))
-                    output_SD = _applied(downs, expert, hidden_SF)
+                    hidden_SF = cast(Any, module)._apply_gate(ins.applied(expert, x_MD[token_S]))
+                    output_SD = downs.applied(expert, hidden_SF)
                     gather(index, Routed(expert, shares_Mk[token_S, place_S], hidden_SF, output_SD))
 
         return hook
@@ -93,13 +92,6 @@ def watch_experts(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _applied(matrix: Stacked, expert: int, x_SI: Tensor) -> Tensor:
-    """What the matrix of one expert makes of its inputs."""
-    weight = matrix.weight[expert]
-    bias_O = None if matrix.bias is None else matrix.bias[expert]
-    return functional.linear(x_SI, weight.T if matrix.transposed else weight, bias_O)
 
 
 @torch.no_grad()

@@ -5,16 +5,17 @@ Shapes: O outputs and I inputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mariotte import accounting
 from mariotte.compress.surgery import derive, parameter_names
 from mariotte.cuts import PARTS as PARTS
-from mariotte.models.model import Model, Stacked
+from mariotte.models.model import Model, OfExpert, Stacked
 
 SCOPES = ("all", "attention", "ffn", "head")
 """Of the methods that work on matrices one by one, wherever they stand."""
@@ -36,12 +37,34 @@ def oriented(matrix: nn.Module) -> Tensor:
 
 def turned(matrix: nn.Module, weight: Tensor) -> Tensor:
     """A weight as (O, I) of one as a matrix holds it, and the other way round; a view where it can be."""
+    if isinstance(matrix, OfExpert):
+        return weight.T if matrix.transposed else weight
     if isinstance(matrix, Stacked):
         if weight.ndim == 3:
             return (weight.transpose(1, 2) if matrix.transposed else weight).flatten(0, 1)
         each_EOI = weight.view(matrix.experts, -1, weight.shape[-1])
         return each_EOI.transpose(1, 2).contiguous() if matrix.transposed else each_EOI
     return weight.T if isinstance(matrix, Conv1D) else weight
+
+
+def sides(matrix: nn.Module) -> tuple[int, int]:
+    """(O, I) of a matrix, however it is held; of the matrices of a mixture's experts, those of one of them."""
+    if isinstance(matrix, Conv1D):
+        inputs, outputs = matrix.weight.shape
+        return outputs, inputs
+    return cast(nn.Linear, matrix).out_features, cast(nn.Linear, matrix).in_features
+
+
+@torch.no_grad()
+def rewrite_(matrix: nn.Module, to: Callable[[Tensor], Tensor]) -> None:
+    """Put other numbers into a matrix.
+
+    Parameters
+    ----------
+    to : the new weights, (O, I), given the old ones, (O, I) float64, of which it may make what it wants
+    """
+    weight_OI = oriented(matrix).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    cast(Tensor, matrix.weight).copy_(turned(matrix, to(weight_OI)))
 
 
 def untied_weights(model: Model, scope: str) -> int:

@@ -49,7 +49,10 @@ def rewrite_sequentially(
     for index, block in enumerate(rewritten.blocks):
         means = Means(statistic)
         groups = {f"block-{index} {part}": part for part in readers(block)}
-        walk.observe(block.module, {group: [readers(block)[part][0]] for group, part in groups.items()}, means)
+        first = {group: readers(block)[part][0] for group, part in groups.items()}
+        walk.observe(block.module, {group: [matrix] for group, matrix in first.items()}, means)
+        for group, matrix in first.items():
+            means.fill(group, matrix)
         rewrite(index, block, {groups[group]: mean for group, mean in means.result(step, model).items()})
         if index + 1 < len(rewritten.blocks):
             walk.advance(block.module)

@@ -10,18 +10,20 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mariotte import cuts
 from mariotte.architectures import Need
 from mariotte.compress import allocate
 from mariotte.compress.calibration import means, tokens_for
+from mariotte.compress.scope import rewrite_, sides
 from mariotte.compress.sequential import rewrite_sequentially
 from mariotte.errors import ChainError
-from mariotte.models.model import Block, Model
+from mariotte.models.model import Block, Model, OfExpert, Stacked
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, Prepared, Step
 
@@ -84,7 +86,7 @@ class Pattern:
 
     def refuse(self, matrices: Sequence[nn.Linear]) -> str | None:
         """Why the pattern does not fit into some of the matrices, or None."""
-        widths = sorted({matrix.in_features for matrix in matrices if matrix.in_features % self.of})
+        widths = sorted({inputs for inputs in (sides(matrix)[1] for matrix in matrices) if inputs % self.of})
         if widths:
             return (
                 f"needs input widths that {self.of} divides for nm={self}, and a matrix has {widths[0]}: "
@@ -160,17 +162,24 @@ def readers(block: Block, scope: str) -> dict[str, tuple[nn.Linear, ...]]:
     """The block's matrices in scope, those that read the same input together.
 
     Of matrices that are products of two, the first factors stand in their place, and each second one reads by itself.
+    Of a mixture each expert's matrices read what its tokens bring.
     """
     attention, ffn = block.entry.attention_paths, block.entry.ffn_paths
     paths = {
         **({"attention": attention[:-1], "output": attention[-1:]} if scope in ("all", "attention") else {}),
-        **({"mlp": ffn[:-1], "down": ffn[-1:]} if scope in ("all", "ffn") else {}),
+        **({"mlp": ffn[:-1], "down": ffn[-1:]} if scope in ("all", "ffn") and not block.entry.experts else {}),
     }
     found: dict[str, tuple[nn.Linear, ...]] = {}
     for part, some in paths.items():
         split = [[matrix for _, matrix in block.factors(path)] for path in some]
         found[part] = tuple(first for first, *_ in split)
         found |= {f"{part}-{place}": tuple(second) for place, (_, *second) in enumerate(split) if second}
+    if scope in ("all", "ffn") and block.entry.experts:
+        held = block.module.get_submodule(block.entry.experts)
+        ins, down = (cast(Stacked, matrix) for matrix in block.ffn)
+        for number in range(ins.experts):
+            found[f"expert-{number}"] = (cast(nn.Linear, OfExpert(held, ins, number)),)
+            found[f"expert-{number}-down"] = (cast(nn.Linear, OfExpert(held, down, number, ins)),)
     return found
 
 
@@ -230,8 +239,9 @@ def _cut(block: Block, scope: str, statistics: Mapping[str, Tensor], cut: Cut, c
     each = iter(counts)
     for part, matrices in readers(block, scope).items():
         for matrix in matrices:
-            weight_OI = matrix.weight.double()
-            matrix.weight.copy_(cut(weight_OI, statistics[part].to(weight_OI.device), next(each)))
+            counts_now = next(each)
+            statistic = statistics[part].to(matrix.weight.device)
+            rewrite_(matrix, lambda weight_OI, x=statistic, n=counts_now: cut(weight_OI, x, n))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +261,8 @@ class OneShot(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    mixtures: ClassVar[bool] = True
     per: ClassVar[str]
 
     nm: str | None = None
@@ -311,7 +322,7 @@ class OneShot(Step):
 
     def _counts(self, model: Model, amount: float, shares: Sequence[float]) -> list[list[list[int]]]:
         """Weights that go, of each part of each matrix of each block, when the blocks lose these shares."""
-        by_block = [[self.parts(*m.weight.shape) for m in some] for some in self._matrices(model)]
+        by_block = [[self.parts(*sides(m)) for m in some] for some in self._matrices(model)]
         if self.allocation == "uniform":
             pattern = self.pattern
             if pattern is not None:
@@ -325,7 +336,7 @@ class OneShot(Step):
             return [[[gone(size) for size in sizes] for sizes in matrices] for matrices in by_block]
         sizes = [size for matrices in by_block for some in matrices for size in some]
         each = [s for s, matrices in zip(shares, by_block, strict=True) for some in matrices for _ in some]
-        found = iter(allocate.whole(each, sizes, round(amount * sum(sizes))))
+        found = iter(cuts.whole(each, sizes, round(amount * sum(sizes))))
         return [[[next(found) for _ in some] for some in matrices] for matrices in by_block]
 
     @override
@@ -342,7 +353,7 @@ class OneShot(Step):
         return sum(sum(parts) for matrices in counts for parts in matrices)
 
     def _sizes(self, model: Model) -> list[int]:
-        return [sum(m.weight.numel() for m in some) for some in self._matrices(model)]
+        return [sum(math.prod(sides(m)) for m in some) for some in self._matrices(model)]
 
     @override
     @torch.no_grad()

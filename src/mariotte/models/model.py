@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -84,6 +84,12 @@ class Stacked:
         """The weights, and the biases if there are any."""
         yield from (parameter for parameter in (self.weight, self.bias) if parameter is not None)
 
+    def applied(self, expert: int, x_SI: Tensor) -> Tensor:
+        """What the matrix of one expert makes of its inputs, (S, O)."""
+        weight = self.weight[expert]
+        bias_O = None if self.bias is None else self.bias[expert]
+        return nn.functional.linear(x_SI, weight.T if self.transposed else weight, bias_O)
+
     @property
     def experts(self) -> int:
         """E."""
@@ -98,6 +104,61 @@ class Stacked:
     def in_features(self) -> int:
         """I of one expert."""
         return self.weight.shape[1 if self.transposed else 2]
+
+
+class OfExpert:
+    """The matrix of one expert of a block, seen as a layer: what it reads are the tokens that take the expert.
+
+    Parameters
+    ----------
+    held : module that holds the MLPs of all experts
+    stacked : the matrix of all of them
+    number : of the expert
+    before : for a matrix that reads neurons, the one of all experts that gives their gates and ups; None for that one
+    """
+
+    def __init__(self, held: nn.Module, stacked: Stacked, number: int, before: Stacked | None = None) -> None:
+        self.held, self.stacked, self.number, self.before = held, stacked, number, before
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is held, (O, I) or (I, O): a view, to be written through at once or not at all."""
+        return self.stacked.weight[self.number]
+
+    @property
+    def transposed(self) -> bool:
+        """Held as (I, O)."""
+        return self.stacked.transposed
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.stacked.out_features
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.stacked.in_features
+
+    def register_forward_pre_hook(
+        self, hook: Callable[[OfExpert, tuple[Tensor, ...]], None]
+    ) -> torch.utils.hooks.RemovableHandle:
+        """Have `hook` called with what the matrix reads, (S, I), whenever the experts run and a token takes this one.
+
+        Notes
+        -----
+        What reads neurons has its expert's gate and up computed once more.
+        """
+
+        def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x_MD, taken_Mk = cast("tuple[Tensor, Tensor]", arguments[:2])
+            x_SI = x_MD[(taken_Mk == self.number).any(1)]
+            if self.before is not None:
+                x_SI = cast(Any, module)._apply_gate(self.before.applied(self.number, x_SI))
+            if len(x_SI):
+                hook(self, (x_SI,))
+
+        return self.held.register_forward_pre_hook(watch)
 
 
 class Block:

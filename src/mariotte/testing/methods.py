@@ -113,11 +113,17 @@ def rounding_allowed(done: Done, model: Model) -> float:
         matrices = model.matrices(done.scope)
         if "rounding" in done.facts:
             return done.facts["rounding"] / max(done.in_scope, 1)
-        once = sum(len(matrix.weight) for matrix in matrices) if done.facts.get("per") == "row" else len(matrices)
+        rows, alone = (sum(len(oriented(matrix)) for matrix in matrices), sum(map(_alone, matrices)))
+        once = rows if done.facts.get("per") == "row" else alone
         return once / max(done.in_scope, 1)  # at most one weight a row, or a matrix
     sizes = {"hidden": shape.hidden, "neurons": shape.ffn, "heads": shape.heads, "blocks": shape.layers}
     sizes["experts"] = shape.experts
     return done.facts.get("rounding", 1) / sizes[done.unit]
+
+
+def _alone(matrix: nn.Linear | Stacked) -> int:
+    """Matrices that one holds: of all experts, or itself."""
+    return matrix.experts if isinstance(matrix, Stacked) else 1
 
 
 @torch.no_grad()

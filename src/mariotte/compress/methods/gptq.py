@@ -18,7 +18,7 @@ from mariotte.compress import llm_compressor
 from mariotte.compress.calibration import Means, outer, rows_at_once, tokens_for, watching
 from mariotte.compress.compensation import invertible, with_ridge
 from mariotte.compress.quantize import Grid, Grouped, absmax_grid, minmax_grid
-from mariotte.compress.scope import change, in_scope
+from mariotte.compress.scope import change, in_scope, rewrite_
 from mariotte.compress.sequential import rewrite_sequentially
 from mariotte.compress.sparsity import readers, store_statistics
 from mariotte.errors import ChainError
@@ -156,7 +156,11 @@ class GPTQ(Grouped):
     weights, all as safetensors; its scales of a group are those of the weights as they came, and its symmetric levels
     one more.
 
-    Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up.
+    Of a mixture each expert is measured on the tokens that take it. One that no token takes is rounded as by ``rtn``,
+    as if its inputs were equally large and independent: calibrate on text that reaches all of them.
+
+    Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up. Of an
+    expert these are the tokens that take it.
 
     Cost: as sparsegpt's, two passes through the model, and I³ + O I² a matrix.
 
@@ -167,7 +171,8 @@ class GPTQ(Grouped):
 
     reference: ClassVar[str] = "frantar2023gptq"
     streams: ClassVar[bool] = True
-    needs: ClassVar[tuple[Need, ...]] = ("causal", "linear")
+    needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    mixtures: ClassVar[bool] = True
 
     act_order: bool = False
     damp: float = 0.01
@@ -247,7 +252,7 @@ class GPTQ(Grouped):
         def rewrite(_index: int, block: Block, moments: Mapping[str, Tensor]) -> None:
             for part, matrices in readers(block, self.scope).items():
                 for matrix in matrices:
-                    matrix.weight.copy_(rounded(matrix.weight, moments[part]))
+                    rewrite_(matrix, lambda weight_OI, moment_II=moments[part]: rounded(weight_OI, moment_II))
 
         if self.scope == "head":
             ((name, head),) = in_scope(model, self.scope).items()

@@ -137,7 +137,11 @@ class SparseGPT(OneShot):
     are updated like all others, and stop being zero. With another allocation than uniform, round(amount x weights in
     scope) go in all.
 
-    Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up.
+    Of a mixture each expert is measured on the tokens that take it. One that no token takes is cut by its weights
+    alone, as if its inputs were equally large and independent: calibrate on text that reaches all of them.
+
+    Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up. Of an
+    expert these are the tokens that take it.
 
     Cost: as wanda's, plus a second moment of I² numbers for each distinct input of a block, and I³ + O I² a matrix.
 

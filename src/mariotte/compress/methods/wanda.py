@@ -71,6 +71,9 @@ class Wanda(OneShot):
     |W_oj| times the l2 norm of input j over all calibration tokens. Nothing else changes. With another allocation,
     round(amount x weights in scope) go in all, and rows of one matrix may differ by one.
 
+    Of a mixture each expert is measured on the tokens that take it. One that no token takes is cut by its weights
+    alone, as if its inputs were equally large and independent: calibrate on text that reaches all of them.
+
     Calibration: a few thousand tokens are enough, since only I norms a matrix are estimated. Where weights may also be
     updated, sparsegpt loses less at high amounts and costs I³ more a matrix.
 
