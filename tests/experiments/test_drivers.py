@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from driving import begun_together, run, table
 from typer.testing import CliRunner
 
 from mariotte.cli.main import app
@@ -23,7 +23,7 @@ from mariotte.experiments import branches
 from mariotte.experiments import run as running
 from mariotte.experiments.pipeline import Outcome
 from mariotte.experiments.run import Summary
-from mariotte.experiments.study import Study, parse, with_run
+from mariotte.experiments.study import parse, with_run
 from mariotte.models.step import Counters
 from mariotte.store import database, open_store
 
@@ -46,16 +46,6 @@ threads = 1
 
 def toml(model: Path) -> str:
     return TEXT.format(models=json.dumps([str(model)]))
-
-
-def run(study: Study, store: str | Path, **settings: Any) -> Summary:
-    with open_store(store, create=True) as opened:
-        return running.run(study, opened, **settings)
-
-
-def table(store: str | Path) -> dict[str, str]:
-    with open_store(store) as opened:
-        return {record.id: record.result_hash() for record in opened.records()}
 
 
 @pytest.fixture(scope="module")
@@ -96,18 +86,11 @@ def test_two_drivers_at_once_do_nothing_twice(
     """On one machine, with one folder of work between them."""
     # A study of seconds: whoever waits for the dense model asks more often, so that something is left for it.
     monkeypatch.setattr(branches, "WAIT_S", 0.01)
-    study, began = parse(toml(model_folder)), threading.Barrier(2, timeout=60)
+    study, listener = parse(toml(model_folder)), begun_together(2)
     found: dict[int, Summary] = {}
 
     def drive(number: int) -> None:
-        def begin(stage: str, done: float) -> None:
-            if not met.is_set():  # loading, or waiting for the one that measures the dense model
-                met.set()
-                began.wait()
-            time.sleep(0.02)
-
-        met = threading.Event()
-        found[number] = run(study, postgres_url, work=tmp_path / "work" / "shared", progress=begin)
+        found[number] = run(study, postgres_url, work=tmp_path / "work" / "shared", progress=listener())
 
     open_store(postgres_url, create=True).close()
     drivers = [threading.Thread(target=drive, args=(number,)) for number in range(2)]

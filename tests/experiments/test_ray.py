@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from driving import begun_together, run, table
 from typer.testing import CliRunner
 
 from mariotte.cli.main import app
 from mariotte.errors import MariotteError
 from mariotte.experiments import branches
-from mariotte.experiments import run as running
 from mariotte.experiments.branches import Branches, split
 from mariotte.experiments.pipeline import Outcome, Serving, Task
 from mariotte.experiments.run import Summary
@@ -55,16 +55,6 @@ threads = 1
 
 def study(*models: Path, **settings: object) -> Study:
     return with_run(parse(TEXT.format(models=json.dumps([str(model) for model in models]))), **settings)
-
-
-def run(study: Study, store: str | Path, **settings: Any) -> Summary:
-    with open_store(store, create=True) as opened:
-        return running.run(study, opened, **settings)
-
-
-def table(store: str | Path) -> dict[str, str]:
-    with open_store(store) as opened:
-        return {record.id: record.result_hash() for record in opened.records()}
 
 
 # -- without Ray ------------------------------------------------------------------------------------------------------
@@ -369,17 +359,10 @@ def test_a_driver_on_ray_and_one_without_share_a_store(
     """Whatever runs their branches, two drivers of one store do nothing twice."""
     # A study of seconds: whoever waits for the dense model asks more often, so that something is left for it.
     monkeypatch.setattr(branches, "WAIT_S", 0.01)
-    began, found = threading.Barrier(2, timeout=60), dict[str, Summary]()
+    listener, found = begun_together(2), dict[str, Summary]()
 
     def drive(name: str) -> None:
-        def begin(stage: str, done: float) -> None:
-            if not met.is_set():  # loading, or waiting for the one that measures the dense model
-                met.set()
-                began.wait()
-            time.sleep(0.02)
-
-        met = threading.Event()
-        found[name] = run(study(model_folder, runner=name), postgres_url, work=tmp_path / name, progress=begin)
+        found[name] = run(study(model_folder, runner=name), postgres_url, work=tmp_path / name, progress=listener())
 
     open_store(postgres_url, create=True).close()
     other = threading.Thread(target=drive, args=("inline",))

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from driving import run, table
 
 from mariotte.errors import MariotteError
-from mariotte.experiments import run as running
 from mariotte.experiments.pipeline import compress_model, measure
-from mariotte.experiments.run import Summary, check
-from mariotte.experiments.study import Study, parse
+from mariotte.experiments.run import check
+from mariotte.experiments.study import parse
 from mariotte.models.load import load
 from mariotte.store import open_store
 from mariotte.testing.tiny import weights_hash
@@ -40,16 +40,6 @@ NINE = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 def toml(model: Path, amounts: list[float] = [0.25, 0.5]) -> str:  # noqa: B006
     return TEXT.format(model=model, amounts=amounts)
-
-
-def run(study: Study, path: Path, **kwargs: object) -> Summary:
-    with open_store(path, create=True) as store:
-        return running.run(study, store, **kwargs)
-
-
-def table(path: Path) -> dict[str, str]:
-    with open_store(path) as store:
-        return {record.id: record.result_hash() for record in store.records()}
 
 
 @pytest.fixture(scope="module")

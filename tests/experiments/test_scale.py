@@ -9,17 +9,17 @@ import signal
 from pathlib import Path
 
 import pytest
+from driving import run, table
 from typer.testing import CliRunner
 
 from mariotte.architectures import shape
 from mariotte.cli.main import app
 from mariotte.errors import StoreError, StudyError
 from mariotte.experiments import pipeline
-from mariotte.experiments import run as running
 from mariotte.experiments.artifacts import Shelf
 from mariotte.experiments.estimate import estimate
 from mariotte.experiments.pipeline import Outcome, Serving, Task
-from mariotte.experiments.run import Summary, plan
+from mariotte.experiments.run import plan
 from mariotte.experiments.runners.processes import _buried, _Worker
 from mariotte.experiments.study import Measured, Study, embedded, parse, read, with_run
 from mariotte.locate import read_config
@@ -64,16 +64,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny("qwen2", vocab=len(World().vocabulary), tied=True, seed=1).hf.save_pretrained(folder)
     zoo.save_tokenizer(folder)
     return folder
-
-
-def run(study: Study, path: Path, **settings: object) -> Summary:
-    with open_store(path, create=True) as store:
-        return running.run(study, store, **settings)
-
-
-def table(path: Path) -> dict[str, str]:
-    with open_store(path) as store:
-        return {record.id: record.result_hash() for record in store.records()}
 
 
 def test_a_measure_of_cuts_leaves_recoveries_out(model_folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from driving import table
 
 from mariotte.errors import StudyError
 from mariotte.experiments import run as running
@@ -51,11 +52,6 @@ def run(text: str, path: Path, **kwargs: object) -> Summary:
 def chains_of(path: Path, name: str) -> list[str]:
     with open_store(path) as store:
         return [record.chain for record in store.records(study=name)]
-
-
-def table(path: Path) -> dict[str, str]:
-    with open_store(path) as store:
-        return {record.id: record.result_hash() for record in store.records()}
 
 
 @pytest.fixture
