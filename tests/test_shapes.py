@@ -164,7 +164,8 @@ def test_what_goes_is_what_the_method_says_on_every_family_that_it_claims(step: 
             claimed += 1
             if step.unit != "bits":
                 gone = model.counts.n_params - left.n_params + left.zeros
-                slack = step.slack(model) + (len(model.matrices("all")) * 64 if left.zeros else 0)
+                rows = sum(outputs for outputs, _ in cuts.matrices_of(sized(model), "all"))
+                slack = step.slack(model) + (2 * rows if left.zeros else 0)  # rounded row by row
                 assert abs(step.removes(model, amount) - gone) <= slack, (family, amount)
     assert claimed
 
@@ -212,7 +213,9 @@ def really(step: Step, families: list[str], folder: Path) -> int:
             agrees(left, cut)
             if left.shares:
                 done = cut.done[-1].obtained
-                assert left.obtained == pytest.approx(done, abs=1e-9 if not left.slack else 0.3), (family, amount)
+                # Of weights that become zero the share that is asked for is told, and not how it is rounded by row.
+                allowed = 0.3 if left.slack else 0.03 if left.zeros else 1e-9
+                assert left.obtained == pytest.approx(done, abs=allowed), (family, amount)
         made += 1
     return made
 
@@ -236,12 +239,17 @@ CHAINS = (
     "heads@0.5 | flap@0.3 | magnitude@0.5 | int8",
     "ffn@0.3 | modegpt@0.3 | int8",
     "int8 | magnitude@0.5",
+    "gpt_neox: slicegpt@0.25 | heads@0.5 | int8",
+    "falcon: ffn@0.3 | svd-llm@0.4 | rtn@4",
+    "phi3: shortgpt@0.34 | modegpt@0.3:ffn(allocation=uniform) | svd-llm@0.3 | rtn@3",
+    "mixtral: experts@0.5 | expert-ffn@0.4 | heads@0.5 | int8",
 )
 
 
 @pytest.mark.parametrize("text", CHAINS)
 def test_what_chains_leave_is_foretold(text: str, tmp_path: Path) -> None:
-    model = model_of("llama", tied=True)
+    family, _, text = text.rpartition(": ")
+    model = model_of(family or "llama", tied=True)
     made, parts = model, resolve(parse(text))
     for place, part in enumerate(parts):
         context = context_of(made, tmp_path / str(place))

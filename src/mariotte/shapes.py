@@ -257,6 +257,12 @@ def after(here: Here, link: Link) -> Here:
     if cut.irregular and not entry.irregular:
         head_dim = entry.head_dim or "head_dim"
         entry = replace(entry, irregular=True, hidden_multiple_of_heads=False, head_dim=head_dim)
+    if entry.irregular:  # as `architectures.of` reads it from the config of such a model
+        entry = replace(
+            entry,
+            rms_norm=entry.rms_norm or cut.shape.shortcuts,
+            grouped=entry.grouped and cut.shape.widths is None,
+        )
     return replace(
         here,
         model=replace(model, shape=cut.shape, entry=entry),
@@ -546,7 +552,7 @@ def _zeros(model: Sized, link: Link) -> _Cut:
 
 _GROUPED = ("all", "attention", "ffn")
 _ANY = (*_GROUPED, "head")
-_ONE_SHOT = _Method(cut=_zeros, needs=("causal", "linear"), scopes=_GROUPED, narrows=False, zeroes=True)
+_ONE_SHOT = _Method(cut=_zeros, mixtures=True, scopes=_GROUPED, narrows=False, zeroes=True)
 _BY_SIZE = _Method(cut=_zeros, needs=(), mixtures=True, scopes=_ANY, narrows=False, zeroes=True)
 _OF_NEURONS = _Method(cut=_neurons, refuse=_refuse_neurons)
 _OF_BLOCKS = _Method(cut=_blocks, refuse=_refuse_blocks, mixtures=True, narrows=False)
@@ -662,7 +668,7 @@ _QUANTIZERS: Mapping[str, _Quantizer] = {
         needs=("linear",),
     ),
     "rtn": _Quantizer(bits=None, packed=_levels, mixtures=True),
-    "gptq": _Quantizer(bits=None, packed=_levels, needs=("causal", "linear")),
+    "gptq": _Quantizer(bits=None, packed=_levels, needs=("causal",), mixtures=True),
 }
 
 QUANTIZERS = tuple(_QUANTIZERS)
