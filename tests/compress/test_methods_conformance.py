@@ -9,6 +9,7 @@ from mariotte.compress.methods.ffn import FFN
 from mariotte.compress.methods.gptq import GPTQ
 from mariotte.compress.methods.heads import Heads
 from mariotte.compress.methods.int4 import Int4
+from mariotte.compress.methods.int8_dynamic import Int8Dynamic
 from mariotte.compress.methods.magnitude import Magnitude
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slice import Slice
@@ -25,7 +26,7 @@ CASES = [
     *cases([Magnitude()], ["gpt2", "opt", "bert", "albert", "t5", "bart"]),
     *cases([FFN(), ShortGPT(), Wanda()], ["gpt_neox"]),
     *cases([SparseGPT()], ["opt", "gpt2"]),
-    *cases([GPTQ(), Wanda()], ["gpt_oss"]),
+    *cases([GPTQ(), Wanda(), Int8Dynamic()], ["gpt_oss"]),
     *cases([SparseGPT()], ["mixtral"]),
     *cases([Heads()], ["gpt2", "falcon", "olmo2"]),
     *cases([Heads(), FFN()], ["phi3"]),

@@ -11,6 +11,7 @@ Shapes: T tokens, I inputs of a matrix.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -22,6 +23,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
+
+from mariotte import architectures
+from mariotte.models.model import Stacked
 
 METHOD = "mariotte-dynamic"
 """What a config calls this kind of quantization."""
@@ -88,6 +92,44 @@ class DynamicConv1D(Conv1D):
         return super().forward(ROUND[self.scheme](x))
 
 
+class _DynamicExperts(nn.Module):
+    """The MLPs of a mixture, each of whose matrices rounds what it reads; made a twin of the family's by `_twin`.
+
+    Whatever way of computing experts transformers was told to take: one expert after another.
+    """
+
+    scheme: str
+    transposed: bool
+
+    @override
+    def forward(self, hidden_states: Tensor, taken: Tensor, shares: Tensor) -> Tensor:
+        """(M, D) of tokens (M, D), the experts that each takes, (M, k), and the share that each has, (M, k)."""
+        ins, down = (Stacked(self, name, transposed=self.transposed) for name in _OF_EXPERTS)
+        found = torch.zeros_like(hidden_states)
+        for expert in sorted(set(cast("list[int]", taken.flatten().tolist()))):
+            token, place = (taken == expert).nonzero(as_tuple=True)
+            gate_up = ins.applied(expert, ROUND[self.scheme](hidden_states[token]))
+            neurons = cast(Tensor, cast(Any, self)._apply_gate(gate_up))
+            given = down.applied(expert, ROUND[self.scheme](neurons)) * shares[token, place, None]
+            found = found.index_add(0, token, given.to(found.dtype))
+        return found
+
+
+_OF_EXPERTS = ("gate_up_proj", "down_proj")
+"""What transformers calls the matrices of all experts of a block."""
+
+
+@functools.cache
+def _twin(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of experts that round what they read."""
+    return type(f"Dynamic{kind.__name__}", (kind,), {"forward": _DynamicExperts.forward})
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    held = dict(module.named_parameters(recurse=False))
+    return all(name in held and held[name].ndim == 3 for name in _OF_EXPERTS)
+
+
 _TWINS: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: DynamicLinear, Conv1D: DynamicConv1D}
 
 
@@ -101,16 +143,20 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def can_wrap(module: nn.Module) -> bool:
     """Whether a layer is of a kind whose input can be rounded."""
-    return _kind(module) in _TWINS
+    return _kind(module) in _TWINS or _holds_experts(module)
 
 
 def wrap_(hf: PreTrainedModel, paths: Iterable[str], scheme: str) -> None:
     """Make these layers of a model round their input, and let its config say so."""
     stated = modules(hf.config)
+    entry = architectures.of(hf.config.to_dict())
     for path in paths:
         module = cast(Any, hf.get_submodule(path))
         # Its class alone changes: the parameters, and whoever holds the module, stay.
-        module.__class__ = _TWINS[_kind(module)]
+        if _holds_experts(module):
+            module.__class__, module.transposed = _twin(cast("type[nn.Module]", type(module))), entry.experts_transposed
+        else:
+            module.__class__ = _TWINS[_kind(module)]
         module.scheme = stated[path] = scheme
     hf.config.quantization_config = {"quant_method": METHOD, "modules": stated}
 

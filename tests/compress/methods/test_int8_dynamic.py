@@ -193,6 +193,46 @@ def test_two_scopes_may_have_two_schemes(tmp_path):
     assert len(modules(first.hf.config)) == 8
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@torch.no_grad()
+def test_each_expert_rounds_what_its_tokens_bring_and_what_its_neurons_give(family, tmp_path):
+    """The experts of one block by hand, from the rounded weights."""
+    model = run(Int8Dynamic(scope="ffn"), tiny(family), 8, tmp_path)
+    seen = {}
+    held = model.blocks[0].module.get_submodule(model.entry.experts)
+    held.register_forward_hook(lambda _module, arguments, found: seen.update(arguments=arguments, found=found))
+    model.logits(random_tokens(2, 9))
+    x_MD, taken_Mk, shares_Mk = seen["arguments"][:3]
+    expected = torch.zeros_like(x_MD)
+    for token, x_D in enumerate(x_MD):
+        for expert, share in zip(taken_Mk[token], shares_Mk[token], strict=True):
+            ins, down = held.gate_up_proj[expert], held.down_proj[expert]
+            if family == "gpt_oss":
+                both = by_hand(x_D) @ ins + held.gate_up_proj_bias[expert]
+                gate, up = both[::2].clamp(max=held.limit), both[1::2].clamp(-held.limit, held.limit)
+                given = by_hand((up + 1) * gate * torch.sigmoid(held.alpha * gate)) @ down
+                expected[token] += share * (given + held.down_proj_bias[expert])
+            else:
+                gate, up = (ins @ by_hand(x_D)).chunk(2)
+                expected[token] += share * (down @ by_hand(torch.nn.functional.silu(gate) * up))
+    # Next to a half a value may fall on its other side: of a few hundred one would show as a level of its row.
+    assert (seen["found"] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert modules(model.hf.config) == {f"model.layers.{layer}.mlp.experts": "token" for layer in range(2)}
+
+
+def by_hand(x_I):
+    """A token's values rounded to 255 levels around zero."""
+    scale = x_I.abs().max() / 127
+    return (x_I / scale).round() * scale
+
+
+def test_one_scale_for_a_whole_matrix_is_not_what_stacked_experts_have():
+    assert Int8Dynamic(scheme="torch").refuse(tiny("mixtral")) == (
+        "needs matrices one by one for scheme=torch, and experts are stacked: take scheme=token"
+    )
+    assert Int8Dynamic(scheme="torch", scope="attention").refuse(tiny("mixtral")) is None
+
+
 def test_impossible_requests_are_refused(tmp_path):
     with pytest.raises(ChainError, match="int8-dynamic: scheme must be one of token, torch, got 'row'"):
         Int8Dynamic(scheme="row")

@@ -5,7 +5,6 @@ Shapes: O outputs and I inputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from mariotte.compress.quantize import Quantizer, packed_bytes, round_absmax
 from mariotte.compress.scope import in_scope
 from mariotte.errors import ChainError
 from mariotte.models.dynamic import SCHEMES, can_wrap, wrap_
-from mariotte.models.model import Model
+from mariotte.models.model import Model, Stacked
 from mariotte.models.step import Context, Prepared
 
 __all__ = ["Int8Dynamic"]
@@ -29,6 +28,11 @@ def round_whole_matrix(weight_OI: Tensor) -> Tensor:
     scale = (wide_OI.abs().amax() / 127.5).clamp(min=torch.finfo(torch.float32).eps)
     # Multiplied as torch does: many weights of a checkpoint lie on a half, and a division puts some on its other side.
     return ((wide_OI * (1 / scale)).round().clamp(-128, 127) * scale).to(weight_OI.dtype)
+
+
+def _layer(name: str, matrix: object) -> str:
+    """The path of what reads a matrix's input, given the name of its weight."""
+    return name.rpartition(".")[0] if isinstance(matrix, Stacked) else name.removesuffix(".weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,9 @@ class Int8Dynamic(Quantizer):
     The checkpoint is the family's own, and its config says which matrices round their input; ``mariotte`` reads that,
     as does transformers in a process that has imported ``mariotte.models.dynamic``.
 
+    In a mixture each expert rounds what its tokens bring, and what its neurons give, token by token; experts are then
+    computed one after another.
+
     Cost: one pass over the weights in scope, and at run time two passes over what each matrix reads.
 
     References
@@ -71,6 +78,7 @@ class Int8Dynamic(Quantizer):
     reference: ClassVar[str] = "namburi2023cost"
     streams: ClassVar[bool] = True
     fixed: ClassVar[int | None] = 8
+    mixtures: ClassVar[bool] = True
     plain: ClassVar[bool] = False
 
     scheme: str = "token"
@@ -86,6 +94,10 @@ class Int8Dynamic(Quantizer):
         if reason := super().refuse(model):
             return reason
         for name, matrix in in_scope(model, self.scope).items():
+            if isinstance(matrix, Stacked):
+                if self.scheme == "torch":
+                    return "needs matrices one by one for scheme=torch, and experts are stacked: take scheme=token"
+                continue
             if not can_wrap(matrix):
                 return (
                     f"needs linear layers, and {name.removesuffix('.weight')} is a {type(matrix).__name__}: "
@@ -110,9 +122,9 @@ class Int8Dynamic(Quantizer):
     @override
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         quantized = super().apply(model, prepared, amount, context)
-        head = quantized.entry.head
-        paths: Sequence[str] = [
-            head if self.scope == "head" else name.removesuffix(".weight") for name in in_scope(quantized, self.scope)
+        paths = [
+            quantized.entry.head if self.scope == "head" else _layer(name, matrix)
+            for name, matrix in in_scope(quantized, self.scope).items()
         ]
-        wrap_(quantized.hf, paths, self.scheme)
+        wrap_(quantized.hf, dict.fromkeys(paths), self.scheme)
         return quantized
