@@ -9,6 +9,7 @@ inputs of a matrix, R rank.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -225,9 +226,16 @@ def sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
 def cannot_turn(entry: Architecture) -> str | None:
     """Why the stream of a family cannot be rotated, in a clause after a method's name; None when it can."""
     if not entry.rms_norm:
-        return f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean: take ffn or shortgpt"
+        other = "ffn or shortgpt" if entry.model_type in ONE_WIDTH else "slicegpt, whose class does without, or ffn"
+        return (
+            f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean of the dimensions that are "
+            f"there: take {other}"
+        )
     if not entry.turns:
-        return f"needs norms that feed the matrices, and {entry.model_type} has norms after them: take ffn or shortgpt"
+        return (
+            f"needs norms that feed the matrices, and {entry.model_type} has norms after them, whose weights no "
+            "rotation passes: take ffn or shortgpt"
+        )
     return None
 
 
@@ -378,11 +386,11 @@ def refuse_pruner(model: Sizes, scope: str, pruned: range) -> str | None:
 def equal_shape(
     model: Sizes, amount: float, scope: str, round_to: int | None, *, irregular: bool = False
 ) -> tuple[Shape, float]:
-    """The sizes of a model whose blocks all lose a share of their heads and of their neurons.
+    """The sizes of a model whose blocks all lose a share of their heads and of their neurons, the nearest there is.
 
     Parameters
     ----------
-    amount : share of either, in [0, 1)
+    amount : share of the parameters of both, as far as they are in scope, in [0, 1)
     scope : all, attention or ffn
     round_to : multiple to which neurons are rounded, as in `neuron_width`
     irregular : take numbers of heads that the family's config may refuse, too
@@ -391,16 +399,58 @@ def equal_shape(
     -------
     The shape, and how far a share may be from the one asked for
     """
-    shape, off = model.shape, 0.0
-    heads, groups, ffn = shape.heads, shape.kv_heads, shape.ffn
-    if scope != "ffn":
-        choices = kept_counts(shape, "groups") if irregular else possible_counts(model, "groups")
-        heads, groups = nearest_heads(choices, heads * (1 - amount))
-        off = largest_gap(choices) / shape.heads
-    if scope != "attention":
-        ffn, multiple = neuron_width(model, amount, round_to)
-        off = max(off, multiple / shape.ffn)
+    shape = model.shape
+    kept = kept_counts(shape, "groups") if irregular else possible_counts(model, "groups")
+    multiple = rounding(shape.ffn, round_to, at=shape.hidden)
+    choices = tuple(_equal_cuts(shape, tuple(kept), multiple, scope))
+    removed = [share for share, _ in choices]
+    nearest = min(range(len(choices)), key=lambda place: (round(abs(removed[place] - amount), 9), place))
+    heads, groups, ffn = choices[nearest][1]
+    off = max((after - before for before, after in itertools.pairwise([*removed, 1.0])), default=1.0)
     return replace(shape, heads=heads, kv_heads=groups, ffn=ffn), off
+
+
+_FAR = 0.02
+"""Between a share that was asked for and the nearest there is, from which on it is said."""
+
+
+def said_when_far(amount: float, obtained: float) -> dict[str, Any]:
+    """A sentence, for the facts of a result, where the nearest cut is far from the one that was asked for."""
+    if abs(obtained - amount) <= _FAR:
+        return {}
+    return {
+        "warning": f"{obtained:.1%} went and not {amount:.1%}: whole heads and multiples of neurons are coarse in a "
+        "model of this shape, and no other number of them comes nearer"
+    }
+
+
+@functools.cache
+def _equal_cuts(
+    shape: Shape, kept: tuple[tuple[int, int], ...], multiple: int, scope: str
+) -> tuple[tuple[float, tuple[int, int, int]], ...]:
+    """What equal cuts of all blocks remove, a share of the parameters in scope, and what they leave, the mildest first.
+
+    Heads are few and neurons many. Each number of heads serves the amounts that it is the nearest to, and neurons make
+    up for the rest: so the order is one, and what goes never falls as more is asked.
+    """
+    numbers = kept if scope != "ffn" else kept[:1]
+    # Widths that a cut may leave, the widest first.
+    widths = (
+        [shape.ffn, *range((shape.ffn - 1) // multiple * multiple, 0, -multiple)]
+        if scope != "attention"
+        else [shape.ffn]
+    )
+    ends = [1 - (above + below) / 2 / shape.heads for (above, _), (below, _) in itertools.pairwise(numbers)]
+    neuron = removed_share(shape, replace(shape, ffn=shape.ffn - 1), scope) if len(widths) > 1 else 0.0
+    found: list[tuple[float, tuple[int, int, int]]] = []
+    for (heads, groups), low, high in zip(numbers, [-1.0, *ends], [*ends, 2.0], strict=True):
+        alone = removed_share(shape, replace(shape, heads=heads, kv_heads=groups), scope)
+        for width in widths:
+            share = alone + neuron * (shape.ffn - width)
+            # A multiple beyond its own amounts, so that between two numbers of heads no amount is left out.
+            if scope == "attention" or (low <= share + neuron * multiple and share - neuron * multiple < high):
+                found.append((share, (heads, groups, width)))
+    return tuple(sorted(found, key=lambda cut: cut[0]))
 
 
 def removed_share(before: Shape, after: Shape, scope: str) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from mariotte.compress.groups import keep_groups, ranked_heads
 from mariotte.compress.methods.llm_pruner import LLMPruner, neuron_importance, salience, weight_gradients
+from mariotte.cuts import equal_shape, removed_share
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load
@@ -171,8 +174,10 @@ def test_what_it_cannot_do_is_said(tmp_path):
     assert "spares all 2 blocks of this model: ask for fewer" in (
         LLMPruner(first=1, last=1).refuse(tiny("llama")) or ""
     )
-    assert LLMPruner(first=1).refuse(tiny("gpt_neox", layers=3)) == (
-        "spares 1 blocks, so that it needs a class for blocks of different sizes, and gpt_neox has none: ask for "
+    other = tiny("gpt_neox", layers=3)
+    other.entry = dataclasses.replace(other.entry, model_type="other", head_dim="head_dim")
+    assert LLMPruner(first=1).refuse(other) == (
+        "spares 1 blocks, so that it needs a class for blocks of different sizes, and other has none: ask for "
         "first=0 and last=0"
     )
     with pytest.raises(DataError, match="llm-pruner needs calibration rows of at least 2 tokens"):
@@ -202,3 +207,32 @@ def test_added_biases_are_added(tmp_path):
     loaded = load(checkpoint.save(cut, tmp_path / "saved"))
     assert (loaded.shape, loaded.counts) == (cut.shape, cut.counts)
     torch.testing.assert_close(logits(loaded), logits(cut))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden": 64, "heads": 8, "kv_heads": 8, "ffn": 128}, {"kv_heads": 1}])
+@pytest.mark.parametrize("scope", ["all", "ffn", "attention"])
+def test_of_equal_cuts_the_nearest_is_taken_and_more_is_never_less(sizes, scope):
+    """Heads serve the amounts that they are nearest to, and neurons make up for what these leave."""
+    model = tiny("qwen2", **sizes)
+    before, removed = model.shape, []
+    for amount in [place / 50 for place in range(50)]:
+        after, off = equal_shape(model, amount, scope, None)
+        removed.append(removed_share(before, after, scope))
+        assert abs(removed[-1] - amount) <= off
+        if scope == "ffn":
+            widths = range(8, before.ffn + 1, 8)
+            others = [removed_share(before, dataclasses.replace(before, ffn=ffn), scope) for ffn in widths]
+            assert abs(removed[-1] - amount) == pytest.approx(min(abs(share - amount) for share in others))
+        if scope == "all" and 0.2 < amount < 0.7:  # where there are neurons left to make up for heads
+            multiple = removed_share(before, dataclasses.replace(before, ffn=before.ffn - 8), scope)
+            assert abs(removed[-1] - amount) <= multiple / 2 + 1e-9
+    assert removed == sorted(removed)
+    assert removed[0] == 0
+
+
+def test_it_is_said_when_the_nearest_is_far(tmp_path):
+    model = tiny("qwen2")
+    step = LLMPruner(scope="attention", first=0, last=0)
+    near, far = (run(step, model, amount, tmp_path / str(amount)).done[-1] for amount in (0.5, 0.3))
+    assert "warning" not in near.facts
+    assert far.facts["warning"].startswith("50.0% went and not 30.0%: whole heads")

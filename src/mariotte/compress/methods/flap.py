@@ -32,6 +32,7 @@ from mariotte.cuts import (
     refuse_flap,
     removed_of_groups,
     removed_share,
+    said_when_far,
 )
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
@@ -123,14 +124,15 @@ class FLAP(Step):
 
     Notes
     -----
-    An amount is a share of the parameters of attention and MLPs, as far as they are in scope; with `uniform`, of the
-    heads and of the neurons. Heads that share a key-value head go together; where all share one they go one by one. As
-    in the authors' code the metric of attention is squared before it is averaged over a head. One group and one
-    multiple of neurons stay in each block. How many heads go and how many neurons depends on the activations, so that
-    of a share of the model's parameters the nearest is had to within one of these parts.
+    An amount is a share of the parameters of attention and MLPs, as far as they are in scope. Heads that share a
+    key-value head go together; where all share one they go one by one. As in the authors' code the metric of attention
+    is squared before it is averaged over a head. One group and one multiple of neurons stay in each block. How many
+    heads go and how many neurons depends on the activations, so that of a share of the model's parameters the nearest
+    is had to within one of these parts. With `uniform` the heads that go are as many as are nearest to the share, and
+    neurons make up for what these, being few, leave; a result far from what was asked says so.
 
-    Unless `uniform`, the result is of a class of ours for blocks of different sizes, which there is for some families
-    (``mariotte.models.irregular.CLASSES``); the others are refused by name.
+    Unless `uniform`, the result is of a class of ours for blocks of different sizes, which every dense decoder has.
+    Where queries and keys are normalised over all heads together (olmo2), heads do not go exactly; see `heads`.
 
     When to use it: where blocks differ and there is no time for least squares: it takes one forward pass and solves
     nothing. With 25 % of all parameters gone it came to 3.16 nats on stories260K (dense 1.77), with `uniform` to 3.57
@@ -236,7 +238,14 @@ class FLAP(Step):
                 (model.counts.n_params - accounting.count_shape(after).n_params) / total,
                 max(stays, largest) / total,
             )
-        done = self.done(amount, obtained, heads=[*map(len, heads)], ffn=[*map(len, neurons)], rounding=off)
+        done = self.done(
+            amount,
+            obtained,
+            heads=[*map(len, heads)],
+            ffn=[*map(len, neurons)],
+            rounding=off,
+            **said_when_far(amount, obtained),
+        )
         if obtained == 0:
             return model.copy().after(done)
         cut = keep_groups(

@@ -257,7 +257,8 @@ class Heads(Step):
     Families whose config ties the head width to the hidden size (opt, gpt2, gpt_neox, falcon) become models of a class
     of ours, which transformers reads with ``trust_remote_code=True``. Where queries and keys are normalised over all
     heads together (olmo2) the norm's weights take over what the missing heads change of it, in the mean over
-    calibration text: there alone removing a head is not quite the same as its giving nothing.
+    calibration text: there alone removing a head is not quite the same as its giving nothing. It cannot be: the energy
+    of the queries that are missing depends on the token, and to know it takes the rows that went.
 
     When to use it: for small shares, in combination with other cuts, and with compensation, which took away a fifth to
     three fifths of what losing about half the heads cost on seven small models. Heads are few and each does much: on

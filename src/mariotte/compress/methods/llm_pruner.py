@@ -24,7 +24,7 @@ from mariotte.compress.groups import (
     ranked_heads,
 )
 from mariotte.compress.scope import oriented, turned
-from mariotte.cuts import equal_shape, refuse_pruner, removed_share, sizes_by_block, spared_blocks
+from mariotte.cuts import equal_shape, refuse_pruner, removed_share, said_when_far, sizes_by_block, spared_blocks
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -173,13 +173,14 @@ class LLMPruner(Step):
 
     Notes
     -----
-    An amount is a share of the groups of each block that is not spared: of its neurons, and of its heads. A group is a
-    neuron with its rows of gate and up and its column of down, or a key-value head with all query heads that share it;
-    once one of these is left its query heads go one by one. The importance of a group is the sum of that of its
-    weights. Orders are nested: one preparation serves all amounts.
+    An amount is a share of the parameters of attention and MLP of each block that is not spared, as far as they are in
+    scope. A group is a neuron with its rows of gate and up and its column of down, or a key-value head with all query
+    heads that share it; once one of these is left its query heads go one by one. As many heads go as are nearest to the
+    share, and neurons make up for what these, being few, leave; a result far from what was asked says so. The
+    importance of a group is the sum of that of its weights. Orders are nested: one preparation serves all amounts.
 
-    Where blocks are spared, sizes differ by block, and the result is of a class of ours for such, which there is for
-    some families (``mariotte.models.irregular.CLASSES``); ``first=0, last=0`` gives the ordinary shape in every family.
+    Where blocks are spared, sizes differ by block, and the result is of a class of ours for such; ``first=0, last=0``
+    gives the ordinary shape where the family's config can state it.
 
     When to use it: to compare with LLM-Pruner, or before a recovery: nothing compensates for what goes. With 25 % of
     all parameters gone as neurons (scope ffn) it came to 3.86 nats on stories260K (dense 1.77) and to 1.376 on testbed
@@ -283,14 +284,16 @@ class LLMPruner(Step):
     def apply(self, model: Model, prepared: Prepared, amount: int | float, context: Context) -> Model:
         shape, pruned = model.shape, self._pruned(model)
         of_block, after, rounding = self._after(model, amount)
+        obtained = removed_share(shape, of_block, self.scope)
         done = self.done(
             amount,
-            removed_share(shape, of_block, self.scope),
+            obtained,
             heads=[shape.heads, of_block.heads],
             kv_heads=[shape.kv_heads, of_block.kv_heads],
             ffn=[shape.ffn, of_block.ffn],
             blocks=[pruned.start, pruned.stop],
             rounding=rounding,
+            **said_when_far(amount, obtained),
         )
         if (of_block.heads, of_block.ffn) == (shape.heads, shape.ffn):
             return model.copy().after(done)

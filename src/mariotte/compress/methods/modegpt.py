@@ -173,6 +173,12 @@ class MoDeGPT(Step):
     Not on models with few pairs a head: with four, on stories260K, losing one of them costs more than neurons do,
     `queries=0` is better and `ffn` better still.
 
+    Dimensions that a family does not turn (a part of each head in phi and gpt_neox, all of them in opt and gpt2) are
+    chosen by pairs as well. Where queries and keys have norms of their own (qwen3, gemma3_text, olmo2), CR cannot hold:
+    such a norm divides by the mean square over all of a head, so that without some of it every score is another one,
+    and no weight can make up for what depends on the token. There they stay whole, whatever `queries` says, and at most
+    what MLPs and values hold can go.
+
     The result has widths by layer, and heads whose frequencies are not those of a head so wide, which no family's
     config can state: a model of the class for irregular sizes, which ``transformers`` reads with ``trust_remote_code``.
     In the scope ffn with allocation=uniform it is an ordinary checkpoint.
