@@ -77,8 +77,8 @@ def test_equal_logits_never_look_like_knowledge(model: Model) -> None:
 def test_batches_and_lengths_change_no_rank(model: Model) -> None:
     prompts = [[0, 5, 6], [0, 7], [0, 8, 9], [0, 10, 11, 12]]
     answers = [20, 21, 22, 23]
-    together = answer_ranks(model, prompts, answers, batch=2)
-    alone = [int(answer_ranks(model, [p], [a])) for p, a in zip(prompts, answers, strict=True)]
+    together, _ = answer_ranks(model, prompts, answers, batch=2)
+    alone = [int(answer_ranks(model, [p], [a])[0]) for p, a in zip(prompts, answers, strict=True)]
     assert together.tolist() == alone
 
 

@@ -44,8 +44,11 @@ def _chosen(count: int | None) -> tuple[Fact, ...]:
     return tuple(facts[i * len(facts) // count] for i in range(count))
 
 
-def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[int], *, batch: int = 256) -> Tensor:
-    """Rank of the right answer among the whole vocabulary, 1 being first.
+@torch.no_grad()
+def answer_ranks(
+    model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[int], *, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Rank of the right answer among the whole vocabulary, 1 being first, and its log-probability.
 
     Parameters
     ----------
@@ -55,16 +58,9 @@ def answer_ranks(model: Model, prompts: Sequence[Sequence[int]], answers: Sequen
 
     Returns
     -------
-    (n,) int64; a tie counts against the model, so that equal logits never look like knowledge
+    (n,) int64 ranks; a tie counts against the model, so that equal logits never look like knowledge
+    (n,) float64, nats
     """
-    return _answered(model, prompts, answers, batch=batch)[0]
-
-
-@torch.no_grad()
-def _answered(
-    model: Model, prompts: Sequence[Sequence[int]], answers: Sequence[int], *, batch: int = 256
-) -> tuple[Tensor, Tensor]:
-    """(n,) int64 ranks, and (n,) float64 log-probabilities of the answers in nats."""
     ranks = torch.zeros(len(prompts), dtype=torch.int64)
     logs = torch.zeros(len(prompts), dtype=torch.float64)
     by_length: defaultdict[int, list[int]] = defaultdict(list)
@@ -81,7 +77,7 @@ def _answered(
 
 
 def _filled(model: Model, prompts: Sequence[Prompt], answers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`_answered` of a masked model or an encoder-decoder."""
+    """`answer_ranks` of a masked model or an encoder-decoder."""
     found = vocabulary_placings(model, prompts, answers)
     assert found.logs is not None
     return found.ranks, found.logs
@@ -314,7 +310,7 @@ class Knowledge(Measure):
         if model.kind == "causal":
             facts, seen, heldout, answers = self._questions(model)
             (seen_ranks, seen_logs), (heldout_ranks, heldout_logs) = (
-                _answered(model, prompts, answers) for prompts in (seen, heldout)
+                answer_ranks(model, prompts, answers) for prompts in (seen, heldout)
             )
         else:
             facts, seen_gaps, heldout_gaps, answers = self._gaps(model)
