@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mariotte.compress.calibration import observe
 from mariotte.compress.scope import oriented, turned
 from mariotte.compress.surgery import derive, gathered, parameter_names
+from mariotte.compress.walk import hooked
 from mariotte.models.model import Block, Model, Stacked
 from mariotte.models.step import Context
 
@@ -87,11 +88,8 @@ def watch_experts(
         for index, (experts, block) in enumerate(zip(held, model.blocks, strict=True))
     ]
     groups = {str(index): [experts] for index, experts in enumerate(held)}
-    try:
+    with hooked(handles):
         observe(model, context, step, groups, lambda group, x_MD: None, passed=lambda group: passed(int(group)))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
