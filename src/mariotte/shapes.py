@@ -613,10 +613,12 @@ class _Quantizer:
     groups : sizes of groups that there are; None for any
     otherwise : what to do where no group fits
     keeps_zeros : weights that are zero stay zero
+    refuse : why it cannot work on a model, besides what its family and its groups say
     """
 
     bits: int | None
     packed: _Pack
+    refuse: Callable[[Sized, Link], str | None] = _nothing
     group: int | None = None
     groups: tuple[int, ...] | None = None
     otherwise: str = "leave group out"
@@ -633,6 +635,12 @@ def _eight(link: Link, outputs: int, inputs: int, itemsize: int) -> int:
 
 def _dynamic(link: Link, outputs: int, inputs: int, itemsize: int) -> int:
     return outputs * inputs + (4 if link.fields.get("scheme") == "torch" else outputs * itemsize)
+
+
+def _refuse_dynamic(model: Sized, link: Link) -> str | None:
+    if link.fields.get("scheme") == "torch" and model.entry.experts and "ffn" in cuts.PARTS[_scope(link)]:
+        return "needs matrices one by one for scheme=torch, and experts are stacked: take scheme=token"
+    return None
 
 
 def _float8(link: Link, outputs: int, inputs: int, itemsize: int) -> int:
@@ -656,7 +664,7 @@ def _levels(link: Link, outputs: int, inputs: int, itemsize: int) -> int:
 
 _QUANTIZERS: Mapping[str, _Quantizer] = {
     "int8": _Quantizer(bits=8, packed=_eight, mixtures=True),
-    "int8-dynamic": _Quantizer(bits=8, packed=_dynamic),
+    "int8-dynamic": _Quantizer(bits=8, packed=_dynamic, refuse=_refuse_dynamic, mixtures=True),
     "fp8": _Quantizer(bits=8, packed=_float8, needs=("linear",)),
     "int4": _Quantizer(
         bits=4,
@@ -685,6 +693,8 @@ def _rounded(here: Here, link: Link, step: _Quantizer) -> Here:
     """
     model, scope = here.model, _scope(link)
     _check(model, link, step)
+    if reason := step.refuse(model, link):
+        raise ModelError(reason)
     bits = step.bits
     if bits is None:
         if not isinstance(link.amount, int | float) or link.amount not in range(2, 9):
