@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from mariotte.report.page import Section, render, save
+from mariotte.report.page import render, save
+from mariotte.report.sections import Section
 from mariotte.report.series import quantity, share, signed_share
 from mariotte.report.table import MINUS, Cell, Table
 
