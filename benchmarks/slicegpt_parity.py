@@ -2,10 +2,12 @@
 
     python benchmarks/slicegpt_parity.py stories260K SHARED_DATA [--reference CHECKOUT --python PYTHON]
     python benchmarks/slicegpt_parity.py testbed/llama-483k [--reference CHECKOUT --python PYTHON]
+    python benchmarks/slicegpt_parity.py tiny-opt [--reference CHECKOUT --python PYTHON]
 
 CHECKOUT holds microsoft/TransformerCompression and PYTHON runs it: torch, safetensors, transformers 4.41 and
 ml-collections are what this needs of its environment. stories260K is calibrated and tested on the windows of
-``stories260k.py``, a model of the testbed on 512 rows of its calibration text and 200 of its test text.
+``stories260k.py``, a model of the testbed on 512 rows of its calibration text and 200 of its test text. tiny-opt,
+tiny-phi and tiny-phi3 are random models of 3 blocks, 64 wide, calibrated and tested on 64 and 32 rows that they wrote.
 
 The published code subtracts from each embedding its mean, which is right before LayerNorm and changes a model with
 RMSNorm. So it is run twice: as published, beside our method on the model changed in the same way; and with the
@@ -61,21 +63,23 @@ def compare(arguments: argparse.Namespace) -> None:
     model, calibration, test = subject(arguments.model, arguments.data)
     hidden = model.shape.hidden
     embedded = model.embeddings.weight.detach()
-    centred = derive(
-        model,
-        {
-            f"{model.entry.embeddings}.weight": embedded - embedded.mean(-1, keepdim=True),
-            f"{model.entry.head}.weight": model.head.weight,
-        },
-        untie=True,
-    )
+    dense = {"as they are": model}
+    if model.entry.rms_norm:  # LayerNorm makes no difference between the two
+        dense["centred"] = derive(
+            model,
+            {
+                f"{model.entry.embeddings}.weight": embedded - embedded.mean(-1, keepdim=True),
+                f"{model.entry.head}.weight": model.head.weight,
+            },
+            untie=True,
+        )
     loss = float(token_nll(model, test, batch=8).mean())
     print(f"{arguments.model}: {model.counts.n_params:,} parameters, loss {loss:.4f}, {len(calibration)} x ", end="")
     print(f"{calibration.shape[1]} tokens calibrate, {len(test)} x {test.shape[1]} test, {arguments.threads} threads")
     print("| embeddings | width | parameters | ours | published | apart | ours, s | published, s | times | of CPU |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     one_pass = SliceGPT(sequential=False)
-    for name, dense in (("as they are", model), ("centred", centred)):
+    for name, dense in dense.items():
         for kept in arguments.kept:
             _, before = ours(SliceGPT(), dense, calibration, 1 - kept)
             found = None
@@ -113,10 +117,28 @@ def subject(name: str, data: Path | None) -> tuple[Any, Tensor, Tensor]:
         assert data is not None, "stories260K needs the folder with models/ and tinystories/"
         rows = windows(data)
         return load(data / "models" / "stories260K"), rows[:CALIBRATION], rows[-TEST:]
+    if name.startswith("tiny-"):
+        return written_by_itself(name.removeprefix("tiny-"))
     model = load(name)
     corpus = corpora.find("testbed/all")
     calibration = tokens.blocks(corpus, "calibration", model.tokenizer, 64, 512)
     return model, calibration, tokens.blocks(corpus, "test", model.tokenizer, 64, 200)
+
+
+def written_by_itself(family: str) -> tuple[Any, Tensor, Tensor]:
+    """A random model, and rows of 64 tokens drawn from its own predictions: the text of which it is the best model."""
+    from mariotte.testing.tiny import random_tokens, tiny
+
+    model = tiny(family, hidden=64, heads=4, kv_heads=4, layers=3, ffn=128, **ALIKE[family])
+    settings = {"do_sample": True, "top_k": 0, "min_new_tokens": 63, "max_new_tokens": 63, "pad_token_id": 0}
+    first = random_tokens(96, 1)
+    torch.manual_seed(0)
+    rows = model.hf.generate(first, attention_mask=torch.ones_like(first), **settings)
+    return model, rows[:64], rows[64:]
+
+
+ALIKE: dict[str, dict[str, Any]] = {"opt": {}, "phi": {}, "phi3": {"sliding_window": None, "rms_norm_eps": 1e-5}}
+"""What the published code cannot have otherwise."""
 
 
 def ours(step: Any, dense: Any, calibration: Tensor, amount: float) -> tuple[Any, tuple[float, float]]:
@@ -149,6 +171,36 @@ def ask(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def adapted(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
+    """The model that a config of ours describes, in the classes of earlier transformers, in the published adapter."""
+    from slicegpt.adapters import llama_adapter, opt_adapter, phi2_adapter, phi3_adapter
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
+
+    kind = config["model_type"]
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    keys += {"opt": ("ffn_dim", "word_embed_proj_dim")}.get(kind, ("intermediate_size", "num_key_value_heads"))
+    keys += {"opt": ("activation_function",), "phi": ("layer_norm_eps",)}.get(kind, ("rms_norm_eps",))
+    keys += () if kind == "opt" else ("hidden_act",)
+    stated = {key: config[key] for key in (*keys, "pad_token_id")} | {"tie_word_embeddings": False, "use_cache": False}
+    rope = config.get("rope_parameters") or {}
+    stated |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if kind != "opt" and "head_dim" in config:
+        assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"], (
+            "it knows no other head size"
+        )
+    if kind == "phi3":
+        # The model's code was not yet in transformers' own names when the adapter was written.
+        from transformers import Phi3Config, Phi3ForCausalLM
+    made, adapter = {
+        "llama": lambda: (LlamaForCausalLM(LlamaConfig(**stated)), llama_adapter.LlamaModelAdapter),
+        "opt": lambda: (OPTForCausalLM(OPTConfig(**stated)), opt_adapter.OPTModelAdapter),
+        "phi": lambda: (PhiForCausalLM(PhiConfig(**stated)), phi2_adapter.Phi2ModelAdapter),
+        "phi3": lambda: (Phi3ForCausalLM(Phi3Config(**stated)), phi3_adapter.Phi3ModelAdapter),
+    }[kind]()
+    made.load_state_dict(state)
+    return adapter(made.eval())
+
+
 @torch.no_grad()
 def published(checkout: Path, handed: Path) -> dict[str, Any]:
     """Run the published code on what was handed over; called in its own environment."""
@@ -157,25 +209,12 @@ def published(checkout: Path, handed: Path) -> dict[str, Any]:
     package.__path__ = [str(checkout / "src" / "slicegpt")]
     sys.modules["slicegpt"] = package
     from slicegpt import layernorm_fusion, rotate
-    from slicegpt.adapters.llama_adapter import LlamaModelAdapter
     from slicegpt.slicing_scheduler import ConstSlicingScheduler
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     asked = json.loads((handed / ASKED).read_text(encoding="utf-8"))
     config, state, rows = asked["config"], load_file(handed / WEIGHTS), load_file(handed / ROWS)
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    keys += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act", "pad_token_id")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **{key: config[key] for key in keys},
-            rope_theta=config["rope_parameters"]["rope_theta"],
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-    ).eval()
-    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"], "it knows no other head size"
-    model.load_state_dict(state)
-    adapter = LlamaModelAdapter(model)
+    adapter = adapted(config, state)
+    model = adapter.model
     # Batches of 16 rows, its default.
     batches = rows["calibration"].split(16)
     loader = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in batches]
@@ -184,7 +223,7 @@ def published(checkout: Path, handed: Path) -> dict[str, Any]:
     start = time.perf_counter(), time.process_time()
     layernorm_fusion.replace_layers(adapter)
     layernorm_fusion.fuse_modules(adapter)
-    if not asked["centre"]:
+    if not asked["centre"] and "rms_norm_eps" in config:
         model.model.embed_tokens.weight.data = state["model.embed_tokens.weight"].clone()
     rotate.rotate_and_slice(adapter, loader, ConstSlicingScheduler(width), final_orientation="pca")
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
