@@ -1,6 +1,7 @@
 """What compression costs and gains at the shapes of large models: Llama 3 8B cut to half, LoRA on Llama 3.2 1B.
 
 python benchmarks/large_shapes.py [--size small|large] [--device DEVICE] [--chains CHAIN ...] [--out FOLDER]
+python benchmarks/large_shapes.py --streamed [--folder FOLDER] [the same]
 
 Weights, calibration tokens and prompts are random: times and memory depend on the shapes alone. For every chain:
 seconds to prepare and to apply, the peak of memory meanwhile, and the speed of prefill and decode against the dense
@@ -8,6 +9,12 @@ model. Then 100 LoRA steps: tokens a second, and the share of what the machine d
 Without a GPU the size is small: a million parameters on one thread, timed by the processor's own clock, which says
 that the script works and little more.
 Writes large_shapes_DEVICE.json and .md.
+
+Streamed: the model is on disk, in bfloat16, and never whole on the device; every chain is a process of its own, from
+the files to the saved and compared checkpoint. What counts is the peak of what is on the device, as a share of the
+model's bytes; with a CPU as the device, of what the process takes beside the program. The large size needs a folder
+with 50 GB of room, the small one, a quarter of its widths and a sixteenth of its parameters, 4 GB.
+Writes large_shapes_streamed_DEVICE.json and .md.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ import gc
 import hashlib
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,9 +45,13 @@ from mariotte.evaluate.base import Measurement
 from mariotte.evaluate.measures.speed import Speed
 from mariotte.experiments.environment import environment
 from mariotte.experiments.identity import resolve
+from mariotte.experiments.pipeline import compress_model
+from mariotte.models import checkpoint
+from mariotte.models.hardware import resident_bytes
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.models.step import Context, apply_at, prepare_once
+from mariotte.testing.large import large
 
 HALF = 0.5
 MINUTES, DECODE = 3.0, 1.8
@@ -109,6 +122,25 @@ PLANS = {
         length=64,
     ),
 }
+
+
+STREAMED = {
+    "large": {"hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocab": 128256},
+    "small": {"hidden": 1024, "layers": 32, "heads": 32, "kv_heads": 8, "ffn": 3584, "vocab": 32064},
+}
+STREAMED_CHAINS = (
+    f"shortgpt@{HALF}",
+    f"heads@{HALF}",
+    f"ffn@{HALF}(criterion=norm, compensate=false)",
+    f"wanda@{HALF}",
+    "rtn@4",
+    "int8",
+)
+"""What is done without the second moment of an MLP, which alone is a tenth of such a model's bytes."""
+SHARE = 0.25
+"""Goal: of the model's bytes, what is on the device at most."""
+
+WARM_UP = "testbed/qwen2-46k"
 
 
 def random_model(
@@ -294,6 +326,74 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stream_one(model: str, text: str, device: str) -> dict[str, Any]:
+    """One chain of a model on disk, from its files to the checkpoint: peaks of memory, and time."""
+
+    def run(name: str, folder: Path) -> None:
+        how = {"calibration": "testbed/all", "rows": 8, "block": 64, "device": device, "dtype": "bfloat16"}
+        checkpoint.save(compress_model(name, text, stream=folder / "scratch", **how), folder / "out")
+
+    with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder:
+        run(WARM_UP, Path(folder, "warm"))  # everything imported and compiled
+        before = resident_bytes()
+        peak, host = Peak(device), Peak("cpu")
+        started = synchronised(device)
+        run(model, Path(folder, "run"))
+        seconds = synchronised(device) - started
+        taken = host.bytes() - before
+        return {"device_bytes": peak.bytes() if peak.cuda else taken, "host_bytes": taken, "seconds": seconds}
+
+
+def stream(size: str, texts: Sequence[str], device: str, place: Path | None) -> dict[str, Any]:
+    """Every chain on a model that is written shard by shard."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        model = Path(folder, "model")
+        n_bytes = large(model, **STREAMED[size], dtype=torch.bfloat16)
+        print(f"{n_bytes / 1e9:.2f} GB of weights written", flush=True)
+        for text in texts:
+            command = [sys.executable, __file__, "--child", str(model), text, device]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{text}: {done.stderr[-2000:]}")
+            rows.append({"chain": text, **json.loads(done.stdout.splitlines()[-1])})
+            rows[-1]["share"] = rows[-1]["device_bytes"] / n_bytes
+            print(f"{text}: {rows[-1]['share']:.3f} of the model, {rows[-1]['seconds']:.1f} s", flush=True)
+    return {"shape": STREAMED[size], "n_bytes": n_bytes, "chains": rows}
+
+
+def markdown_streamed(result: dict[str, Any]) -> str:
+    where, shape = result["environment"], result["shape"]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("mariotte", "torch", "transformers", "python"))
+    gpu = where["device"] == "cuda"
+    lines = [
+        f"# Large shapes, streamed, {result['size']} size, {result['date']}",
+        "",
+        f"`python benchmarks/large_shapes.py --streamed --size {result['size']} --device {result['device']}` "
+        f"on {where['hardware']}, {where['threads']} thread(s), {result['dtype']}; {versions}. Random weights on disk, "
+        f"{result['n_bytes'] / 1e9:.2f} GB in {shape['layers']} layers of width {shape['hidden']}, MLPs of "
+        f"{shape['ffn']}, {shape['vocab']:,} words; 512 calibration tokens. Each chain from the files to the saved "
+        "and compared checkpoint.",
+        ""
+        if gpu
+        else "No GPU was there: the device is the processor, and its peak that of the process, beside the "
+        "program, everything that a GPU's host would hold in it. The processor was shared: times say little.",
+        "",
+        f"| chain | on the {'GPU' if gpu else 'device'} at most, MB | share of the model | goal, at most {SHARE:g} | "
+        + ("on the host beside the program, MB | " if gpu else "")
+        + "s |",
+        "|---|---|---|---|---|" + ("---|" if gpu else ""),
+    ]
+    for row in result["chains"]:
+        verdict = "reached" if row["share"] <= SHARE else "missed"
+        on_host = f"{row['host_bytes'] / 1e6:,.0f} | " if gpu else ""
+        lines.append(
+            f"| `{row['chain']}` | {row['device_bytes'] / 1e6:,.0f} | {row['share']:.3f} | {verdict} | {on_host}"
+            f"{row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def measure(plan: Plan, texts: Sequence[str], device: str, dtype: torch.dtype) -> dict[str, Any]:
     dense = random_model(plan.cut, device, dtype, None)
     timed = plan.speed.measure(dense)
@@ -320,14 +420,25 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(PLANS), default="large" if gpu else "small")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="the small size is for a CPU")
     parser.add_argument("--chains", nargs="*", help="others than slice, ffn, shortgpt and auto at half; one step each")
+    parser.add_argument("--streamed", action="store_true", help="a model on disk, never whole on the device")
+    parser.add_argument("--folder", type=Path, help="where the streamed model, scratch and checkpoints have room")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    if options.child:
+        torch.set_num_threads(1 if options.child[2] == "cpu" else torch.get_num_threads())
+        print(json.dumps(stream_one(*options.child)))
+        return
     plan: Plan = PLANS[options.size]
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
+    on_gpu = options.device.startswith("cuda")
+    dtype = torch.bfloat16 if on_gpu or options.streamed else torch.float32
     if plan.speed.clock == "cpu":
         torch.set_num_threads(1)
     started = time.perf_counter()
-    found = measure(plan, options.chains or plan.chains, options.device, dtype)
+    if options.streamed:
+        found = stream(options.size, options.chains or STREAMED_CHAINS, options.device, options.folder)
+    else:
+        found = measure(plan, options.chains or plan.chains, options.device, dtype)
     result = {
         "date": datetime.date.today().isoformat(),
         "size": options.size,
@@ -338,10 +449,12 @@ def main() -> None:
         **found,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"large_shapes_{options.device.partition(':')[0]}"
+    kind = "large_shapes_streamed" if options.streamed else "large_shapes"
+    written = markdown_streamed(result) if options.streamed else markdown(result)
+    path = options.out / f"{kind}_{options.device.partition(':')[0]}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    path.with_suffix(".md").write_text(written, encoding="utf-8")
+    print(written)
 
 
 if __name__ == "__main__":

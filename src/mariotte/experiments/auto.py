@@ -320,6 +320,7 @@ class Auto(Step):
     unit: ClassVar[str] = "parameters"
     family: ClassVar[str] = "mixed"
     reference: ClassVar[str] = "muralidharan2024compact"
+    streams: ClassVar[bool] = True
     version: ClassVar[int] = 2  # of chains that score alike, the one of fewer steps
 
     over: str = "+".join(DIMENSIONS)

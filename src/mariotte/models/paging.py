@@ -48,8 +48,11 @@ _LONGEST_HEADER = 10**8
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 22
 """Of what is copied or looked through a piece at a time."""
+
+_numbers = itertools.count()
+"""Of scratch files: of all of this process, since several models may have one folder."""
 
 SHARD_BYTES = 5 * 10**9
 """Of one file of a checkpoint, as transformers writes them."""
@@ -255,7 +258,6 @@ class Pager:
         _give_back_what_is_freed()
         self.read_bytes = 0
         self._held: OrderedDict[int, weakref.ref[Cell]] = OrderedDict()
-        self._numbers = itertools.count()
 
     def hold(self, cell: Cell) -> Tensor:
         """The numbers of a tensor; those used longest ago are let go to make room."""
@@ -263,7 +265,7 @@ class Pager:
         if found is None:
             self._make_room(cell.nbytes)
             self.read_bytes += cell.source.nbytes
-            found = cell.numbers = cell.cast(cell.source.read())
+            found = cell.numbers = cell.read()
         self._held[id(cell)] = weakref.ref(cell)
         self._held.move_to_end(id(cell))
         return found
@@ -303,7 +305,7 @@ class Pager:
         ModelError
             When it cannot be written.
         """
-        path = self.folder / f"{os.getpid()}-{next(self._numbers)}.bin"
+        path = self.folder / f"{os.getpid()}-{next(_numbers)}.bin"
         source = Source(path, 0, tensor.dtype, tuple(tensor.shape))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -374,6 +376,17 @@ class Cell:
     def dtype(self) -> torch.dtype:
         """In which it is computed with."""
         return self.dtypes[-1]
+
+    def read(self) -> Tensor:
+        """All of it, where and in the dtype in which it is computed with."""
+        if not self.shape or (self.source.dtype == self.dtype and self.pager.device.type == "cpu"):
+            return self.cast(self.source.read())
+        # Neither here nor there is it whole in another form, even for a moment.
+        found, place = torch.empty(self.shape, dtype=self.dtype, device=self.pager.device), 0
+        for piece in self.source.pieces():
+            found[place : place + len(piece)] = self.cast(piece)
+            place += len(piece)
+        return found
 
     def cast(self, numbers: Tensor) -> Tensor:
         """What was read, where and in the dtype in which it is computed with."""

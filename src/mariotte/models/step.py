@@ -317,7 +317,7 @@ class Step(ABC):
         Extend it where fields ask for more than one block at a time, such as gradients through all of them.
         """
         if self.family == "recovery":
-            return "trains the model, whose gradients go through all blocks at once"
+            return "trains the model, and each of its many steps goes through all blocks"
         return None if self.streams else "needs the whole model in memory"
 
     def refuse_streamed(self) -> None:

@@ -20,15 +20,17 @@ def large(
     ffn: int,
     heads: int = 8,
     kv_heads: int = 8,
+    experts: int = 0,
     vocab: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Write a random model of Llama's shape, with the tokenizer of the testbed; a shard is in memory at once.
+    """Write a random model of Llama's shape, or Mixtral's, with the testbed's tokenizer; a shard is in memory at once.
 
     Parameters
     ----------
     folder : must not exist yet
     hidden, layers, ffn, heads, kv_heads : sizes
+    experts : MLPs of a block, of which a token takes two; 0 makes it a Llama
     vocab : None takes the tokenizer's; of a larger one text uses the first tokens
     dtype : of its weights
 
@@ -57,6 +59,9 @@ def large(
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if experts:
+        config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
 
@@ -76,8 +81,13 @@ def large(
             shared = hidden // heads * kv_heads
             outputs = {"q": hidden, "k": shared, "v": shared, "o": hidden}
             tensors = {f"{at}.self_attn.{p}_proj.weight": matrix(n, hidden) for p, n in outputs.items()}
-            tensors |= {f"{at}.mlp.{p}_proj.weight": matrix(ffn, hidden) for p in ("gate", "up")}
-            tensors[f"{at}.mlp.down_proj.weight"] = matrix(hidden, ffn)
+            mlps = [f"{at}.block_sparse_moe.experts.{expert}" for expert in range(experts)] or [f"{at}.mlp"]
+            gate, up, down = ("w1", "w3", "w2") if experts else ("gate_proj", "up_proj", "down_proj")
+            for mlp in mlps:
+                tensors |= {f"{mlp}.{part}.weight": matrix(ffn, hidden) for part in (gate, up)}
+                tensors[f"{mlp}.{down}.weight"] = matrix(hidden, ffn)
+            if experts:
+                tensors[f"{at}.block_sparse_moe.gate.weight"] = matrix(experts, hidden)
             norms = ("input_layernorm", "post_attention_layernorm")
             tensors |= {
                 f"{at}.{p}.weight": (1 + 0.1 * torch.randn(hidden, generator=generator)).to(dtype) for p in norms

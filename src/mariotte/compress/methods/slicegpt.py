@@ -7,7 +7,7 @@ outputs and I inputs of a linear layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -27,7 +27,7 @@ from mariotte.compress.rotation import principal_directions, random_rotation
 from mariotte.compress.scope import oriented
 from mariotte.compress.scope import turned as as_held
 from mariotte.compress.sequential import Walk
-from mariotte.compress.surgery import derive, parameter_names
+from mariotte.compress.surgery import derive, gathered, parameter_names
 from mariotte.cuts import refuse_slicegpt, sliced, sliced_width
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
@@ -93,7 +93,7 @@ class HalfWalk(Walk):
         """
         gather = Means(outer)
         for rows in self.batches():
-            x_MD = self.stream_NTD[rows].flatten(0, 1)
+            x_MD = self.stream_NTD[rows].to(self._device).flatten(0, 1)
             gather(place, x_MD if self.text_NT is None else x_MD[self.text_NT[rows].flatten().to(x_MD.device)])
         return principal_directions(gather.result(step, model)[place])[0]
 
@@ -102,7 +102,7 @@ class HalfWalk(Walk):
         """Leave of the stream what lies in the kept directions."""
         projector_DD = (kept_Dd @ kept_Dd.T).to(torch.promote_types(self.stream_NTD.dtype, torch.float32))
         for rows in self.batches():
-            self.stream_NTD[rows] = self.stream_NTD[rows].to(projector_DD.dtype) @ projector_DD
+            self.stream_NTD[rows] = self.stream_NTD[rows].to(projector_DD) @ projector_DD
 
     @torch.no_grad()
     def attend(self, block: Block) -> None:
@@ -113,7 +113,7 @@ class HalfWalk(Walk):
             places = self._beside[self._place[block.module]].places
             beside = {**dict(zip(block.module.given, places, strict=False)), **beside}
         for rows in self.batches():
-            x_BTD = self.stream_NTD[rows]
+            x_BTD = self.stream_NTD[rows].to(self._device)
             out_BTD, *_ = attention(hidden_states=block.attention_norm(x_BTD), **beside)
             self.stream_NTD[rows] = _handed_on(block.attention_shortcut, x_BTD) + _added(block, out_BTD)
 
@@ -126,7 +126,7 @@ class HalfWalk(Walk):
             else block.module.get_submodule(block.entry.down.rpartition(".")[0])
         )
         for rows in self.batches():
-            x_BTD = self.stream_NTD[rows]
+            x_BTD = self.stream_NTD[rows].to(self._device)
             self.stream_NTD[rows] = _handed_on(block.mlp_shortcut, x_BTD) + _added(block, mlp(block.mlp_norm(x_BTD)))
 
 
@@ -213,6 +213,7 @@ class SliceGPT(Step):
     unit: ClassVar[str] = "hidden"
     family: ClassVar[str] = "slice"
     reference: ClassVar[str] = "ashkboos2024slicegpt"
+    streams: ClassVar[bool] = True
     plain: ClassVar[bool] = False
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
 
@@ -330,14 +331,16 @@ class SliceGPT(Step):
         places = model.shape.layers * (1 if model.entry.parallel else 2)
         if self.sequential:
             first_DD = prepared.get("stream-0")[DIRECTIONS].to(model.device)
-            found = [directions_DD for _, directions_DD in self._walk(model, context, width, first_DD)]
+            found = (directions_DD for _, directions_DD in self._walk(model, context, width, first_DD))
         else:
-            found = [prepared.get(f"stream-{place}")[DIRECTIONS].to(model.device) for place in range(places)]
-        kept = [directions_DD[:, :width] for directions_DD in found]
-        if self.orientation == "random":
-            generators = (context.generator("slicegpt", "orientation", place, width) for place in range(places))
-            turns = [random_rotation(width, generator).to(model.device) for generator in generators]
-            kept = [kept_Dd @ turn_dd for kept_Dd, turn_dd in zip(kept, turns, strict=True)]
+            found = (prepared.get(f"stream-{place}")[DIRECTIONS].to(model.device) for place in range(places))
+        kept = gathered(model)
+        for place, directions_DD in enumerate(found):
+            kept_Dd = directions_DD[:, :width]
+            if self.orientation == "random":
+                generator = context.generator("slicegpt", "orientation", place, width)
+                kept_Dd = kept_Dd @ random_rotation(width, generator).to(model.device)
+            kept[str(place)] = kept_Dd
         shape = sliced(model.shape, width, always=True)
         sizes = {
             **{key: width for key in (model.entry.hidden, model.entry.embedding) if key},
@@ -361,7 +364,7 @@ def centred(model: Model) -> Model:
     if model.entry.rms_norm:
         return model
     names, entry, shape = parameter_names(model), model.entry, model.shape
-    weights: dict[str, Tensor] = {}
+    weights = gathered(model)
     for table in (entry.embeddings, entry.positions):
         if table:
             rows_VD = cast(Tensor, model.hf.get_submodule(table).weight).double()
@@ -392,12 +395,13 @@ def _taking_over(name: str, matrix: nn.Linear, norm: nn.Module) -> dict[str, Ten
     }
 
 
-def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
+def turned(model: Model, kept: Mapping[str, Tensor]) -> MutableMapping[str, Tensor]:
     """The parameters of the model with its stream turned, and cut, in front of every norm but the last.
 
     Parameters
     ----------
-    kept : (D, d) float64 for each of 2 L norms, or of L blocks whose parts stand side by side, orthonormal columns
+    kept : (D, d) float64, orthonormal columns, by the number of each of 2 L norms, or of L blocks whose parts stand
+        side by side
 
     Returns
     -------
@@ -405,15 +409,16 @@ def turned(model: Model, kept: Sequence[Tensor]) -> dict[str, Tensor]:
     """
     names = parameter_names(model)
     entry = model.entry
-    weights = {names[model.embeddings.weight]: model.embeddings.weight.double() @ kept[0]}
+    weights = gathered(model)
+    weights[names[model.embeddings.weight]] = model.embeddings.weight.double() @ kept["0"]
     if entry.positions:
         weights[f"{entry.positions}.weight"] = (
-            cast(Tensor, model.hf.get_submodule(entry.positions).weight).double() @ kept[0]
+            cast(Tensor, model.hf.get_submodule(entry.positions).weight).double() @ kept["0"]
         )
     parts = 1 if entry.parallel else 2
     for index, block in enumerate(model.blocks):
-        before_Dd, between_Dd = kept[parts * index], kept[parts * (index + 1) - 1]
-        after = kept[parts * (index + 1)] if parts * (index + 1) < len(kept) else None  # the head's basis stays
+        before_Dd, between_Dd = kept[str(parts * index)], kept[str(parts * (index + 1) - 1)]
+        after = kept[str(parts * (index + 1))] if parts * (index + 1) < len(kept) else None  # the head's basis stays
         beside_Dd = after if entry.parallel else between_Dd
         for norm, matrices, read_Dd in (
             (block.attention_norm, block.attention[:-1], before_Dd),
