@@ -24,16 +24,22 @@ def table(store: str | Path) -> dict[str, str]:
         return {record.id: record.result_hash() for record in opened.records()}
 
 
+ALONE = ("loading", "waiting for other processes", "measuring dense")
+"""Stages before there is something for every driver to do."""
+
+
 def begun_together(drivers: int) -> Callable[[], Callable[[str, float], None]]:
-    """Makes a listener to progress for each driver, that lets it begin when all have come, and then no faster than 50
-    times a second: in a study of seconds one alone would have done the work before the other began."""
-    began = threading.Barrier(drivers, timeout=60)
+    """Makes a listener to progress for each driver, that lets it do its first step when all have come to theirs.
+
+    In a study of seconds one alone would have done everything before the other, whose worker imports torch, began.
+    """
+    began = threading.Barrier(drivers, timeout=120)
 
     def listener() -> Callable[[str, float], None]:
         met = threading.Event()
 
         def begin(stage: str, done: float) -> None:
-            if not met.is_set():  # loading, or waiting for the one that measures the dense model
+            if stage not in ALONE and not met.is_set():
                 met.set()
                 began.wait()
             time.sleep(0.02)
