@@ -63,9 +63,9 @@ def compare(arguments: argparse.Namespace) -> None:
     model, calibration, test = subject(arguments.model, arguments.data)
     hidden = model.shape.hidden
     embedded = model.embeddings.weight.detach()
-    dense = {"as they are": model}
+    models = {"as they are": model}
     if model.entry.rms_norm:  # LayerNorm makes no difference between the two
-        dense["centred"] = derive(
+        models["centred"] = derive(
             model,
             {
                 f"{model.entry.embeddings}.weight": embedded - embedded.mean(-1, keepdim=True),
@@ -79,7 +79,7 @@ def compare(arguments: argparse.Namespace) -> None:
     print("| embeddings | width | parameters | ours | published | apart | ours, s | published, s | times | of CPU |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     one_pass = SliceGPT(sequential=False)
-    for name, dense in dense.items():
+    for name, dense in models.items():
         for kept in arguments.kept:
             _, before = ours(SliceGPT(), dense, calibration, 1 - kept)
             found = None

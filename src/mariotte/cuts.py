@@ -261,6 +261,28 @@ def refuse_unlike_blocks(model: Sizes) -> str | None:
     return None
 
 
+def refuse_merging(model: Sizes, rule: str) -> str | None:
+    """Why blocks of `model` cannot be merged, or None when they can.
+
+    Parameters
+    ----------
+    rule : difference, which adds what matrices are more than others; last, which takes one block as it is
+    """
+    if reason := refuse_unlike_blocks(model):
+        return reason
+    if rule == "difference" and model.shape.ranks is not None:
+        return (
+            "adds differences of matrices, and of products of two the factors' sums make another product than the "
+            "sum: do it before svd-llm, or take rule=last"
+        )
+    if model.shape.widths is not None:
+        return (
+            "puts numbers of other blocks in the place of one block's, and here the dimensions of each block's heads "
+            "are its own: do it before modegpt, or take shortgpt or sleb"
+        )
+    return None
+
+
 def refuse_sparing(model: Sizes, first: int, last: int) -> str | None:
     """Why blocks cannot go while so many at the beginning and at the end stay, or None when they can."""
     if reason := refuse_unlike_blocks(model):

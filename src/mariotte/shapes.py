@@ -395,6 +395,8 @@ def _blocks(model: Sized, link: Link) -> _Cut:
 def _refuse_blocks(model: Sized, link: Link) -> str | None:
     if link.name == "sleb":
         return cuts.refuse_sparing(model, _whole(link, "first") or 0, _whole(link, "last") or 0)
+    if link.name == "laco":
+        return cuts.refuse_merging(model, str(link.fields.get("rule", "difference")))
     return cuts.refuse_unlike_blocks(model)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mariotte.compress.methods.laco import LaCo, collapses, merged
+from mariotte.compress.methods.svd_llm import SVDLLM
+from mariotte.cuts import refuse_merging
 from mariotte.errors import ChainError, ModelError
 from mariotte.models.step import prepare_once
 from mariotte.testing.methods import context_of, logits, overflowing, run
@@ -132,3 +137,20 @@ def test_blocks_of_other_parameters_and_numbers_that_are_not_finite(tmp_path):
         run(LaCo(), overflowing(tiny("llama")), 0.5, tmp_path)
     model.blocks[1].module.mlp.extra = torch.nn.Linear(2, 2)
     assert "needs blocks with equal parameters to merge" in (LaCo().refuse(model) or "")
+
+
+def test_of_products_blocks_are_taken_as_they_are_and_not_added(tmp_path):
+    factored = run(SVDLLM(), tiny("llama", layers=4), 0.5, tmp_path / "factored")
+    assert len(set(factored.shape.ranks or ())) == 1
+    assert "the factors' sums make another product than the sum: do it before svd-llm" in str(LaCo().refuse(factored))
+    cut = run(LaCo(rule="last"), factored, 0.25, tmp_path / "cut")
+    ((first, shares),) = cut.done[-1].facts["merged"].items()
+    (last,) = shares
+    merged, taken = (
+        dict(block.module.named_parameters()) for block in (cut.blocks[int(first)], factored.blocks[int(last)])
+    )
+    assert all(torch.equal(merged[name], taken[name]) for name in taken if "norm" not in name)
+    assert cut.measured_params() == cut.counts.n_params
+    model = tiny("llama", layers=3)
+    narrow = SimpleNamespace(entry=model.entry, shape=dataclasses.replace(model.shape, widths=((4, 8),) * 3))
+    assert "the dimensions of each block's heads are its own" in str(refuse_merging(narrow, "last"))
