@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mariotte.chain import parse
+from mariotte.cli._planned import print_options
 from mariotte.errors import MariotteError, UnknownNameError
 from mariotte.locate import config_of
 from mariotte.plan import planner, read_budget
@@ -110,10 +111,13 @@ def test_nothing_is_considered_of_which_nothing_is_known() -> None:
         assert not found.untold
 
 
-def test_what_text_decides_is_said_and_the_most_is_held_against_a_budget() -> None:
+def test_what_text_decides_is_said_and_the_most_is_held_against_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(stored(["flap"]))
     winner = found.plan().winner
     assert winner is not None
+    print_options(found.plan(), 1)
+    off = winner.slack / found.model.counts.n_params
+    assert f"{winner.saving:.1%} ± {off:.1%}" in capsys.readouterr().out
     said = " ".join(found.plan().unknowns)
     assert f"text decides which groups flap removes: the parameters of {winner.chain} are foretold to within" in said
     asked = planned(stored(["flap"]), max_loss="+100%", bytes="70%")

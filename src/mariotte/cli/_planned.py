@@ -46,7 +46,7 @@ def _row(option: Option, found: Plan) -> list[Any]:
         *(f"{q.mean:.4g} ({relative(q.mean, q.base)})" for q in option.quality),
         "measured" if f.measured else f"{f.lo:.4g} .. {f.hi:.4g}",
         f"{option.probability:.2f}",
-        f"{option.saving:.1%}",
+        f"{option.saving:.1%}" + (f" ± {option.slack / found.n_params:.1%}" if option.slack else ""),
         f"{option.bytes_share:.1%}",
         "-" if option.speedup is None else f"{option.speedup:.2f}x",
         f"{option.recovery_tokens:,}" if option.recovery_tokens else "-",
