@@ -17,8 +17,8 @@ from mariotte.compress.allocate import (
     gather,
     greedy_path,
     spread,
-    whole,
 )
+from mariotte.cuts import whole
 from mariotte.errors import ChainError, ModelError
 from mariotte.testing.methods import context_of
 from mariotte.testing.tiny import tiny
