@@ -592,6 +592,12 @@ class TestPreflight:
         assert self.takes(tmp_path / "model", "rtn@4", stream=True).scratch_bytes == n_bytes
         assert found.seconds is not None
         assert found.seconds > 0
+        looks = {text: self.takes(tmp_path / "model", text).tokens for text in ("shortgpt@0.1", "sleb@0.1", "laco@0.1")}
+        assert looks["shortgpt@0.1"] == 2 * found.calibration_tokens
+        # Six blocks go one after another, each the best of what is left: 60 to 55 tries of as many blocks but one.
+        tries = sum((left + 1) * left for left in range(54, 60)) / 60 + 1
+        assert looks["sleb@0.1"] == round(tries * found.calibration_tokens)
+        assert looks["laco@0.1"] > looks["shortgpt@0.1"]
 
 
 def test_free_memory_is_within_the_limits_of_the_process(tmp_path: Path) -> None:

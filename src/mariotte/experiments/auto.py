@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte import chain as chains
+from mariotte.architectures import Shape
 from mariotte.chain import Chain
 from mariotte.compress import METHODS
 from mariotte.errors import ChainError, DataError, ModelError
@@ -328,6 +329,15 @@ class Auto(Step):
     held: float = 0.25
     rows: int | None = None
     round_to: int | None = None
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        return max(shape.ffn, shape.hidden, shape.heads * shape.head_dim)
+
+    @override
+    def passes(self, shape: Shape, amount: int | float) -> float:
+        # Every trial prepares about three steps on most rows, and scores the others; profiles are trials of one step.
+        return 6.0 * self.search + 3.0 * len(PROFILE) * len(self.over.split("+"))
 
     @override
     def __post_init__(self) -> None:

@@ -381,8 +381,9 @@ def preflight(
         + width * min(tokens, max(_AT_ONCE, length)) * (4 * shape.hidden + 3 * shape.ffn)
     )
     stack = _block_parameters(shape, counts)
-    head = 2 * 4 * shape.vocab * shape.embedding_size  # float32, once read and once cast, when results are compared
-    streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, head + 8 * stack)
+    # When results are compared, in float32: the head or as much of the blocks, and logits of two models and between.
+    compared = 4 * max(shape.vocab * shape.embedding_size, BLOCKS_HELD * stack) + 3 * 4 * _PROBE_TOKENS * shape.vocab
+    streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, compared)
     # What enters, what each step makes of it, and when it is saved a copy and two of float32 to compare.
     whole_bytes = counts.n_params * (width * (1 + len(parts)) + max(width + 8, 0)) + works
     reasons = [f"{part.step.name()} cannot be streamed: it {reason}" for part in parts if (reason := part.step.whole())]
@@ -392,12 +393,14 @@ def preflight(
     trains = sum(float(part.amount) for part in parts if part.recovers)
     seconds = None
     if _is_here(device):
-        passes = sum(2.0 * tokens for part in parts if not part.recovers) + 2 * _PROBE_TOKENS
+        looks = sum(part.step.passes(shape, part.amount) for part in parts if not part.recovers)
+        passes = looks * tokens + 2 * _PROBE_TOKENS
         seconds = forward_seconds(shape, passes, _AT_ONCE, device)
         seconds += _BACKWARD * forward_seconds(shape, trains, _ROW * _ROWS, device) if trains else 0.0
         cubes = sum(part.step.moment(shape) ** 3 for part in parts) * shape.blocks
         seconds += _MOMENT_FLOPS * cubes / multiplications_per_second(shape.hidden, shape.ffn, device)
-        times = 2 + (6 * len(parts) if stream else 1)  # read or written, of all weights
+        # Read or written, of all weights.
+        times = 2 + (4 * len(parts) + looks if stream else 1)
         seconds += times * counts.n_bytes / _bytes_per_second(files[0])
     return Preflight(
         n_params=counts.n_params,
@@ -411,7 +414,7 @@ def preflight(
         seconds=seconds,
         cannot_stream=next(iter(reasons), None),
         calibration_tokens=tokens,
-        tokens=2 * tokens * len(parts),
+        tokens=round(tokens * sum(part.step.passes(shape, part.amount) for part in parts if not part.recovers)),
     )
 
 

@@ -338,6 +338,10 @@ class Step(ABC):
         """
         return 0
 
+    def passes(self, shape: Shape, amount: int | float) -> float:
+        """Forward passes over the calibration text, about; what an estimate of time takes."""
+        return 2.0
+
     def reads(self, model: Model, context: Context) -> Mapping[str, str]:
         """Fingerprints of text that the step reads beside the calibration blocks; its result depends on them."""
         return {}

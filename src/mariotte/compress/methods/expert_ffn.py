@@ -5,6 +5,7 @@ Shapes: E experts of a block, D model width, F neurons of an expert, K neurons k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -14,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mariotte.accounting import check_round_to
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import check_finite, tokens_for
 from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.mixture import Routed, expert_downs, keep_expert_neurons, watch_experts
@@ -79,6 +80,11 @@ class ExpertFFN(Step):
     @override
     def refuse(self, model: Model) -> str | None:
         return super().refuse(model) or refuse_dense(model)
+
+    @override
+    def moment(self, shape: Shape) -> int:
+        # One a expert, all of a block at once: as many numbers as one of this size has.
+        return math.ceil(shape.experts**0.5 * shape.ffn)
 
     @override
     def removes(self, model: Model, amount: int | float) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
 from mariotte.cuts import kept_blocks, refuse_merging
@@ -29,6 +29,9 @@ RULES = ("difference", "last")
 
 Merge = tuple[int, int]
 """The place of a block among those that are left, and how many behind it are merged into it."""
+
+_THRESHOLDS = 10
+"""That a search tries, about."""
 
 _STEP = 2.0**-10
 """To which a threshold is found."""
@@ -173,6 +176,10 @@ class LaCo(Step):
     @override
     def removes(self, model: Model, amount: int | float) -> int:
         return removed_with_blocks(model, kept_blocks(model, amount))
+
+    @override
+    def passes(self, shape: Shape, amount: int | float) -> float:
+        return _THRESHOLDS * shape.layers / 2 if amount else 1.0
 
     @override
     def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from mariotte.architectures import Need
+from mariotte.architectures import Need, Shape
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
 from mariotte.cuts import kept_blocks, refuse_sparing
@@ -109,6 +109,11 @@ class SLEB(Step):
     @override
     def removes(self, model: Model, amount: int | float) -> int:
         return removed_with_blocks(model, self._kept(model, amount))
+
+    @override
+    def passes(self, shape: Shape, amount: int | float) -> float:
+        gone = round(shape.layers * amount)
+        return 1.0 + sum((left + 1) * left / shape.layers for left in range(shape.layers - gone, shape.layers))
 
     @override
     def covers(self, prepared: Prepared, amounts: Sequence[int | float]) -> bool:
