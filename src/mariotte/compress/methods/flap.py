@@ -135,7 +135,7 @@ class FLAP(Step):
     Where queries and keys are normalised over all heads together (olmo2), heads do not go exactly; see `heads`.
 
     When to use it: where blocks differ and there is no time for least squares: it takes one forward pass and solves
-    nothing. With 25 % of all parameters gone it came to 3.16 nats on stories260K (dense 1.77), with `uniform` to 3.57
+    nothing. With 25 % of all parameters gone it came to 3.16 nats on stories260K (dense 1.77), with `uniform` to 3.42
     and without biases to 3.24; `ffn`, which compensates with the other neurons and not with a constant, to 2.75. More
     is in docs/methods.md.
 
