@@ -554,7 +554,7 @@ def _zeros(model: Sized, link: Link) -> _Cut:
 
 _GROUPED = ("all", "attention", "ffn")
 _ANY = (*_GROUPED, "head")
-_ONE_SHOT = _Method(cut=_zeros, mixtures=True, scopes=_GROUPED, narrows=False, zeroes=True)
+_ONE_SHOT = _Method(cut=_zeros, needs=("one text",), mixtures=True, scopes=_GROUPED, narrows=False, zeroes=True)
 _BY_SIZE = _Method(cut=_zeros, needs=(), mixtures=True, scopes=_ANY, narrows=False, zeroes=True)
 _OF_NEURONS = _Method(cut=_neurons, refuse=_refuse_neurons)
 _OF_BLOCKS = _Method(cut=_blocks, refuse=_refuse_blocks, mixtures=True, narrows=False)
@@ -678,7 +678,7 @@ _QUANTIZERS: Mapping[str, _Quantizer] = {
         needs=("linear",),
     ),
     "rtn": _Quantizer(bits=None, packed=_levels, mixtures=True),
-    "gptq": _Quantizer(bits=None, packed=_levels, needs=("causal",), mixtures=True),
+    "gptq": _Quantizer(bits=None, packed=_levels, needs=("one text",), mixtures=True),
 }
 
 QUANTIZERS = tuple(_QUANTIZERS)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Kind = Literal["causal", "masked", "seq2seq"]
 """What a family predicts: the next token, tokens masked anywhere, or a text from another that an encoder has read."""
 
-Need = Literal["causal", "linear", "separate", "pre-norm", "rms-norm", "sequential", "gated", "dense"]
+Need = Literal["causal", "one text", "linear", "separate", "pre-norm", "rms-norm", "sequential", "gated", "dense"]
 """What a method may need of a family; see `Architecture.lacking`."""
 
 
@@ -245,6 +245,11 @@ class Architecture:
         for need in needs:
             met, wanted, found = {
                 "causal": (self.kind == "causal", "a causal decoder", f"predicts otherwise: it is {self.kind}"),
+                "one text": (
+                    self.kind != "seq2seq",
+                    "a model that reads one text",
+                    "reads one and writes another, which calibration text does not tell apart",
+                ),
                 "linear": (not self.transposed, "linear layers", "holds its matrices transposed (Conv1D)"),
                 "separate": (not self.fused, "separate query, key and value", "holds them in one matrix"),
                 "dense": (not self.experts, "one MLP a block", "is a mixture of experts"),

@@ -290,11 +290,17 @@ def observe(
     A streamed model is run block by block, all rows through one block before the next is read; a group is then passed
     with the last block that has modules of it.
     """
-    if model.streamed:
+    if model.streamed and model.kind == "causal":
         _observe_blocks(model, context, step, inputs, gather, batch, passed)
         return
     tokens_NT = tokens_for(context, step)
     rows = rows_at_once(tokens_NT, batch)
+    if model.kind != "causal":
+        observe_encoder(model, tokens_NT, rows, inputs, gather)
+        context.progress("calibration", 1.0)
+        for group in inputs:
+            passed(group)
+        return
     # The model without its head: no hook sits behind it, and logits are the largest tensor of the pass.
     body = model.hf.base_model
     with watching(inputs, gather):
@@ -303,6 +309,32 @@ def observe(
             context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
     for group in inputs:
         passed(group)
+
+
+@torch.no_grad()
+def observe_encoder(
+    model: Model,
+    tokens_NT: Tensor,
+    rows: int,
+    inputs: Mapping[str, Sequence[nn.Module]],
+    gather: Callable[[str, Tensor], None],
+) -> None:
+    """Run rows of tokens through an encoder, and hand every group the inputs of its modules, (M, I).
+
+    Parameters
+    ----------
+    tokens_NT : less than zero where a row has ended; what stands there is not attended to, and not handed on
+    rows : at once
+    """
+
+    def of(present_BT: Tensor) -> Callable[[str, Tensor], None]:
+        return lambda group, x_MI: gather(group, x_MI[present_BT.flatten()])
+
+    for start in range(0, len(tokens_NT), rows):
+        tokens_BT = tokens_NT[start : start + rows].to(model.device)
+        present_BT = tokens_BT >= 0
+        with watching(inputs, of(present_BT)):
+            model.hf(input_ids=tokens_BT.clamp(min=0), attention_mask=present_BT.long())
 
 
 def _runs(module: nn.Module) -> nn.Module:

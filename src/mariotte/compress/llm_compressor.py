@@ -62,7 +62,7 @@ def refuse(model: Model) -> str | None:
     """Why llm-compressor cannot be asked about a model, in a clause; None where it can."""
     if model.entry.irregular:
         return "by=llm-compressor needs a model of an ordinary class, and this one's is ours: leave by out"
-    if reason := model.entry.lacking(["linear", "dense"]):
+    if reason := model.entry.lacking(["causal", "linear", "dense"]):
         return f"{reason}, which by=llm-compressor is not asked for here: leave by out"
     if interpreter() is None:
         named = os.environ.get(VARIABLE)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mariotte.compress.calibration import Means
+from mariotte.compress.calibration import Means, observe_encoder, rows_at_once, tokens_for
 from mariotte.compress.walk import Walk as Walk
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context
@@ -45,6 +45,9 @@ def rewrite_sequentially(
         When activations are not finite.
     """
     rewritten = model.copy()
+    if model.kind != "causal":
+        _rewrite_encoder(rewritten, model, context, step, readers, statistic, rewrite)
+        return rewritten
     walk = Walk(rewritten, context, step)
     for index, block in enumerate(rewritten.blocks):
         means = Means(statistic)
@@ -58,3 +61,26 @@ def rewrite_sequentially(
             walk.advance(block.module)
         context.progress(step, (index + 1) / len(rewritten.blocks))
     return rewritten
+
+
+def _rewrite_encoder(
+    rewritten: Model,
+    model: Model,
+    context: Context,
+    step: str,
+    readers: Callable[[Block], Mapping[str, Sequence[nn.Linear]]],
+    statistic: Callable[[Tensor], Tensor],
+    rewrite: Callable[[int, Block, Mapping[str, Tensor]], None],
+) -> None:
+    """The same of an encoder, in place, with a pass through the whole model for each block.
+
+    A block may stand in several places (ALBERT), which all see what it has become.
+    """
+    tokens_NT = tokens_for(context, step)
+    for index, block in enumerate(rewritten.blocks):
+        means = Means(statistic)
+        inputs = {f"block-{index} {part}": [matrices[0]] for part, matrices in readers(block).items()}
+        observe_encoder(rewritten, tokens_NT, rows_at_once(tokens_NT), inputs, means)
+        found = means.result(step, model)
+        rewrite(index, block, {part: found[f"block-{index} {part}"] for part in readers(block)})
+        context.progress(step, (index + 1) / len(rewritten.blocks))

@@ -261,7 +261,7 @@ class OneShot(Step):
     unit: ClassVar[str] = "weights"
     family: ClassVar[str] = "unstructured"
     scopes: ClassVar[tuple[str, ...]] = ("all", "attention", "ffn")
-    needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    needs: ClassVar[tuple[Need, ...]] = ("one text",)
     mixtures: ClassVar[bool] = True
     per: ClassVar[str]
 
@@ -314,6 +314,11 @@ class OneShot(Step):
     def refuse(self, model: Model) -> str | None:
         if reason := super().refuse(model):
             return reason
+        if model.kind != "causal" and self.allocation != "uniform":
+            return (
+                f"needs a causal decoder for allocation={self.allocation}, and {model.entry.model_type} is "
+                f"{model.kind}: leave it out"
+            )
         return None if self.pattern is None else self.pattern.refuse(model.matrices(self.scope))
 
     def _matrices(self, model: Model) -> list[list[nn.Linear]]:

@@ -365,6 +365,61 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[in
     )
 
 
+PADDING = -1
+"""What follows the tokens of a shorter row in `hidden`; no token."""
+
+MASK_RATE = 0.15
+"""Share of a window's tokens that an encoder does not see, as in its training."""
+
+
+def hidden(found: Blocks, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Rows of tokens as an encoder reads them in training: pieces of one document each, some tokens hidden.
+
+    Parameters
+    ----------
+    found : of `read`, for rows no longer than its
+    tokenizer : of the model, with a mask token
+
+    Returns
+    -------
+    (n, T) ids: each row a piece of a document between the tokenizer's special tokens, of whose n tokens
+    ``round(0.15 n)``, at least one, are replaced by the mask; `PADDING` behind it. A function of `found` alone
+
+    Raises
+    ------
+    DataError
+        When the tokenizer has no mask token, or leaves no room beside its special tokens.
+    """
+    mask = cast("int | None", tokenizer.mask_token_id)
+    if mask is None:
+        raise DataError(
+            f"calibration of an encoder hides tokens, and {type(tokenizer).__name__} has no mask token to do so: "
+            "add it to the tokenizer"
+        )
+    before, after = frame(tokenizer)
+    block = found.tokens.shape[1]
+    room = block - len(before) - len(after)
+    if room < 1:
+        raise DataError(
+            f"calibration blocks of {block} tokens leave no room beside {block - room} special ones: "
+            "ask for longer blocks"
+        )
+    text_M = (found.n_bytes > 0).flatten()  # all but what separates documents
+    ids_M, of_M = found.tokens.flatten()[text_M], found.documents.flatten()[text_M]
+    rows: list[Tensor] = []
+    lengths = cast("list[int]", cast(Tensor, of_M.unique_consecutive(return_counts=True)[1]).tolist())
+    for document_K in torch.split(ids_M, lengths):
+        for piece_K in torch.split(document_K, room):
+            chosen = np.random.default_rng([0, len(rows)]).permutation(len(piece_K))
+            seen_K = piece_K.clone()
+            seen_K[torch.from_numpy(chosen[: max(1, round(MASK_RATE * len(piece_K)))])] = mask
+            row_T = torch.full((block,), PADDING)
+            whole = torch.cat([torch.tensor(before, dtype=torch.int64), seen_K, torch.tensor(after, dtype=torch.int64)])
+            row_T[: len(whole)] = whole
+            rows.append(row_T)
+    return torch.stack(rows)
+
+
 def blocks(
     corpus: Corpus,
     split: Split,

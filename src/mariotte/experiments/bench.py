@@ -148,4 +148,8 @@ def read_calibration(spec: Calibration | None, model: Model) -> Blocks | None:
     corpus = corpora.find(spec.corpus)
     block = spec.block or tokens.usual_block(corpus, model)
     tokens.check_block(block, model, "calibration")
-    return tokens.read(corpus, "calibration", model.tokenizer, block, spec.rows)
+    found = tokens.read(corpus, "calibration", model.tokenizer, block, spec.rows)
+    if model.kind != "masked" or model.tokenizer is None:
+        return found
+    # Its hash stays that of the text: what an encoder sees of it follows from it.
+    return replace(found, tokens=tokens.hidden(found, model.tokenizer))

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mariotte.architectures import Need, Shape
 from mariotte.compress import llm_compressor
-from mariotte.compress.calibration import Means, outer, rows_at_once, tokens_for, watching
+from mariotte.compress.calibration import Means, observe_encoder, outer, rows_at_once, tokens_for, watching
 from mariotte.compress.compensation import invertible, with_ridge
 from mariotte.compress.quantize import Grid, Grouped, absmax_grid, minmax_grid
 from mariotte.compress.scope import change, in_scope, rewrite_
@@ -159,6 +159,9 @@ class GPTQ(Grouped):
     Of a mixture each expert is measured on the tokens that take it. One that no token takes is rounded as by ``rtn``,
     as if its inputs were equally large and independent: calibrate on text that reaches all of them.
 
+    An encoder is calibrated on what it reads in training: pieces of documents between its special tokens, 15 % of whose
+    tokens are hidden. Sequentially it takes a pass through the whole model for each block.
+
     Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up. Of an
     expert these are the tokens that take it.
 
@@ -171,7 +174,7 @@ class GPTQ(Grouped):
 
     reference: ClassVar[str] = "frantar2023gptq"
     streams: ClassVar[bool] = True
-    needs: ClassVar[tuple[Need, ...]] = ("causal",)
+    needs: ClassVar[tuple[Need, ...]] = ("one text",)
     mixtures: ClassVar[bool] = True
 
     act_order: bool = False
@@ -221,10 +224,13 @@ class GPTQ(Grouped):
         prepared = Prepared(context.scratch)
         if self.scope == "head":
             means, rows = Means(outer), rows_at_once(tokens_NT)
-            with watching({"head": [model.head]}, means):
-                for start in range(0, len(tokens_NT), rows):
-                    model.logits(tokens_NT[start : start + rows])
-                    context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
+            if model.kind == "causal":
+                with watching({"head": [model.head]}, means):
+                    for start in range(0, len(tokens_NT), rows):
+                        model.logits(tokens_NT[start : start + rows])
+                        context.progress("calibration", min(1.0, (start + rows) / len(tokens_NT)))
+            else:
+                observe_encoder(model, tokens_NT, rows, {"head": [model.head]}, means)
             prepared.put("head", means.result(self.name(), model))
         elif not self.sequential:
             store_statistics(prepared, model, context, self.name(), self.scope, outer)

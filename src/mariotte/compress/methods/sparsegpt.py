@@ -140,6 +140,9 @@ class SparseGPT(OneShot):
     Of a mixture each expert is measured on the tokens that take it. One that no token takes is cut by its weights
     alone, as if its inputs were equally large and independent: calibrate on text that reaches all of them.
 
+    An encoder is calibrated on what it reads in training: pieces of documents between its special tokens, 15 % of whose
+    tokens are hidden. Sequentially it takes a pass through the whole model for each block.
+
     Calibration: a second moment of I inputs takes several times I tokens; with fewer, `damp` is what holds it up. Of an
     expert these are the tokens that take it.
 

@@ -74,6 +74,9 @@ class Wanda(OneShot):
     Of a mixture each expert is measured on the tokens that take it. One that no token takes is cut by its weights
     alone, as if its inputs were equally large and independent: calibrate on text that reaches all of them.
 
+    An encoder is calibrated on what it reads in training: pieces of documents between its special tokens, 15 % of whose
+    tokens are hidden. Sequentially it takes a pass through the whole model for each block.
+
     Calibration: a few thousand tokens are enough, since only I norms a matrix are estimated. Where weights may also be
     updated, sparsegpt loses less at high amounts and costs I³ more a matrix.
 
