@@ -16,7 +16,7 @@ from mariotte.models.step import Step
 from mariotte.testing import matrix
 from mariotte.testing.methods import middle, run
 from mariotte.testing.stock import without_mariotte
-from mariotte.testing.tiny import random_tokens, tiny
+from mariotte.testing.tiny import random_tokens, sizes_for, tiny, to_ask
 
 GENERATE = """
 import json
@@ -41,9 +41,8 @@ for line in open(sys.argv[1]):
 
 def plain(families: Iterable[str], methods: Iterable[Step]) -> list[tuple[Step, str]]:
     """Each method with each of these families of which it makes an ordinary checkpoint."""
-    models = {family: tiny(family) for family in families}
     asked = list(methods)
-    return [(s, f) for f, model in models.items() for s in asked if matrix.cell(s, model)[0] == matrix.PLAIN]
+    return [(s, f) for f in families for s in asked if matrix.cell(s, to_ask(f, s))[0] == matrix.PLAIN]
 
 
 def compare(cases: Iterable[tuple[Step, str]], folder: Path) -> int:
@@ -52,7 +51,7 @@ def compare(cases: Iterable[tuple[Step, str]], folder: Path) -> int:
     listed, expected = folder / "listed.jsonl", dict[str, object]()
     with listed.open("w", encoding="utf-8") as lines:
         for number, (step, family) in enumerate(cases):
-            cut = run(step, tiny(family), middle(step), folder / f"prepared-{number}")
+            cut = run(step, tiny(family, **sizes_for(step)), middle(step), folder / f"prepared-{number}")
             saved = checkpoint.save(cut, folder / f"{number:03}-{step.name()}-{family}")
             kind = architectures.find(family).kind
             lines.write(json.dumps([kind, str(saved)]) + "\n")
