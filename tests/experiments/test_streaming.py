@@ -26,7 +26,7 @@ from mariotte.evaluate.measures import loss
 from mariotte.experiments import estimate, identity
 from mariotte.experiments.estimate import preflight
 from mariotte.experiments.pipeline import compress_model, measure
-from mariotte.models import checkpoint, layouts, nll, paging
+from mariotte.models import checkpoint, layouts, nll, packed, paging
 from mariotte.models.load import load
 from mariotte.models.model import Model
 from mariotte.testing.large import large
@@ -292,6 +292,17 @@ def test_an_evaluation_reads_each_block_once_for_many_batches(small: Path, tmp_p
 def test_measures_that_need_the_whole_model_are_refused(small: Path, asked: str, said: str) -> None:
     with pytest.raises(ChainError, match=said):
         identity.resolve_measure(asked).refuse_streamed("causal")
+
+
+@pytest.mark.skipif(not packed.installed(), reason="needs torchao")
+def test_what_torchao_packed_is_loaded_whole(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint.save(compressed(small, "fp8"), tmp_path / "packed", dtype=torch.bfloat16)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1000)
+    asked = ["evaluate", str(folder), "--measure", "loss:testbed/all(rows=4, block=32)"]
+    assert "loss" in CliRunner().invoke(app, [*asked, "--json"]).stdout
+    refused = CliRunner().invoke(app, [*asked, "--stream"])
+    assert refused.exit_code == 2
+    assert "cannot be streamed: torchao packed its weights" in " ".join(refused.output.split())
 
 
 def test_evaluate_streams_from_the_command_line(small: Path) -> None:

@@ -31,7 +31,7 @@ from mariotte.experiments.tree import Node, grow
 from mariotte.locate import read_config
 from mariotte.models.hardware import free_bytes, resident_bytes
 from mariotte.models.load import find_device, find_dtype, locate, weight_files
-from mariotte.models.paging import read_header
+from mariotte.models.packed import is_packed
 from mariotte.models.step import Step
 from mariotte.models.streaming import BLOCKS_HELD
 from mariotte.store.record import Record
@@ -386,7 +386,10 @@ def preflight(
     streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, compared)
     # What enters, what each step makes of it, and when it is saved a copy and two of float32 to compare.
     whole_bytes = counts.n_params * (width * (1 + len(parts)) + max(width + 8, 0)) + works
-    reasons = [f"{part.step.name()} cannot be streamed: it {reason}" for part in parts if (reason := part.step.whole())]
+    reasons = _not_streamed(model, config)
+    reasons += [
+        f"{part.step.name()} cannot be streamed: it {reason}" for part in parts if (reason := part.step.whole())
+    ]
     free = free_bytes(device)
     if stream is None:
         stream = free is not None and whole_bytes > free and not reasons
@@ -448,7 +451,7 @@ def preflight_evaluation(
     head = shape.vocab * shape.embedding_size * width
     streamed_bytes = max(BLOCKS_HELD * block, head) + stream_bytes + works
     whole_bytes = counts.n_params * width + works
-    reasons: list[str] = []
+    reasons = _not_streamed(model, config)
     for measure in measures:
         try:
             measure.refuse_streamed(kind)
@@ -487,6 +490,13 @@ def _width(counts: Counts, device: str, dtype: str | None) -> int:
     return 4 if device == "cpu" else counts.n_bytes // counts.n_params
 
 
+def _not_streamed(model: str, config: Mapping[str, Any]) -> list[str]:
+    """Why the files of a model cannot be read block by block, if they cannot."""
+    if not is_packed(config):
+        return []
+    return [f"{model} cannot be streamed: torchao packed its weights, and unpacks them all at once; load it whole"]
+
+
 def _block_parameters(shape: Shape, counts: Counts) -> int:
     return (counts.attention + counts.ffn + counts.shortcuts) // shape.blocks
 
@@ -494,9 +504,9 @@ def _block_parameters(shape: Shape, counts: Counts) -> int:
 def _bytes_per_second(file: Path) -> float:
     """How fast weights come from a file and into another dtype."""
     began, done = time.perf_counter(), 0
-    for source in read_header(file).values():
-        source.read().double()
-        done += source.nbytes
-        if done >= _READ_AT_LEAST:
-            break
+    with file.open("rb", buffering=0) as content:
+        # As halves, whatever they are: files that torchao packed hold kinds of numbers that are not read here.
+        while done < _READ_AT_LEAST and len(piece := content.read(_READ_AT_LEAST // 16)) > 1:
+            torch.frombuffer(bytearray(piece), dtype=torch.float16, count=len(piece) // 2).double()
+            done += len(piece)
     return max(done, 1) / max(time.perf_counter() - began, 1e-9)
