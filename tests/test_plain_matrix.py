@@ -77,7 +77,7 @@ SAMPLE = {
     "smollm3": ("shortgpt",),
     "gemma3_text": ("shortgpt", "heads"),
     "olmo2": ("heads",),
-    "phi": ("ffn",),
+    "phi": ("ffn", "slice"),
     "phi3": ("slice", "heads", "ffn"),
     "falcon": ("ffn",),
     "qwen3_moe": ("experts", "expert-ffn"),

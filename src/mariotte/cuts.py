@@ -142,8 +142,10 @@ def refuse_dense(model: Sizes) -> str | None:
 
 def refuse_slice(model: Sizes) -> str | None:
     """Why the hidden size of `model` cannot be reduced under one rotation of the stream, or None when it can."""
-    entry = model.entry
-    if reason := cannot_turn(entry):
+    entry, shape = model.entry, model.shape
+    # Where every matrix behind a norm has biases, and the head, these hold the norm's: then it may subtract the mean.
+    held = shape.attention_bias and shape.mlp_bias and bool(shape.head_biases) and bool(entry.head_dim)
+    if not (held and entry.norm_first and not entry.outer_norms) and (reason := cannot_turn(entry)):
         return reason
     if not entry.head_dim:
         return (
@@ -228,8 +230,8 @@ def cannot_turn(entry: Architecture) -> str | None:
     if not entry.rms_norm:
         other = "ffn or shortgpt" if entry.model_type in ONE_WIDTH else "slicegpt, whose class does without, or ffn"
         return (
-            f"needs RMSNorm, and the norms of {entry.model_type} also subtract the mean of the dimensions that are "
-            f"there: take {other}"
+            "needs RMSNorm, or LayerNorm in front of matrices that all have biases, the head among them, and a config "
+            f"that states head_dim, and {entry.model_type} has neither: take {other}"
         )
     if not entry.turns:
         return (

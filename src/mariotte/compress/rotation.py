@@ -39,3 +39,10 @@ def random_rotation(width: int, generator: torch.Generator) -> Tensor:
     orthogonal, triangular = cast("tuple[Tensor, Tensor]", torch.linalg.qr(gaussian))
     # Without the signs of the diagonal the factorisation's own choice of them would show.
     return orthogonal * triangular.diagonal().sign()
+
+
+def without_mean(width: int) -> Tensor:
+    """An orthonormal basis of all vectors whose mean is zero, (width, width - 1) float64, one in each column."""
+    places = torch.arange(width, dtype=torch.float64)[:, None]
+    columns = torch.arange(1, width, dtype=torch.float64)
+    return ((places < columns).double() - columns * (places == columns)) / (columns * (columns + 1)).sqrt()

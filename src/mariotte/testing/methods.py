@@ -45,6 +45,7 @@ ODD: Mapping[str, Any] = {"hidden": 33, "heads": 3, "kv_heads": 1, "head_dim": 6
 
 ODD_OF: Mapping[str, Mapping[str, Any]] = {
     "falcon": {"hidden": 30},  # whose heads are turned whole, so that their width is even
+    "phi": {"head_dim": 8},  # of which half is turned
     # torch multiplies by the matrices of all experts at once, which have to begin at multiples of 16 bytes.
     **{family: {"hidden": 36, "ffn": 44} for family in ("mixtral", "qwen3_moe", "gpt_oss")},
 }
@@ -325,7 +326,8 @@ class MethodConformance:
         assert cut.embeddings.weight.shape == (shape.vocab, shape.hidden)
         assert cut.head.weight.shape == (shape.vocab, shape.final_size)
         for index, block in enumerate(cut.blocks):
-            assert oriented(block.output).shape == (shape.hidden, shape.heads_of(index)[0] * shape.widths_of(index)[1])
+            of_heads = shape.heads_of(index)[0] * shape.widths_of(index)[1]
+            assert oriented(block.output).shape == (shape.attended_by(index), of_heads)
             # The first factor of a product reads, the last writes; a whole matrix does both.
             (_, first), *_, (_, last) = block.factors(block.entry.ffn_paths[-1]) * 2
             assert (len(oriented(last)), oriented(first).shape[1]) == (

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mariotte.compress.methods import slice as slicing
 from mariotte.compress.methods.slice import Slice, principal_directions
+from mariotte.compress.rotation import without_mean
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import prepare_once
-from mariotte.testing.methods import context_of
+from mariotte.testing.methods import MethodConformance, cases, context_of, run
 from mariotte.testing.tiny import random_tokens, tiny
 
 FULL_BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen2": {}}
@@ -40,9 +41,9 @@ def logits(model: Model) -> Tensor:
 
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
 def test_rotation_leaves_logits_unchanged(family, tied, compensate, tmp_path):
-    model = tiny(family, tied=tied, dtype=torch.float64, **FULL_BIASES[family])
+    model = tiny(family, tied=tied, dtype=torch.float64, **FULL_BIASES.get(family, {}))
     step = Slice(compensate=compensate)
     prepared = prepare_once(step, model, context_of(model, tmp_path), [0.5])
     rotated = slicing._cut(model, prepared, 32)
@@ -64,6 +65,29 @@ def in_a_subspace_(model: Model, width: int) -> Model:
             for parameter in linear.parameters():
                 parameter.copy_(projector_DD @ parameter)
     return model
+
+
+@pytest.mark.parametrize("compensate", [False, True])
+def test_a_centred_stream_that_lives_in_fewer_dimensions_is_cut_to_them_without_loss(compensate, tmp_path):
+    """LayerNorm, whose mean takes one dimension: of sixteen that are kept the stream may fill fifteen."""
+    model = in_a_subspace_(tiny("phi", dtype=torch.float64, layer_norm_eps=0.05), 15)
+    step, context = Slice(compensate=compensate), context_of(model, tmp_path)
+    prepared = prepare_once(step, model, context, [0.5])
+    cut = step.apply(model, prepared, 0.5, context)
+    assert (cut.shape.hidden, cut.shape.head_dim, cut.config["layer_norm_eps"]) == (16, 8, pytest.approx(0.1))
+    assert (logits(cut) - logits(model)).abs().max() < 1e-8
+    assert cut.blocks[0].attention_norm.weight.eq(1).all()
+    assert (cut.embeddings.weight.mean(1)).abs().max() < 1e-12
+    assert cut.measured_params() == cut.counts.n_params
+    further = step.apply(model, prepared, 0.75, context)
+    assert (logits(further) - logits(model)).abs().max() > 0.1
+
+
+def test_a_basis_without_mean_is_orthonormal():
+    basis = without_mean(5)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(4, dtype=torch.float64))
+    assert basis.sum(0).abs().max() < 1e-12
+    assert without_mean(1).shape == (1, 0)
 
 
 @pytest.mark.parametrize("compensate", [False, True])
@@ -191,3 +215,17 @@ def test_norms_of_a_cut_model_are_ones(tmp_path):
     cut = step.apply(model, prepare_once(step, model, context, [0.5]), 0.5, context)
     norms: list[nn.Module] = [cut.final_norm, cut.blocks[0].attention_norm, cut.blocks[1].mlp_norm]
     assert all(bool((norm.weight == 1).all()) for norm in norms)
+
+
+def test_the_least_width_leaves_a_model_that_runs(tmp_path):
+    cut = run(Slice(round_to=1), tiny("phi"), 1 - 1e-9, tmp_path)
+    assert cut.shape.hidden == 1
+    assert logits(cut).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "family"), cases([Slice()], ["phi"]), ids=lambda v: v if isinstance(v, str) else str(v.link())
+)
+class TestCentred(MethodConformance):
+    pass

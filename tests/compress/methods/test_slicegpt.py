@@ -63,6 +63,16 @@ class TestVariants(MethodConformance):
     pass
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "family"),
+    cases([SliceGPT()], ["phi", "opt", "gpt_neox"]),
+    ids=lambda v: v if isinstance(v, str) else str(v.link()),
+)
+class TestCentred(MethodConformance):
+    pass
+
+
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: str(step.link()))
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

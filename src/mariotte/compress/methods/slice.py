@@ -17,7 +17,7 @@ from mariotte import accounting
 from mariotte.architectures import Need, Shape
 from mariotte.compress.calibration import rms_normalised, second_moments
 from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, with_ridge
-from mariotte.compress.rotation import principal_directions
+from mariotte.compress.rotation import principal_directions, without_mean
 from mariotte.compress.surgery import (
     cut_width,
     derive,
@@ -34,8 +34,8 @@ from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["Slice"]
 
-EPS = "rms_norm_eps"
-"""What every family with RMSNorm calls the constant under its root."""
+SHIFT = "shift "
+"""Before the name of a matrix, that of what the biases of the norm in front of it give."""
 
 FACTOR = "factor"
 """Key of the Cholesky factor beside the matrices that read through one norm."""
@@ -73,6 +73,10 @@ class Slice(Step):
     energy that the kept directions hold on calibration text, the factor is sqrt(s D/d), which is sqrt(D/d) when nothing
     is lost. On stories260K at half the width, sqrt(D/d) gives a loss of 4.779, sqrt(s D/d) 4.375, and compensation
     4.291; smaller cuts gain too (``benchmarks/stories260k.py``).
+
+    LayerNorm (phi) also subtracts the mean of the dimensions that are there. The stream is then one whose mean is zero,
+    d - 1 directions are kept of it, and laid out in d dimensions so that their mean is zero again; biases of norms go
+    into those of the matrices behind them, the head's among them, which only a family that has them all can hold.
 
     A tied head is untied, since the final norm's weights cannot be folded into both ends: the second vocabulary matrix
     is counted, and can make the ratio of a small cut negative. A cut of nothing returns the model as it is.
@@ -131,14 +135,18 @@ class Slice(Step):
     @torch.no_grad()
     def prepare(self, model: Model, context: Context, amounts: Sequence[int | float]) -> Prepared:
         readers = _readers(model)
-        eps = float(model.config[EPS])
+        eps, centred = float(model.config[_eps_key(model)]), not model.entry.rms_norm
         norms = {key: [norm] for key, (norm, _) in readers.items()}
         # One by one only for compensation: pooled, they take D² numbers and not D² for each norm.
         inputs = norms if self.compensate else {"stream": [norm for (norm,) in norms.values()]}
-        moments = second_moments(model, context, self.name(), inputs, transform=lambda x_MD: rms_normalised(x_MD, eps))
+
+        def normalised(x_MD: Tensor) -> Tensor:
+            return rms_normalised(x_MD - x_MD.mean(-1, keepdim=True) if centred else x_MD, eps)
+
+        moments = second_moments(model, context, self.name(), inputs, transform=normalised)
         # One after another: of a streamed model each is read from disk.
         pooled_DD = sum((moments[key] for key in moments), torch.zeros(())) / len(moments)
-        rotation_DD, energy_D = principal_directions(pooled_DD)
+        rotation_DD, energy_D = _directions(pooled_DD, centred=centred)
         # Kept in float32 at least: rotated weights are cast to the model's own dtype once, when they are cut.
         kept = torch.promote_types(model.embeddings.weight.dtype, torch.float32)
         prepared = Prepared(context.scratch)
@@ -151,12 +159,17 @@ class Slice(Step):
                 moment_DD = with_ridge(rotation_DD.T @ moments.pop(key) @ rotation_DD, self.ridge)
             for name, linear in linears.items():
                 rows: list[Tensor] = []
+                shifts: list[Tensor] = []
                 for piece_OD in pieces(linear.weight):
+                    if centred:
+                        shifts.append(piece_OD.double() @ cast(Tensor, norm.bias).double())
                     weight_OD = (piece_OD.double() * norm_weight(norm).double()) @ rotation_DD
                     if moment_DD is not None:
                         tensors[FACTOR], weight_OD = least_squares_factors(weight_OD, moment_DD, in_order_D)
                     rows.append(weight_OD.to(kept))
                 tensors[name] = _whole(rows)
+                if centred:
+                    tensors[SHIFT + name] = _whole(shifts)
             prepared.put(key, tensors)
             context.progress("rotation", (done + 1) / len(readers))
         for key, parameters in _writers(model).items():
@@ -179,6 +192,21 @@ class Slice(Step):
         if width == shape.hidden:
             return model.copy().after(done)
         return _cut(model, prepared, width).after(done)
+
+
+def _eps_key(model: Model) -> str:
+    """What the family's config calls the constant under the root of its norms."""
+    return "rms_norm_eps" if model.entry.rms_norm else "layer_norm_eps"
+
+
+def _directions(moment_DD: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """The principal directions, and the energy along each; last that of the mean, if norms subtract it."""
+    if not centred:
+        return principal_directions(moment_DD)
+    basis_DC = without_mean(len(moment_DD)).to(moment_DD.device)
+    directions_CC, energy_C = principal_directions(basis_DC.T @ moment_DD @ basis_DC)
+    mean_D1 = torch.full_like(moment_DD[:, :1], len(moment_DD) ** -0.5)
+    return torch.cat([basis_DC @ directions_CC, mean_D1], 1), torch.cat([energy_C, energy_C.new_zeros(1)])
 
 
 def _whole(rows: list[Tensor]) -> Tensor:
@@ -220,37 +248,58 @@ def _cut(model: Model, prepared: Prepared, width: int) -> Model:
     """The rotated model, cut to its first `width` dimensions; of full width, its logits are the model's own."""
     shape, entry = model.shape, model.entry
     energy_D = prepared.get("rotation")["energy"].clamp(min=0)
-    share = float(energy_D[:width].sum() / energy_D.sum()) if bool(energy_D.any()) else 1.0
+    # A norm that subtracts the mean leaves one dimension less: the strongest directions are then laid out so that the
+    # mean of what they hold is zero, which it was of what they held.
+    basis_dk = None if entry.rms_norm else without_mean(width).to(model.device)
+    directions = width if basis_dk is None else width - 1
+    share = float(energy_D[:directions].sum() / energy_D.sum()) if bool(energy_D.any()) else 1.0
     factor = (share * shape.hidden / width) ** 0.5
-    eps = float(model.config[EPS]) * shape.hidden / width
+    eps = float(model.config[_eps_key(model)]) * shape.hidden / width
+
+    def laid_out(kept_Xk: Tensor) -> Tensor:
+        return kept_Xk if basis_dk is None else kept_Xk.to(basis_dk) @ basis_dk.T
+
     names = parameter_names(model)
     weights = gathered(model)
+    # A config has one eps for all norms. Those of queries and keys give the same with the new one when what they read
+    # grows as the root of it.
+    growth = (shape.hidden / width) ** 0.5
+    grown = {
+        names[parameter]: parameter
+        for block in model.blocks
+        for linear in ((block.query, block.key) if entry.head_norms else ())
+        for parameter in linear.parameters()
+    }
     for key, (norm, linears) in _readers(model).items():
         rotated = {name: tensor.to(model.device) for name, tensor in prepared.get(key).items()}
         weights[names[norm_weight(norm)]] = torch.ones(width)
-        for name in linears:
+        if basis_dk is not None:
+            weights[names[cast(Tensor, norm.bias)]] = torch.zeros(width)
+        for name, linear in linears.items():
             whole_OD = rotated[name]
             # Of the head of a streamed model some rows at a time: it may have more of them than all blocks.
             parts = cast("tuple[Tensor, ...]", whole_OD.split(shape.ffn if model.streamed else len(whole_OD)))
             rows = [
-                compensated(rotated[FACTOR], part_OD.double(), width) if FACTOR in rotated else part_OD[:, :width]
+                compensated(rotated[FACTOR], part_OD.double(), directions)
+                if FACTOR in rotated
+                else part_OD[:, :directions]
                 for part_OD in parts
             ]
-            weights[name] = _whole(rows) * factor
+            whole = laid_out(_whole(rows)) * factor
+            # Here and not afterwards: what is put in may be rounded at once.
+            weights[name] = whole * growth if name in grown else whole
+            if SHIFT + name in rotated:
+                weights[names[linear.bias]] = linear.bias.double() + rotated[SHIFT + name]
     for key, parameters in _writers(model).items():
         rotated = prepared.get(key)
         for name in parameters:
-            weights[name] = rotated[name][..., :width]
+            weights[name] = laid_out(rotated[name][..., :directions].to(model.device))
             if key != "embeddings":
                 weights[name] = weights[name].transpose(0, -1)
-    # A config has one eps for all norms. Those of queries and keys give the same with the new one when what they read
-    # grows as the root of it.
-    for block in model.blocks:
-        for linear in (block.query, block.key) if entry.head_norms else ():
-            for parameter in linear.parameters():
-                name = names[parameter]
-                weights[name] = weights.get(name, parameter) * (shape.hidden / width) ** 0.5
-    sizes = {entry.hidden: width, entry.head_dim: shape.head_dim, EPS: eps}
+    for name, parameter in grown.items():
+        if name not in weights:
+            weights[name] = parameter * growth
+    sizes = {entry.hidden: width, entry.head_dim: shape.head_dim, _eps_key(model): eps}
     cut = derive(model, weights, sizes, untie=shape.tied)
     set_norm_eps_(cut, eps)
     return cut
