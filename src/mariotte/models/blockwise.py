@@ -120,14 +120,17 @@ class Blockwise:
 
             return forward
 
+        before = [vars(block).get("forward") for block in self.blocks]  # somebody else may have done the same
         try:
             for index, block in enumerate(self.blocks):
                 vars(block)["forward"] = instead(index)
             with _without_hooks(self.blocks):
                 yield
         finally:
-            for block in self.blocks:
-                vars(block).pop("forward", None)
+            for block, own in zip(self.blocks, before, strict=True):
+                del vars(block)["forward"]
+                if own is not None:
+                    vars(block)["forward"] = own
 
 
 @contextlib.contextmanager
