@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mariotte import architectures, cuts, shapes
+from mariotte import architectures, shapes
 from mariotte.chain import Chain, parse
+from mariotte.cuts import common, matrices
 from mariotte.errors import ModelError
 from mariotte.evaluate.measures.memory import kv_bytes
 from mariotte.experiments.identity import resolve
@@ -142,7 +143,7 @@ def test_every_method_that_removes_or_rounds_is_foretold() -> None:
         assert told.scopes == step.scopes, step.name()
         if isinstance(told, shapes._Method):  # pyright: ignore[reportPrivateUsage]
             assert told.narrows == (step.family in ("width", "slice")), step.name()
-    assert tuple(irregular.CLASSES) == cuts.IRREGULAR
+    assert tuple(irregular.CLASSES) == common.IRREGULAR
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: str(step.link(0.5)))
@@ -164,7 +165,7 @@ def test_what_goes_is_what_the_method_says_on_every_family_that_it_claims(step: 
             claimed += 1
             if step.unit != "bits":
                 gone = model.counts.n_params - left.n_params + left.zeros
-                rows = sum(outputs for outputs, _ in cuts.matrices_of(sized(model), "all"))
+                rows = sum(outputs for outputs, _ in matrices.matrices_of(sized(model), "all"))
                 slack = step.slack(model) + (2 * rows if left.zeros else 0)  # rounded row by row
                 assert abs(step.removes(model, amount) - gone) <= slack, (family, amount)
     assert claimed

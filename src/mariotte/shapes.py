@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mariotte import accounting, architectures, cuts
+from mariotte import accounting, architectures
 from mariotte.accounting import BYTES, Counts, cut_width, rounding
 from mariotte.architectures import Architecture, Need, Shape
 from mariotte.chain import Chain, Link
+from mariotte.cuts import blocks, common, groups, heads, matrices, neurons, ranks, stream
 from mariotte.errors import ModelError
 
 ACTIVATION_TOKENS = 1024
@@ -285,7 +286,7 @@ def _check(model: Sized, link: Link, step: _Method | _Quantizer) -> None:
     if scope not in step.scopes:
         raise ModelError(f"has no scope {scope!r}: it has {', '.join(step.scopes)}")
     narrows = isinstance(step, _Method) and step.narrows
-    reason = cuts.refuse_by_family(model, step.needs, mixtures=step.mixtures, cuts_widths=narrows, scope=scope)
+    reason = common.refuse_by_family(model, step.needs, mixtures=step.mixtures, cuts_widths=narrows, scope=scope)
     if reason is not None:
         raise ModelError(reason)
 
@@ -348,16 +349,16 @@ def _gone(before: Shape, after: Shape) -> int:
 
 def _in_scope(model: Sized, scope: str) -> int:
     """Weights of the matrices of a scope."""
-    return sum(outputs * inputs for outputs, inputs in cuts.matrices_of(model, scope))
+    return sum(outputs * inputs for outputs, inputs in matrices.matrices_of(model, scope))
 
 
 def _neurons(model: Sized, link: Link) -> _Cut:
-    width, _ = cuts.neuron_width(model, _amount(link), _whole(link, "round_to"))
+    width, _ = neurons.neuron_width(model, _amount(link), _whole(link, "round_to"))
     return _Cut(shape=replace(model.shape, ffn=width), share=1 - width / model.shape.ffn)
 
 
 def _refuse_neurons(model: Sized, link: Link) -> str | None:
-    return cuts.refuse_unequal_widths(model)
+    return neurons.refuse_unequal_widths(model)
 
 
 def _hidden(model: Sized, link: Link) -> _Cut:
@@ -371,14 +372,14 @@ def _hidden(model: Sized, link: Link) -> _Cut:
 
 def _sliced(model: Sized, link: Link) -> _Cut:
     shape = model.shape
-    width = cuts.sliced_width(shape, _amount(link), _whole(link, "round_to") or 8)
-    return _Cut(shape=cuts.sliced(shape, width), share=1 - width / shape.hidden, irregular=width < shape.hidden)
+    width = stream.sliced_width(shape, _amount(link), _whole(link, "round_to") or 8)
+    return _Cut(shape=stream.sliced(shape, width), share=1 - width / shape.hidden, irregular=width < shape.hidden)
 
 
 def _blocks(model: Sized, link: Link) -> _Cut:
     shape = model.shape
     spared = (_whole(link, "first") or 0) + (_whole(link, "last") or 0) if link.name == "sleb" else 0
-    kept = cuts.kept_blocks(model, _amount(link), spared)
+    kept = blocks.kept_blocks(model, _amount(link), spared)
     # Lists of sizes by block are of equal ones here.
     by_block = {
         name: None if sizes is None else sizes[:kept]
@@ -394,23 +395,23 @@ def _blocks(model: Sized, link: Link) -> _Cut:
 
 def _refuse_blocks(model: Sized, link: Link) -> str | None:
     if link.name == "sleb":
-        return cuts.refuse_sparing(model, _whole(link, "first") or 0, _whole(link, "last") or 0)
+        return blocks.refuse_sparing(model, _whole(link, "first") or 0, _whole(link, "last") or 0)
     if link.name == "laco":
-        return cuts.refuse_merging(model, str(link.fields.get("rule", "difference")))
-    return cuts.refuse_unlike_blocks(model)
+        return blocks.refuse_merging(model, str(link.fields.get("rule", "difference")))
+    return blocks.refuse_unlike_blocks(model)
 
 
 def _heads(model: Sized, link: Link) -> _Cut:
     shape, by = model.shape, link.fields.get("by")
-    _, choices = cuts.choices_of_heads(model, by if isinstance(by, str) else None)
-    heads, groups = cuts.nearest_heads(choices, shape.heads * (1 - _amount(link)))
-    after = replace(shape, heads=heads, kv_heads=groups)
-    fewer = heads < shape.heads
-    return _Cut(shape=after, share=1 - heads / shape.heads, irregular=fewer and not model.entry.head_dim)
+    _, choices = heads.choices_of_heads(model, by if isinstance(by, str) else None)
+    queries, kv_heads = heads.nearest_heads(choices, shape.heads * (1 - _amount(link)))
+    after = replace(shape, heads=queries, kv_heads=kv_heads)
+    fewer = queries < shape.heads
+    return _Cut(shape=after, share=1 - queries / shape.heads, irregular=fewer and not model.entry.head_dim)
 
 
 def _refuse_heads(model: Sized, link: Link) -> str | None:
-    return cuts.refuse_heads(model)
+    return heads.refuse_heads(model)
 
 
 def _experts(model: Sized, link: Link) -> _Cut:
@@ -421,11 +422,11 @@ def _experts(model: Sized, link: Link) -> _Cut:
 
 
 def _refuse_dense(model: Sized, link: Link) -> str | None:
-    return cuts.refuse_dense(model)
+    return neurons.refuse_dense(model)
 
 
 def _ranks(model: Sized, link: Link) -> _Cut:
-    after = replace(model.shape, ranks=cuts.ranks_left(model.shape, _amount(link), _scope(link)))
+    after = replace(model.shape, ranks=ranks.ranks_left(model.shape, _amount(link), _scope(link)))
     gone = _gone(model.shape, after)
     if not gone:
         return _Cut(shape=model.shape, share=0.0)
@@ -435,8 +436,8 @@ def _ranks(model: Sized, link: Link) -> _Cut:
 def _narrowed(model: Sized, link: Link) -> _Cut:
     shape, scope, round_to = model.shape, _scope(link), _whole(link, "round_to")
     queries = _field(link, "queries", 0.5)
-    ffns, pairs, values = cuts.widths_left(shape, _amount(link), scope, queries=queries, round_to=round_to)
-    after = cuts.with_widths(shape, ffns, pairs, values)
+    ffns, pairs, values = ranks.widths_left(shape, _amount(link), scope, queries=queries, round_to=round_to)
+    after = ranks.with_widths(shape, ffns, pairs, values)
     gone = _gone(shape, after)
     if not gone:
         return _Cut(shape=shape, share=0.0)
@@ -450,7 +451,7 @@ def _narrowed(model: Sized, link: Link) -> _Cut:
             return _Cut(shape=replace(shape, ffn=ffns[0]), share=share)
     if not by_text:
         return _Cut(shape=after, share=share, irregular=True)
-    of_neuron, _, of_value = cuts.multiples_of_widths(shape, round_to)
+    of_neuron, _, of_value = ranks.multiples_of_widths(shape, round_to)
     attention = [shape.heads * shape.widths_of(layer)[1] for layer in layers]
     mlp = [shape.ffn_of(layer) for layer in layers]
     return _Cut(
@@ -469,12 +470,12 @@ def _narrowed(model: Sized, link: Link) -> _Cut:
 def _refuse_narrowed(model: Sized, link: Link) -> str | None:
     scope = _scope(link)
     plain = scope == "ffn" and link.fields.get("allocation", "influence") == "uniform"
-    return cuts.refuse_narrowing(model, scope, plain=plain)
+    return ranks.refuse_narrowing(model, scope, plain=plain)
 
 
 def _pruned(model: Sized, link: Link) -> tuple[range, bool]:
     """The blocks that llm-pruner does not spare, and whether it spares any."""
-    pruned = cuts.spared_blocks(model.shape.layers, _whole(link, "first"), _whole(link, "last"))
+    pruned = groups.spared_blocks(model.shape.layers, _whole(link, "first"), _whole(link, "last"))
     return pruned, len(pruned) < model.shape.layers
 
 
@@ -483,12 +484,12 @@ def _groups(model: Sized, link: Link) -> _Cut:
     pruned, spares = range(shape.layers), False
     if link.name == "llm-pruner":
         pruned, spares = _pruned(model, link)
-    of_block, _ = cuts.equal_shape(model, _amount(link), scope, _whole(link, "round_to"), irregular=spares)
-    share = cuts.removed_share(shape, of_block, scope)
+    of_block, _ = groups.equal_shape(model, _amount(link), scope, _whole(link, "round_to"), irregular=spares)
+    share = groups.removed_share(shape, of_block, scope)
     fewer = of_block.heads < shape.heads
     if not spares:
         return _Cut(shape=of_block, share=share, irregular=fewer and not model.entry.head_dim)
-    after = cuts.sizes_by_block(shape, dict.fromkeys(pruned, of_block))
+    after = groups.sizes_by_block(shape, dict.fromkeys(pruned, of_block))
     if not fewer:
         after = replace(after, attentions=shape.attentions)
     if of_block.ffn == shape.ffn:
@@ -497,7 +498,7 @@ def _groups(model: Sized, link: Link) -> _Cut:
 
 
 def _refuse_pruner(model: Sized, link: Link) -> str | None:
-    return cuts.refuse_pruner(model, _scope(link), _pruned(model, link)[0])
+    return groups.refuse_pruner(model, _scope(link), _pruned(model, link)[0])
 
 
 def _anywhere(model: Sized, link: Link) -> _Cut:
@@ -506,19 +507,19 @@ def _anywhere(model: Sized, link: Link) -> _Cut:
     if _fact(link, "uniform", default=False):
         return _groups(model, link)
     biases = _fact(link, "compensate", default=True)
-    removed, slack = cuts.removed_of_groups(shape, _amount(link), scope, round_to, biases=biases)
-    total, stays, _ = cuts.bounds_of_groups(shape, scope, round_to)
+    removed, slack = groups.removed_of_groups(shape, _amount(link), scope, round_to, biases=biases)
+    total, stays, _ = groups.bounds_of_groups(shape, scope, round_to)
     target = min(round(total * _amount(link)), total - stays)
     if not target:
         return _Cut(shape=shape, share=0.0)
     layers = range(shape.layers)
-    at_once = [cuts.heads_at_once(shape, layer) for layer in layers]
+    at_once = [groups.heads_at_once(shape, layer) for layer in layers]
     multiple = rounding(shape.ffn, round_to, at=shape.hidden)
-    attentions, ffns = cuts.alike(shape, target / total, target, scope, multiple)
+    attentions, ffns = groups.alike(shape, target / total, target, scope, multiple)
     with_biases = replace(
         shape, output_bias=shape.output_bias or biases, down_bias=shape.down_bias or (biases and not shape.mlp_bias)
     )
-    parts = cuts.PARTS[scope]
+    parts = common.PARTS[scope]
     after = replace(
         with_biases,
         attentions=tuple(attentions) if "attention" in parts else shape.attentions,
@@ -543,12 +544,12 @@ def _anywhere(model: Sized, link: Link) -> _Cut:
 
 
 def _refuse_anywhere(model: Sized, link: Link) -> str | None:
-    return cuts.refuse_flap(model, _scope(link), uniform=_fact(link, "uniform", default=False))
+    return groups.refuse_flap(model, _scope(link), uniform=_fact(link, "uniform", default=False))
 
 
 def _zeros(model: Sized, link: Link) -> _Cut:
     zeros = int(_amount(link) * _in_scope(model, _scope(link)))
-    after = cuts.untied(model) if zeros and _scope(link) == "head" else model.shape
+    after = matrices.untied(model) if zeros and _scope(link) == "head" else model.shape
     return _Cut(shape=after, share=_amount(link), zeros=zeros)
 
 
@@ -563,8 +564,8 @@ _METHODS: Mapping[str, _Method] = {
     "ffn": _OF_NEURONS,
     "prunenet": _OF_NEURONS,
     "prunenet-random": _OF_NEURONS,
-    "slice": _Method(cut=_hidden, refuse=lambda model, link: cuts.refuse_slice(model)),
-    "slicegpt": _Method(cut=_sliced, refuse=lambda model, link: cuts.refuse_slicegpt(model)),
+    "slice": _Method(cut=_hidden, refuse=lambda model, link: stream.refuse_slice(model)),
+    "slicegpt": _Method(cut=_sliced, refuse=lambda model, link: stream.refuse_slicegpt(model)),
     "shortgpt": _OF_BLOCKS,
     "sleb": _OF_BLOCKS,
     "laco": _OF_BLOCKS,
@@ -572,7 +573,7 @@ _METHODS: Mapping[str, _Method] = {
     "flap": _Method(cut=_anywhere, refuse=_refuse_anywhere, scopes=_GROUPED),
     "llm-pruner": _Method(cut=_groups, refuse=_refuse_pruner, scopes=_GROUPED),
     "svd-llm": _Method(
-        cut=_ranks, refuse=lambda model, link: cuts.refuse_low_rank(model), scopes=_GROUPED, narrows=False
+        cut=_ranks, refuse=lambda model, link: ranks.refuse_low_rank(model), scopes=_GROUPED, narrows=False
     ),
     "modegpt": _Method(
         cut=_narrowed,
@@ -640,7 +641,7 @@ def _dynamic(link: Link, outputs: int, inputs: int, itemsize: int) -> int:
 
 
 def _refuse_dynamic(model: Sized, link: Link) -> str | None:
-    if link.fields.get("scheme") == "torch" and model.entry.experts and "ffn" in cuts.PARTS[_scope(link)]:
+    if link.fields.get("scheme") == "torch" and model.entry.experts and "ffn" in common.PARTS[_scope(link)]:
         return "needs matrices one by one for scheme=torch, and experts are stacked: take scheme=token"
     return None
 
@@ -703,7 +704,7 @@ def _rounded(here: Here, link: Link, step: _Quantizer) -> Here:
             raise ModelError(f"needs a whole number of bits from 2 to 8, got {link}: such as {link.name}@4")
         bits = int(link.amount)
     for done in here.rounded:
-        if cuts.PARTS[_scope(done)] & cuts.PARTS[scope]:
+        if common.PARTS[_scope(done)] & common.PARTS[scope]:
             raise ModelError(
                 f"needs weights that were not quantized yet, and {done} was done to them: "
                 "quantize once, from the model before it"
@@ -711,26 +712,26 @@ def _rounded(here: Here, link: Link, step: _Quantizer) -> Here:
     if here.zeros and not step.keeps_zeros:
         raise ModelError("needs weights that were not set to zero, which none of its levels need be: take rtn@4")
     group = _whole(link, "group") or step.group
-    widths = cuts.input_widths(model.shape, scope)
+    widths = matrices.input_widths(model.shape, scope)
     if here.grain is not None and scope != "head":
         known = {"the hidden size": model.shape.hidden}
         may = dict(zip(("the attention output", "the MLP"), here.grain, strict=True))
         widths = known | {
             name: width
             for (name, width), part in zip(may.items(), ("attention", "ffn"), strict=True)
-            if part in cuts.PARTS[scope]
+            if part in common.PARTS[scope]
         }
-    if reason := cuts.misfit(group, widths, sizes=step.groups, otherwise=step.otherwise):
-        if here.decided and not cuts.misfit(group, {"the hidden size": model.shape.hidden}):
+    if reason := matrices.misfit(group, widths, sizes=step.groups, otherwise=step.otherwise):
+        if here.decided and not matrices.misfit(group, {"the hidden size": model.shape.hidden}):
             raise UntoldError(
                 f"needs input widths that group={group} divides, and text decides {here.decided[-1]}: measure it"
             )
         raise ModelError(reason)
-    shape = cuts.untied(model) if scope == "head" else model.shape
+    shape = matrices.untied(model) if scope == "head" else model.shape
     itemsize = BYTES[model.dtype]
     saved = sum(
         outputs * inputs * itemsize - step.packed(link, outputs, inputs, itemsize)
-        for outputs, inputs in cuts.matrices_of(model, scope)
+        for outputs, inputs in matrices.matrices_of(model, scope)
     )
     return replace(
         here,

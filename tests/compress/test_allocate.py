@@ -18,7 +18,7 @@ from mariotte.compress.allocate import (
     greedy_path,
     spread,
 )
-from mariotte.cuts import whole
+from mariotte.cuts.common import whole
 from mariotte.errors import ChainError, ModelError
 from mariotte.testing.methods import context_of
 from mariotte.testing.tiny import tiny

@@ -9,7 +9,7 @@ import pytest
 from mariotte import architectures
 from mariotte import chain as chains
 from mariotte.compress.scope import in_scope, oriented
-from mariotte.cuts import input_widths
+from mariotte.cuts.matrices import input_widths
 from mariotte.errors import ChainError, MariotteError, ModelError
 from mariotte.experiments import foresight, identity
 from mariotte.experiments.pipeline import Task, compress_model, perform

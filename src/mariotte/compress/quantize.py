@@ -22,7 +22,8 @@ from mariotte.architectures import Need
 from mariotte.chain import print_number
 from mariotte.compress.scope import SCOPES, change, in_scope, oriented, turned
 from mariotte.compress.surgery import gathered
-from mariotte.cuts import PARTS, misfit
+from mariotte.cuts.common import PARTS
+from mariotte.cuts.matrices import misfit
 from mariotte.errors import ChainError
 from mariotte.models import packed
 from mariotte.models.model import Model

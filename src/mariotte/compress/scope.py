@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mariotte import accounting
 from mariotte.compress.surgery import derive, parameter_names
-from mariotte.cuts import PARTS as PARTS
+from mariotte.cuts.common import PARTS as PARTS
 from mariotte.models.model import Model, OfExpert, Stacked
 
 SCOPES = ("all", "attention", "ffn", "head")

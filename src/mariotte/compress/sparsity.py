@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mariotte import cuts
 from mariotte.architectures import Need
 from mariotte.compress import allocate
 from mariotte.compress.calibration import means, tokens_for
 from mariotte.compress.scope import rewrite_, sides
 from mariotte.compress.sequential import rewrite_sequentially
+from mariotte.cuts import common
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model, OfExpert, Stacked
 from mariotte.models.nll import token_nll
@@ -341,7 +341,7 @@ class OneShot(Step):
             return [[[gone(size) for size in sizes] for sizes in matrices] for matrices in by_block]
         sizes = [size for matrices in by_block for some in matrices for size in some]
         each = [s for s, matrices in zip(shares, by_block, strict=True) for some in matrices for _ in some]
-        found = iter(cuts.whole(each, sizes, round(amount * sum(sizes))))
+        found = iter(common.whole(each, sizes, round(amount * sum(sizes))))
         return [[[next(found) for _ in some] for some in matrices] for matrices in by_block]
 
     @override

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mariotte.architectures import Need, Shape
 from mariotte.chain import Link, print_number
-from mariotte.cuts import refuse_by_family
+from mariotte.cuts.common import refuse_by_family
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.model import Done, Model
 from mariotte.models.paging import pieces, read_header, write_file

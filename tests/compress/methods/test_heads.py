@@ -11,7 +11,7 @@ import torch
 from mariotte.compress.attention import columns_of
 from mariotte.compress.methods.heads import Heads, Norm, Surgeon, Taylor, mask_gradients, removal_order
 from mariotte.compress.surgery import derive
-from mariotte.cuts import kept_counts
+from mariotte.cuts.heads import kept_counts
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models.nll import token_nll
 from mariotte.models.step import Context, prepare_once

@@ -10,7 +10,7 @@ import torch
 
 from mariotte.compress.methods.laco import LaCo, collapses, merged
 from mariotte.compress.methods.svd_llm import SVDLLM
-from mariotte.cuts import refuse_merging
+from mariotte.cuts.blocks import refuse_merging
 from mariotte.errors import ChainError, ModelError
 from mariotte.models.step import prepare_once
 from mariotte.testing.methods import context_of, logits, overflowing, run

@@ -9,7 +9,7 @@ import torch
 
 from mariotte.compress.groups import keep_groups, ranked_heads
 from mariotte.compress.methods.llm_pruner import LLMPruner, neuron_importance, salience, weight_gradients
-from mariotte.cuts import equal_shape, removed_share
+from mariotte.cuts.groups import equal_shape, removed_share
 from mariotte.errors import ChainError, DataError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load

@@ -21,7 +21,7 @@ from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.compress.methods.svd_llm import SVDLLM
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import derive
-from mariotte.cuts import kept_of_all
+from mariotte.cuts.ranks import kept_of_all
 from mariotte.errors import ChainError, ModelError
 from mariotte.evaluate.measures.memory import kv_bytes
 from mariotte.models import checkpoint

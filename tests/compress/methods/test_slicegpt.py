@@ -18,7 +18,7 @@ from mariotte.compress.methods.slice import Slice
 from mariotte.compress.methods.slicegpt import HalfWalk, SliceGPT, text_mask
 from mariotte.compress.rotation import random_rotation
 from mariotte.compress.surgery import derive
-from mariotte.cuts import sliced, sliced_width
+from mariotte.cuts.stream import sliced, sliced_width
 from mariotte.errors import ChainError, DataError, ModelError, UnknownNameError
 from mariotte.models import checkpoint
 from mariotte.models.load import load

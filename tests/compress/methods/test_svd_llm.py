@@ -22,7 +22,7 @@ from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.compress.methods.svd_llm import SVDLLM, output_directions
 from mariotte.compress.methods.wanda import Wanda
 from mariotte.compress.walk import Walk
-from mariotte.cuts import rank_left
+from mariotte.cuts.ranks import rank_left
 from mariotte.errors import DataError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.load import load

@@ -20,7 +20,7 @@ from mariotte.compress.calibration import check_finite, tokens_for
 from mariotte.compress.compensation import check_ridge, compensated, least_squares_factors, obs_order, with_ridge
 from mariotte.compress.mixture import Routed, expert_downs, keep_expert_neurons, watch_experts
 from mariotte.compress.neurons import removed_with_neurons
-from mariotte.cuts import neuron_width, refuse_dense
+from mariotte.cuts.neurons import neuron_width, refuse_dense
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 

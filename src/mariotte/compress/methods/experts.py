@@ -18,7 +18,7 @@ from mariotte.architectures import Need
 from mariotte.compress.calibration import check_finite, tokens_for
 from mariotte.compress.mixture import Routed, keep_experts, watch_experts
 from mariotte.compress.surgery import cut_width
-from mariotte.cuts import refuse_dense
+from mariotte.cuts.neurons import refuse_dense
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step

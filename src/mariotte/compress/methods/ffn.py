@@ -32,7 +32,7 @@ from mariotte.compress.neurons import (
 from mariotte.compress.scope import oriented, turned
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered, parameter_names
-from mariotte.cuts import neuron_width, refuse_unequal_widths
+from mariotte.cuts.neurons import neuron_width, refuse_unequal_widths
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step

@@ -24,7 +24,7 @@ from mariotte.compress.groups import (
 )
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import rounding
-from mariotte.cuts import (
+from mariotte.cuts.groups import (
     bounds_of_groups,
     equal_shape,
     group_sizes,
@@ -148,6 +148,7 @@ class FLAP(Step):
 
     unit: ClassVar[str] = "groups"
     family: ClassVar[str] = "width"
+    version: ClassVar[int] = 2  # equal cuts: the nearest amount, neurons making up for coarse heads
     reference: ClassVar[str] = "an2024flap"
     streams: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("causal",)

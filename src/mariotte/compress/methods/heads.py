@@ -23,7 +23,7 @@ from mariotte.compress.compensation import check_ridge, compensated, invertible,
 from mariotte.compress.scope import oriented
 from mariotte.compress.surgery import gathered, parameter_names
 from mariotte.compress.walk import hooked
-from mariotte.cuts import BY, choices_of_heads, largest_gap, nearest_heads, refuse_heads
+from mariotte.cuts.heads import BY, choices_of_heads, largest_gap, nearest_heads, refuse_heads
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step

@@ -13,7 +13,8 @@ import torch
 from typing_extensions import override
 
 from mariotte.compress.quantize import Held, InGroups
-from mariotte.cuts import PARTS, misfit
+from mariotte.cuts.common import PARTS
+from mariotte.cuts.matrices import misfit
 from mariotte.errors import ChainError
 from mariotte.models import packed
 from mariotte.models.model import Model

@@ -16,7 +16,7 @@ from typing_extensions import override
 from mariotte.architectures import Need, Shape
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
-from mariotte.cuts import kept_blocks, refuse_merging
+from mariotte.cuts.blocks import kept_blocks, refuse_merging
 from mariotte.errors import ChainError
 from mariotte.models.blockwise import finals
 from mariotte.models.model import Block, Model

@@ -24,7 +24,7 @@ from mariotte.compress.groups import (
     ranked_heads,
 )
 from mariotte.compress.scope import oriented, turned
-from mariotte.cuts import equal_shape, refuse_pruner, removed_share, said_when_far, sizes_by_block, spared_blocks
+from mariotte.cuts.groups import equal_shape, refuse_pruner, removed_share, said_when_far, sizes_by_block, spared_blocks
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
@@ -196,6 +196,7 @@ class LLMPruner(Step):
 
     unit: ClassVar[str] = "groups"
     family: ClassVar[str] = "width"
+    version: ClassVar[int] = 2  # equal cuts: the nearest amount, neurons making up for coarse heads
     reference: ClassVar[str] = "ma2023llmpruner"
     needs: ClassVar[tuple[Need, ...]] = ("causal",)
     scopes: ClassVar[tuple[str, ...]] = SCOPES

@@ -18,7 +18,7 @@ from mariotte.compress.calibration import tokens_for
 from mariotte.compress.scope import SCOPES, change, in_scope, untied_weights
 from mariotte.compress.sparsity import smallest
 from mariotte.compress.surgery import gathered
-from mariotte.cuts import whole
+from mariotte.cuts.common import whole
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll

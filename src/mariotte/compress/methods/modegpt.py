@@ -25,12 +25,12 @@ from mariotte.compress.influence import block_influence
 from mariotte.compress.neurons import neuron_weights
 from mariotte.compress.scope import oriented, turned
 from mariotte.compress.surgery import derive, gathered, parameter_names
-from mariotte.cuts import (
+from mariotte.cuts.common import whole
+from mariotte.cuts.ranks import (
     evenly,
     multiples_of_widths,
     refuse_narrowing,
     turned_dimensions,
-    whole,
     widths_left,
     with_widths,
 )

@@ -28,7 +28,7 @@ from mariotte.compress.neurons import (
     removed_with_neurons,
 )
 from mariotte.compress.surgery import cut_width
-from mariotte.cuts import neuron_width, refuse_unequal_widths
+from mariotte.cuts.neurons import neuron_width, refuse_unequal_widths
 from mariotte.errors import ChainError, DataError
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mariotte.accounting import check_round_to
 from mariotte.architectures import Need
 from mariotte.compress.neurons import keep_neurons, removed_with_neurons
-from mariotte.cuts import neuron_width, refuse_unequal_widths
+from mariotte.cuts.neurons import neuron_width, refuse_unequal_widths
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 

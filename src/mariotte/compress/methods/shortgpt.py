@@ -15,7 +15,7 @@ from typing_extensions import override
 from mariotte.architectures import Need
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.influence import block_influence
-from mariotte.cuts import kept_blocks, refuse_unlike_blocks
+from mariotte.cuts.blocks import kept_blocks, refuse_unlike_blocks
 from mariotte.models.model import Model
 from mariotte.models.step import Context, Prepared, Step
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mariotte.architectures import Need, Shape
 from mariotte.compress.blocks import keep_blocks, removed_with_blocks
 from mariotte.compress.calibration import check_finite, rows_at_once, tokens_for
-from mariotte.cuts import kept_blocks, refuse_sparing
+from mariotte.cuts.blocks import kept_blocks, refuse_sparing
 from mariotte.errors import ChainError
 from mariotte.models.model import Model
 from mariotte.models.nll import token_nll

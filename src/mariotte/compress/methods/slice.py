@@ -27,7 +27,7 @@ from mariotte.compress.surgery import (
     rounding,
     set_norm_eps_,
 )
-from mariotte.cuts import refuse_slice
+from mariotte.cuts.stream import refuse_slice
 from mariotte.models.model import Model
 from mariotte.models.paging import pieces
 from mariotte.models.step import Context, Prepared, Step

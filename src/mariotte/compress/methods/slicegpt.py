@@ -28,7 +28,7 @@ from mariotte.compress.scope import oriented
 from mariotte.compress.scope import turned as as_held
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered, parameter_names
-from mariotte.cuts import refuse_slicegpt, sliced, sliced_width
+from mariotte.cuts.stream import refuse_slicegpt, sliced, sliced_width
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.modeling_mariotte import Sliced

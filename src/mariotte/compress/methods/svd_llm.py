@@ -19,7 +19,8 @@ from mariotte.compress.calibration import Means, outer, second_moments, tokens_f
 from mariotte.compress.scope import oriented
 from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered
-from mariotte.cuts import PARTS, rank_left, ranks_left, refuse_low_rank
+from mariotte.cuts.common import PARTS
+from mariotte.cuts.ranks import rank_left, ranks_left, refuse_low_rank
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
