@@ -17,8 +17,8 @@ from mariotte.testing.tiny import random_tokens, tiny
 @pytest.mark.parametrize("family", [name for name, entry in architectures.FAMILIES.items() if entry.kind == "causal"])
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_walk_to_the_end_is_the_models_own_pass(family, batch, tmp_path):
-    # In double precision: rows of another number at once, or other threads, give sums of float32 in another order, which
-    # alone came to 2.9e-5 of logits of 22 with two threads, more than a walk may be wrong by.
+    # In double precision: products of fewer rows at once sum float32 in another order, which alone came to 2.9e-5 of
+    # logits of 22 on two threads, more than a walk may be wrong by.
     model = tiny(family, layers=3, dtype=torch.float64)
     if model.entry.experts:
         model.hf.set_experts_implementation("eager")  # the usual one has no double precision
