@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from mariotte.architectures import Architecture, Need, Shape
+from mariotte.architectures import FAMILIES, Architecture, Need, Shape
 
 
 class Sizes(Protocol):
@@ -62,6 +62,17 @@ def refuse_irregular(model: Sizes) -> str | None:
     if model.entry.model_type not in IRREGULAR:
         return f"needs a class for blocks of different sizes, and {model.entry.model_type} has none"
     return None
+
+
+def refuse_counted_factors(model: Sizes) -> str | None:
+    """Why neither hidden size nor heads of `model` can change, as its config checks one against the other; or None."""
+    entry = model.entry
+    if entry.head_dim or not FAMILIES[entry.model_type].head_dim:
+        return None
+    return (
+        f"needs a config that states head_dim, and this {entry.model_type} counts the factors of its rotation "
+        "against the hidden size over the heads: take ffn or shortgpt"
+    )
 
 
 def whole(amounts: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from mariotte.architectures import Shape
-from mariotte.cuts.common import IRREGULAR, Sizes
+from mariotte.cuts.common import IRREGULAR, Sizes, refuse_counted_factors
 
 BY = ("queries", "groups")
 """How heads go: a query head of every group at a time, or whole groups."""
@@ -63,6 +63,8 @@ def refuse_heads(model: Sizes) -> str | None:
             f"needs a config that states head_dim, and {entry.model_type} ties the head size to the hidden "
             "size: take ffn or shortgpt"
         )
+    if reason := refuse_counted_factors(model):
+        return reason
     if entry.slopes:
         return (
             f"needs heads that do not depend on their place, and this {entry.model_type} has scores that do (ALiBi): "

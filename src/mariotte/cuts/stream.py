@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mariotte.architectures import FAMILIES, Architecture, Shape
-from mariotte.cuts.common import IRREGULAR, Sizes
+from mariotte.architectures import Shape
+from mariotte.cuts.common import IRREGULAR, Sizes, refuse_counted_factors
 
 
 def refuse_slice(model: Sizes) -> str | None:
@@ -13,7 +13,7 @@ def refuse_slice(model: Sizes) -> str | None:
     entry, shape = model.entry, model.shape
     # Where every matrix behind a norm has biases, and the head, these hold the norm's: then it may subtract the mean.
     held = shape.attention_bias and shape.mlp_bias and bool(shape.head_biases) and bool(entry.head_dim)
-    if not (held and entry.norm_first and not entry.outer_norms) and (reason := cannot_turn(entry)):
+    if not (held and entry.norm_first and not entry.outer_norms) and (reason := cannot_turn(model)):
         return reason
     if not entry.head_dim:
         return (
@@ -54,12 +54,7 @@ def refuse_slicegpt(model: Sizes) -> str | None:
             f"needs a last block that may write more than the first reads, and the code of {entry.model_type} takes "
             "both to be as wide: take ffn or shortgpt"
         )
-    if FAMILIES[entry.model_type].head_dim and not entry.head_dim:
-        return (
-            f"needs a config that states head_dim, and this {entry.model_type} counts the factors of its rotation "
-            "against the hidden size over the heads: take ffn or shortgpt"
-        )
-    return None
+    return refuse_counted_factors(model)
 
 
 def sliced_width(shape: Shape, amount: float, round_to: int) -> int:
@@ -93,10 +88,11 @@ def sliced(shape: Shape, width: int, *, always: bool = False) -> Shape:
     )
 
 
-def cannot_turn(entry: Architecture) -> str | None:
-    """Why the stream of a family cannot be rotated, in a clause after a method's name; None when it can."""
+def cannot_turn(model: Sizes) -> str | None:
+    """Why the stream of `model` cannot be rotated, in a clause after a method's name; None when it can."""
+    entry = model.entry
     if not entry.rms_norm:
-        other = "ffn or shortgpt" if entry.model_type in ONE_WIDTH else "slicegpt, whose class does without, or ffn"
+        other = "ffn or shortgpt" if refuse_slicegpt(model) else "slicegpt, whose class does without, or ffn"
         return (
             "needs RMSNorm, or LayerNorm in front of matrices that all have biases, the head among them, and a config "
             f"that states head_dim, and {entry.model_type} has neither: take {other}"

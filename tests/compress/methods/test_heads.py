@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mariotte.compress.attention import columns_of
+from mariotte.compress.methods.flap import FLAP
 from mariotte.compress.methods.heads import Heads, Norm, Surgeon, Taylor, mask_gradients, removal_order
 from mariotte.compress.surgery import derive
 from mariotte.cuts.heads import kept_counts
@@ -271,6 +272,17 @@ def test_impossible_requests_are_refused_in_a_sentence(tmp_path):
     for criterion in ("obs", "norm", "taylor"):
         with pytest.raises(DataError, match="heads needs at least 2 calibration tokens"):
             Heads(criterion=criterion).prepare(model, single, [0.5])
+    stretched = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    phi3 = tiny("phi3", rope_parameters=stretched, original_max_position_embeddings=32)
+    for step in (Heads(), FLAP(uniform=True)):  # whose config would refuse as many factors for fewer heads
+        assert "this phi3 counts the factors of its rotation" in str(step.refuse(phi3))
+    assert FLAP().refuse(phi3) is None
 
 
 @pytest.mark.parametrize(

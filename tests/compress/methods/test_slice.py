@@ -193,6 +193,15 @@ def test_only_families_that_can_be_cut_are_accepted():
         assert reason is not None
         assert words in reason
         assert "other" in reason
+    # What is named in its place can be done.
+    for family, settings, other in (
+        ("gpt_neox", {}, "slicegpt, whose"),
+        ("opt", {"do_layer_norm_before": False}, "ffn or shortgpt"),
+        ("opt", {"word_embed_proj_dim": 16}, "ffn or shortgpt"),
+        ("falcon", {"alibi": True}, "ffn or shortgpt"),
+        ("gpt2", {}, "ffn or shortgpt"),
+    ):
+        assert f"and {family} has neither: take {other}" in str(Slice().refuse(tiny(family, **settings)))
 
 
 def test_round_to_overrides_the_rounding(tmp_path):
