@@ -226,6 +226,18 @@ def test_streamed_is_whole_to_the_bit(small: Path, tmp_path: Path, text: str) ->
     assert torch.equal(streamed.logits(tokens), whole.logits(tokens))
 
 
+@pytest.mark.parametrize(("model", "text"), [("testbed/t5-265k", "int8"), ("testbed/bert-181k", "wanda@0.3")])
+def test_models_that_are_no_decoders_are_compressed_streamed(model: str, text: str, tmp_path: Path) -> None:
+    whole = compress_model(model, text, calibration="testbed/all", rows=6)
+    streamed = compress_model(model, text, calibration="testbed/all", rows=6, stream=tmp_path / "scratch")
+    assert streamed.streamed
+    expected, found = dict(whole.hf.named_parameters()), dict(streamed.hf.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(found[name], parameter), name
+    assert streamed.done == whole.done
+
+
 def test_a_walk_reads_each_block_a_few_times(small: Path, tmp_path: Path) -> None:
     """However many batches of calibration text there are."""
     dense = load(small, stream=tmp_path / "scratch")

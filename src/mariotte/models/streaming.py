@@ -54,7 +54,7 @@ def fill_(
         held |= read_header(file)
     sources = layout.as_computed(held, what)
     prefix = f"{hf.base_model_prefix}."
-    if not any(name.startswith(prefix) for name in sources):
+    if hf.base_model is not hf and not any(name.startswith(prefix) for name in sources):
         # Some published files are of the body alone, and say nothing of what stands in front of it.
         body = {f"{prefix}{name}" for name, _ in hf.base_model.named_parameters()}
         sources = {f"{prefix}{name}" if f"{prefix}{name}" in body else name: at for name, at in sources.items()}
