@@ -397,6 +397,27 @@ def test_a_few_blocks_are_on_the_device_at_once(
     assert there == 0
 
 
+def test_tables_of_a_vocabulary_are_turned_some_rows_at_a_time(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest matrices of all, which in float64 would be many blocks."""
+    whole, widened = compressed(small, "slicegpt@0.25"), set[tuple[int, ...]]()
+    double = torch.Tensor.double
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        widened.add(tuple(x.shape))
+        return double(x)
+
+    monkeypatch.setattr(torch.Tensor, "double", seen)
+    monkeypatch.setattr(paging, "PIECE_BYTES", 1 << 12)
+    streamed = compressed(small, "slicegpt@0.25", tmp_path / "scratch")
+    vocab = whole.shape.vocab
+    assert (vocab, 64) not in widened
+    assert (32, 64) in widened  # a piece of 4 KiB
+    assert torch.equal(streamed.embeddings.weight, whole.embeddings.weight)
+    assert torch.equal(streamed.head.weight, whole.head.weight)
+
+
 def test_models_share_a_scratch_folder(small: Path, tmp_path: Path) -> None:
     first, second = (compressed(small, text, tmp_path / "scratch") for text in ("rtn@4", "rtn@8"))
     expected = [dict(compressed(small, text).hf.named_parameters()) for text in ("rtn@4", "rtn@8")]

@@ -7,7 +7,7 @@ outputs and I inputs of a linear layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -32,6 +32,7 @@ from mariotte.cuts.stream import refuse_slicegpt, sliced, sliced_width
 from mariotte.errors import ChainError
 from mariotte.models.model import Block, Model
 from mariotte.models.modeling_mariotte import Sliced
+from mariotte.models.paging import Stored, pieces
 from mariotte.models.step import Context, Prepared, Step
 
 __all__ = ["SliceGPT"]
@@ -266,10 +267,10 @@ class SliceGPT(Step):
             walk.text_NT = text_NT
             return walk.directions(self.name(), model, "the embeddings")
         ids_M = (tokens_NT if text_NT is None else tokens_NT[text_NT]).flatten()
-        # Each embedding once, as often as its token occurs: the same moment without the tokens' copies of it.
-        count_V = ids_M.bincount(minlength=model.shape.vocab).to(model.device)
-        embedded_VD = model.embeddings.weight.double()
-        return principal_directions(embedded_VD.T @ (embedded_VD * count_V[:, None]) / len(ids_M))[0]
+        # Each embedding that occurs once, as often as its token does: the same moment without the others.
+        ids_U, count_U = cast("tuple[Tensor, Tensor]", ids_M.to(model.device).unique(return_counts=True))
+        embedded_UD = functional.embedding(ids_U, model.embeddings.weight).double()
+        return principal_directions(embedded_UD.T @ (embedded_UD * count_U[:, None]) / len(ids_M))[0]
 
     def _walk(
         self, model: Model, context: Context, width: int | None, first_DD: Tensor
@@ -367,8 +368,8 @@ def centred(model: Model) -> Model:
     weights = gathered(model)
     for table in (entry.embeddings, entry.positions):
         if table:
-            rows_VD = cast(Tensor, model.hf.get_submodule(table).weight).double()
-            weights[f"{table}.weight"] = rows_VD - rows_VD.mean(1, keepdim=True)
+            table_VD = cast(Tensor, model.hf.get_submodule(table).weight)
+            weights[f"{table}.weight"] = _by_rows(table_VD, lambda rows_VD: rows_VD - rows_VD.mean(1, keepdim=True))
     for block in model.blocks:
         for norm, matrices in ((block.attention_norm, block.attention[:-1]), (block.mlp_norm, block.ffn[:-1])):
             for matrix in matrices:
@@ -386,8 +387,8 @@ def centred(model: Model) -> Model:
 
 
 def _taking_over(name: str, matrix: nn.Linear, norm: nn.Module) -> dict[str, Tensor]:
-    """A matrix and its biases with the weights and biases of the norm in front of it, float64, by name."""
-    shift_O = oriented(matrix).double() @ cast(Tensor, norm.bias).double()
+    """A matrix and its biases with the weights and biases of the norm in front of it, by name."""
+    shift_O = torch.cat([rows_OD.double() @ cast(Tensor, norm.bias).double() for rows_OD in pieces(oriented(matrix))])
     bias_O = cast("Tensor | None", matrix.bias)
     return {
         name: as_held(matrix, _folded(matrix, norm)),
@@ -405,16 +406,16 @@ def turned(model: Model, kept: Mapping[str, Tensor]) -> MutableMapping[str, Tens
 
     Returns
     -------
-    Every parameter that changes, by the name it has in the irregular model, float64; biases behind norms stay
+    Every parameter that changes, by the name it has in the irregular model; biases behind norms stay
     """
     names = parameter_names(model)
     entry = model.entry
     weights = gathered(model)
-    weights[names[model.embeddings.weight]] = model.embeddings.weight.double() @ kept["0"]
-    if entry.positions:
-        weights[f"{entry.positions}.weight"] = (
-            cast(Tensor, model.hf.get_submodule(entry.positions).weight).double() @ kept["0"]
-        )
+    first_Dd = kept["0"]
+    for table in (entry.embeddings, entry.positions):
+        if table:
+            table_VD = cast(Tensor, model.hf.get_submodule(table).weight)
+            weights[f"{table}.weight"] = _by_rows(table_VD, lambda rows_VD: rows_VD @ first_Dd)
     parts = 1 if entry.parallel else 2
     for index, block in enumerate(model.blocks):
         before_Dd, between_Dd = kept[str(parts * index)], kept[str(parts * (index + 1) - 1)]
@@ -425,7 +426,7 @@ def turned(model: Model, kept: Mapping[str, Tensor]) -> MutableMapping[str, Tens
             (block.mlp_norm, block.ffn[:-1], between_Dd),
         ):
             for matrix in matrices:
-                weights[names[matrix.weight]] = as_held(matrix, _folded(matrix, norm) @ read_Dd)
+                weights[names[matrix.weight]] = as_held(matrix, _folded(matrix, norm, read_Dd))
         for matrix, written_Dd in ((block.output, beside_Dd), (block.down, after)):
             for parameter in matrix.parameters():
                 new = (oriented(matrix) if parameter is matrix.weight else parameter).double()
@@ -443,8 +444,26 @@ def turned(model: Model, kept: Mapping[str, Tensor]) -> MutableMapping[str, Tens
     return weights
 
 
-def _folded(linear: nn.Linear, norm: nn.Module) -> Tensor:
-    """A matrix that takes over the weights of the norm before it, (O, D) float64; sliced models' norms have none."""
+def _folded(linear: nn.Linear, norm: nn.Module, read_Dd: Tensor | None = None) -> Tensor:
+    """A matrix that takes over the weights of the norm before it, (O, D), or (O, d) of a stream that is turned.
+
+    Norms of sliced models have no weights.
+    """
     scale_D = cast("Tensor | None", getattr(norm, "weight", None))
-    weight_OD = oriented(linear).double()
-    return weight_OD if scale_D is None else weight_OD * scale_D.double()
+
+    def folded(rows_OD: Tensor) -> Tensor:
+        rows_OD = rows_OD if scale_D is None else rows_OD * scale_D.double()
+        return rows_OD if read_Dd is None else rows_OD @ read_Dd
+
+    return _by_rows(oriented(linear), folded)
+
+
+def _by_rows(weight_OD: Tensor, does: Callable[[Tensor], Tensor]) -> Tensor:
+    """What becomes of the rows of a matrix, given in float64 and left so.
+
+    Of one on disk some rows at a time, left in its own dtype: the tables of a vocabulary are larger than any block, and
+    in float64 twice or four times as large again.
+    """
+    if not isinstance(weight_OD, Stored):
+        return does(weight_OD.double())
+    return torch.cat([does(piece_RD.double()).to(weight_OD.dtype) for piece_RD in pieces(weight_OD)])
