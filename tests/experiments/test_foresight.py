@@ -67,6 +67,16 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ("chain", "said"),
     [
         (
+            "rtn@4(group=64)",
+            "rtn cannot work on testbed/llama-146k: needs input widths that group=64 divides, and the hidden size has "
+            "48: take a group that divides them all (16, 8, 4, 2), or leave group out",
+        ),
+        (
+            "experts@0.5 | rtn@4",
+            "experts cannot work on testbed/llama-146k: needs a mixture of experts, and llama has one MLP a block: "
+            "take ffn",
+        ),
+        (
             "ffn@0.2 | rtn@4(group=16)",
             "rtn cannot work on what ffn@0.2 leaves of testbed/llama-146k: it needs input widths that group=16 "
             "divides, and the MLP has 104: take a group that divides them all (8, 4, 2), or leave group out",
@@ -110,7 +120,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_later_steps_are_checked_against_sizes_to_come(chain: str, said: str) -> None:
+def test_steps_are_checked_against_sizes_as_they_are_and_will_be(chain: str, said: str) -> None:
     with pytest.raises(ModelError) as raised:
         compress_model("testbed/llama-146k", chain, calibration="testbed/all", rows=4)
     assert str(raised.value) == said

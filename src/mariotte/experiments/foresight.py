@@ -23,7 +23,7 @@ def check(
     *,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Refuse a chain of which a later step cannot work on what the earlier ones will leave, as far as sizes tell.
+    """Refuse a chain of which a step cannot work on the model, or on what earlier ones leave, as far as sizes tell.
 
     What they do not tell, such as the widths that a search will choose, each step refuses itself when it is reached.
 
@@ -37,7 +37,7 @@ def check(
     Raises
     ------
     ModelError
-        When a step cannot work on the sizes that will be left: groups that share a scale must divide each width, and
+        When a step cannot work on the sizes that it will meet: groups that share a scale must divide each width, and
         the sentence names the width and groups that fit; what cuts needs blocks that are alike, or whole matrices.
         When what a step makes cannot be computed with on the device.
     ChainError
@@ -65,7 +65,6 @@ def check(
             here = here if step.family in ("unstructured", "quantization") else None
         except ModelError as error:
             if not place:
-                here = None  # the first step is refused by its own word, which names the matrix
-                continue
+                raise ModelError(f"{step.name()} cannot work on {name}: {error}") from None
             before = Chain(tuple(each.link for each in parts[:place]))
             raise ModelError(f"{step.name()} cannot work on what {before} leaves of {name}: it {error}") from None
