@@ -225,7 +225,7 @@ class LLMPruner(Step):
 
     @override
     def whole(self) -> str | None:
-        return "takes gradients of the loss through all blocks at once"
+        return "takes gradients of the loss through all blocks at once: take flap, which needs none"
 
     @override
     def refuse(self, model: Model) -> str | None:
