@@ -31,6 +31,7 @@ Which method works on which family of models. {PLAIN} gives an ordinary checkpoi
 Mariotte; {OWN} one whose class goes beside the weights, which transformers loads with `trust_remote_code=True` (for
 `int8-dynamic`: with `import mariotte.models.dynamic`); {REFUSED} is refused by name, for the reason below. Asked of the
 default fields and scope of each method; other fields can make a result plain, or be refused where the defaults are not.
+So can other sizes: of eight blocks and more `llm-pruner` spares some, and its result is {OWN}.
 
 `int4` needs an NVIDIA GPU, and is refused where there is none; of it the suite tries, on any machine, all but the GPU's
 own kernel.
