@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from mariotte import accounting
+from mariotte.models.dynamic import restate_
 from mariotte.models.model import Model
 
 BY_BLOCK = ("ffn_sizes", "head_sizes", "width_sizes", "ranks")
@@ -56,6 +57,7 @@ def keep_blocks(model: Model, kept: Sequence[int], *, share: bool = False) -> Mo
         if by_block and isinstance(value, list) and len(cast("list[Any]", value)) == len(blocks):
             setattr(hf.config, key, [value[index] for index in kept])
     setattr(hf.config, model.entry.layers, len(kept))
+    restate_(hf)
     return Model(
         hf,
         model.tokenizer,

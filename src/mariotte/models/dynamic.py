@@ -175,6 +175,14 @@ def restore_(hf: PreTrainedModel) -> None:
             wrap_(hf, [path], scheme)
 
 
+def restate_(hf: PreTrainedModel) -> None:
+    """Let the config of a model call the layers that round their input by the paths that they have now."""
+    if modules(hf.config):
+        layers = cast("list[tuple[str, nn.Module]]", list(cast(Any, hf).named_modules()))
+        stated = {path: cast(str, vars(layer)["scheme"]) for path, layer in layers if "scheme" in vars(layer)}
+        hf.config.quantization_config = {"quant_method": METHOD, "modules": stated}
+
+
 @register_quantization_config(METHOD)
 class DynamicConfig(QuantizationConfigMixin):
     """What ``config.json`` says of layers that round their input.

@@ -12,7 +12,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from mariotte.compress.methods.int8_dynamic import Int8Dynamic, round_whole_matrix
 from mariotte.compress.methods.magnitude import Magnitude
+from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slicegpt import SliceGPT
+from mariotte.compress.methods.svd_llm import SVDLLM
 from mariotte.errors import ChainError
 from mariotte.models import checkpoint
 from mariotte.models.dynamic import DynamicLinear, modules, round_tokens, round_whole, wrap_
@@ -168,11 +170,23 @@ def test_what_comes_later_keeps_the_rounding_and_what_came_before_is_saved_with_
         later = run(step, first, amount, tmp_path / step.name())
         assert sum(isinstance(m, DynamicLinear) for m in later.hf.modules()) == len(later.matrices("all"))
     assert torch.equal(logits(run(Magnitude(), first, 0.0, tmp_path / "b")), logits(first))
+    # Blocks have other numbers once some are gone, and so have their layers.
+    fewer = run(ShortGPT(), run(Int8Dynamic(scope="ffn"), model, 8, tmp_path / "e"), 0.5, tmp_path / "f")
+    assert sorted(modules(fewer.hf.config)) == [f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up")]
+    assert torch.equal(logits(load(checkpoint.save(fewer, tmp_path / "fewer"))), logits(fewer))
     sliced = run(Int8Dynamic(), run(SliceGPT(), model, 0.5, tmp_path / "c"), 8, tmp_path / "d")
     loaded = load(checkpoint.save(sliced, tmp_path / "saved"))
     assert torch.allclose(logits(loaded), logits(sliced), atol=1e-5)
     assert modules(loaded.hf.config) == modules(sliced.hf.config)
     assert loaded.counts == sliced.counts
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_matrix_that_rounds_what_it_reads_is_not_factored(family, tmp_path):
+    quantized = run(Int8Dynamic(scope="ffn"), tiny(family), 8, tmp_path)
+    for scope in ("all", "ffn"):
+        assert "rounds what it reads, which neither of them would" in str(SVDLLM(scope=scope).refuse(quantized))
+    assert SVDLLM(scope="attention").refuse(quantized) is None
 
 
 def test_the_card_says_what_is_simulated(tmp_path):

@@ -21,6 +21,7 @@ from mariotte.compress.sequential import Walk
 from mariotte.compress.surgery import derive, gathered
 from mariotte.cuts.common import PARTS
 from mariotte.cuts.ranks import rank_left, ranks_left, refuse_low_rank
+from mariotte.models.dynamic import modules
 from mariotte.models.model import Block, Model
 from mariotte.models.step import Context, Prepared, Step
 
@@ -124,7 +125,17 @@ class SVDLLM(Step):
 
     @override
     def refuse(self, model: Model) -> str | None:
-        return super().refuse(model) or refuse_low_rank(model)
+        if reason := super().refuse(model) or refuse_low_rank(model):
+            return reason
+        stated = modules(model.hf.config)
+        paths = (path for some in _groups(model.blocks[0], PARTS[self.scope]).values() for path in some)
+        here = [f"{block.path}.{path}" for path in paths for block in model.blocks]
+        if rounding := [path for path in here if path in stated]:
+            return (
+                f"makes two matrices of one, and {rounding[0]} rounds what it reads, which neither of them would: "
+                "do it before int8-dynamic"
+            )
+        return None
 
     @override
     def moment(self, shape: Shape) -> int:
