@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -416,6 +418,24 @@ def test_tables_of_a_vocabulary_are_turned_some_rows_at_a_time(
     assert (32, 64) in widened  # a piece of 4 KiB
     assert torch.equal(streamed.embeddings.weight, whole.embeddings.weight)
     assert torch.equal(streamed.head.weight, whole.head.weight)
+
+
+def test_a_run_that_is_asked_to_stop_leaves_nothing_beside_its_target(small: Path, tmp_path: Path) -> None:
+    words = ["compress", str(small), "ffn@0.3 | sleb@0.5", "--calibration", "testbed/all", "--rows", "512", "--stream"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "mariotte", *words, "--out", str(tmp_path / "out" / "cut")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.glob("out/.cut-*/*")):
+        assert run.poll() is None, "it ended before it was asked to"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.terminate()
+    assert run.wait(60) == 128 + signal.SIGTERM
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_models_share_a_scratch_folder(small: Path, tmp_path: Path) -> None:

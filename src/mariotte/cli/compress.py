@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mariotte.cli._takes import expected
-from mariotte.cli.console import print_json, print_table, progress, say
+from mariotte.cli.console import print_json, print_table, progress, say, stopped_cleanly
 
 __all__ = ["compress"]
 
@@ -91,7 +91,7 @@ def compress(
     tight = takes.free_bytes is not None and takes.peak_bytes > takes.free_bytes
     if tight or (takes.streamed and stream is None):
         say(expected(takes))
-    with contextlib.ExitStack() as stack, progress(f"compress {model}") as update:
+    with stopped_cleanly(), contextlib.ExitStack() as stack, progress(f"compress {model}") as update:
         scratch = None
         if takes.streamed:
             target.parent.mkdir(parents=True, exist_ok=True)

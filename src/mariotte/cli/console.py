@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -240,6 +241,20 @@ def _lines(description: str, total: float | None) -> Generator[Update]:
         line(f"stopped{f' at {amount()}' if amount() else ''} after {duration(time.monotonic() - started)}")
         raise
     line(f"done{f', {amount()}' if amount() else ''} in {duration(time.monotonic() - started)}")
+
+
+@contextmanager
+def stopped_cleanly() -> Generator[None]:
+    """Let SIGTERM, which queues and shells send, end the work as Ctrl-C does, so that no scratch files are left."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def duration(seconds: float) -> str:
