@@ -59,10 +59,10 @@ def _packable(model: Model) -> tuple[dict[str, Tensor], packed.Form | None]:
 
     None in a class of ours, or in an encoder-decoder, whose packed matrices transformers does not read back; in a
     family whose layers have a pass of their own, such as Falcon's, that packed ones do not go through; and where two
-    kinds would be packed, of which a config can name one.
+    kinds would be packed, or other layers round what they read, of which a config can name one.
     """
     scopes = {done.scope: form for done in model.rounded if (form := packed.form_of(done.facts)) is not None}
-    unread = model.entry.irregular or model.kind == "seq2seq" or len({*scopes.values()}) > 1
+    unread = model.entry.irregular or model.kind == "seq2seq" or len({*scopes.values()}) > 1 or modules(model.hf.config)
     matrices = model.paths(*scopes) if scopes and not unread else {}
     if not matrices or any(type(matrix) is not nn.Linear for matrix in matrices.values()):
         return {}, None

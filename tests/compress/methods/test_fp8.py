@@ -10,10 +10,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from mariotte.compress.methods.fp8 import FP8
+from mariotte.compress.methods.int8_dynamic import Int8Dynamic
 from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.errors import ModelError
 from mariotte.experiments.pipeline import compress_model
 from mariotte.models import checkpoint, packed
+from mariotte.models.dynamic import modules
 from mariotte.models.load import load, quiet_transformers
 from mariotte.testing.methods import logits, run
 from mariotte.testing.tiny import tiny
@@ -120,6 +122,14 @@ def test_of_a_class_of_ours_it_is_stored_unpacked(tmp_path):
     folder = checkpoint.save(sliced, tmp_path / "saved")
     assert checkpoint.file_bytes(folder) == 4 * sliced.measured_params()
     assert "Quantization is simulated: weights are stored as what their integers" in (folder / "README.md").read_text()
+
+
+def test_beside_layers_that_round_what_they_read_it_is_stored_unpacked(tmp_path):
+    """A config names one quantization."""
+    rounded = run(FP8(scope="head"), run(Int8Dynamic(), tiny("llama"), 8, tmp_path / "a"), 8, tmp_path / "b")
+    loaded = load(checkpoint.save(rounded, tmp_path / "saved"))
+    assert modules(loaded.hf.config) == modules(rounded.hf.config) != {}
+    assert torch.equal(logits(loaded), logits(rounded))
 
 
 def test_what_was_changed_since_is_stored_unpacked(tmp_path):
