@@ -248,6 +248,13 @@ def test_impossible_budgets_are_one_sentence(budget: dict[str, object], said: st
     assert "\n" not in str(raised.value)
 
 
+def test_of_what_certainly_breaks_a_floor_the_mildest_comes_first() -> None:
+    found = planner(MODEL, read_budget(max_loss="+0.000001%")).plan(experiments=0)
+    hopeless = [option.quality[0].mean for option in found.options if option.probability == 0]
+    assert len(hopeless) > 10
+    assert hopeless == sorted(hopeless)
+
+
 def test_a_floor_that_nothing_keeps_has_no_winner() -> None:
     found = held_out("testbed/qwen2-46k", max_loss="+0.0001%").plan(experiments=0)
     assert found.winner is None

@@ -27,7 +27,7 @@ def say_choice(found: Plan) -> None:
         best = found.options[0]
         warn(
             f"nothing that is known meets the budget with probability {found.budget.sure:g}; {best.chain} does with "
-            f"{best.probability:.2f}"
+            f"{best.probability:.2f}: allow more, lower --sure, or probe more"
         )
         return
     f = winner.quality[0]

@@ -171,12 +171,13 @@ class Planner:
         )
 
     def _rank(self, option: Option) -> tuple[Any, ...]:
-        """Best first: what meets everything by the rule, then what is likeliest to."""
+        """Best first: what meets everything by the rule, then what is likeliest to, then what does least damage."""
         damage = self.damage(option.quality[0])
         if option.meets:
             first = (damage, -option.saving) if self.budget.asks_for_size else (-option.saving, damage)
             return (0, *first, option.recovery_tokens, option.chain)
-        return (1, len(option.misses), -option.probability, -option.saving, option.recovery_tokens, option.chain)
+        unlikely = (len(option.misses), -option.probability, damage)
+        return (1, *unlikely, -option.saving, option.recovery_tokens, option.chain)
 
     def damage(self, forecast: Forecast) -> float:
         """How far the first metric is expected to move to the worse."""
