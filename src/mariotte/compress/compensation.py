@@ -6,6 +6,7 @@ Shapes: O outputs and I inputs of a linear layer; D, F, K: outputs, inputs and i
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator
 from typing import cast
 
@@ -57,9 +58,9 @@ def check_ridge(step: str, ridge: float) -> None:
     Raises
     ------
     ChainError
-        When it is not positive.
+        When it is not positive, or not finite.
     """
-    if not ridge > 0:
+    if not 0 < ridge < math.inf:
         raise ChainError(f"{step}: ridge must be positive, such as 0.01, got {ridge}")
 
 

@@ -385,7 +385,7 @@ def preflight(
     compared = 4 * max(shape.vocab * shape.embedding_size, BLOCKS_HELD * stack) + 3 * 4 * _PROBE_TOKENS * shape.vocab
     streamed_bytes = max(BLOCKS_HELD * stack * width + works + tokens * shape.hidden * width, compared)
     # What enters, what each step makes of it, and when it is saved a copy and two of float32 to compare.
-    whole_bytes = counts.n_params * (width * (1 + len(parts)) + max(width + 8, 0)) + works
+    whole_bytes = counts.n_params * (width * (1 + len(parts)) + width + 8) + works
     reasons = _not_streamed(model, config)
     reasons += [
         f"{part.step.name()} cannot be streamed: it {reason}" for part in parts if (reason := part.step.whole())

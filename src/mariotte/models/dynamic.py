@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from mariotte import architectures
+from mariotte.errors import ModelError
 from mariotte.models.model import Stacked
 
 METHOD = "mariotte-dynamic"
@@ -169,10 +170,21 @@ def modules(config: Any) -> dict[str, str]:
 
 
 def restore_(hf: PreTrainedModel) -> None:
-    """Give a new model the layers that its config speaks of."""
+    """Give a new model the layers that its config speaks of.
+
+    Raises
+    ------
+    ModelError
+        When it speaks of a layer that the model lacks, or that cannot round its input.
+    """
+    layers = dict(cast("Iterable[tuple[str, nn.Module]]", cast(Any, hf).named_modules()))
     for path, scheme in modules(hf.config).items():
-        if can_wrap(hf.get_submodule(path)):
-            wrap_(hf, [path], scheme)
+        if path not in layers or not can_wrap(layers[path]):
+            raise ModelError(
+                f"the config says that {path} rounds its input, and the model has no such layer: they do not belong "
+                "together, so compress the dense model anew"
+            )
+        wrap_(hf, [path], scheme)
 
 
 def restate_(hf: PreTrainedModel) -> None:

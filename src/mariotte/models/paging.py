@@ -288,7 +288,7 @@ class Pager:
         self._held.pop(cell_id, None)
 
     def _make_room(self, wanted: int) -> None:
-        held = [cell for one in self._held.values() if (cell := one()) is not None]
+        held = [cell for one in list(self._held.values()) if (cell := one()) is not None]
         total = sum(cell.nbytes for cell in held)
         for cell in held:
             if total + wanted <= self.limit:

@@ -300,6 +300,7 @@ def test_blocks_of_unequal_width_are_refused():
         ({"correct": 1.5}, "correct must be a share in"),
         ({"sequential": True, "criterion": "norm", "compensate": False}, "sequential=true needs compensation or"),
         ({"ridge": 0.0}, "ridge must be positive"),
+        ({"ridge": float("inf")}, "ridge must be positive"),
         ({"round_to": 0}, "round_to must be a positive"),
         ({"scope": "attention"}, "ffn has no scope 'attention'; it has all"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from mariotte.compress.methods.magnitude import Magnitude
 from mariotte.compress.methods.shortgpt import ShortGPT
 from mariotte.compress.methods.slicegpt import SliceGPT
 from mariotte.compress.methods.svd_llm import SVDLLM
-from mariotte.errors import ChainError
+from mariotte.errors import ChainError, ModelError
 from mariotte.models import checkpoint
 from mariotte.models.dynamic import DynamicLinear, modules, round_tokens, round_whole, wrap_
 from mariotte.models.load import load
@@ -187,6 +188,17 @@ def test_a_matrix_that_rounds_what_it_reads_is_not_factored(family, tmp_path):
     for scope in ("all", "ffn"):
         assert "rounds what it reads, which neither of them would" in str(SVDLLM(scope=scope).refuse(quantized))
     assert SVDLLM(scope="attention").refuse(quantized) is None
+
+
+@pytest.mark.parametrize("path", ["model.layers.7.mlp.up_proj", "model.layers.0.input_layernorm"])
+def test_a_config_that_speaks_of_other_layers_is_refused(path, tmp_path):
+    checkpoint.save(run(Int8Dynamic(), tiny("llama"), 8, tmp_path), tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["modules"][path] = "token"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"the config says that {path} rounds its input, and the model has no such"):
+        load(tmp_path / "saved")
 
 
 def test_the_card_says_what_is_simulated(tmp_path):
