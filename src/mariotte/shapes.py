@@ -256,8 +256,7 @@ def after(here: Here, link: Link) -> Here:
     cut = method.cut(model, link)
     entry = model.entry
     if cut.irregular and not entry.irregular:
-        head_dim = entry.head_dim or "head_dim"
-        entry = replace(entry, irregular=True, hidden_multiple_of_heads=False, head_dim=head_dim)
+        entry = architectures.in_own_class(entry)
     if entry.irregular:  # as `architectures.of` reads it from the config of such a model
         entry = replace(
             entry,

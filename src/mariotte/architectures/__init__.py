@@ -16,7 +16,7 @@ from mariotte.architectures.families import FAMILIES
 from mariotte.architectures.sizes import Shape, stack_shape
 from mariotte.errors import ModelError, unknown
 
-__all__ = ["FAMILIES", "IRREGULAR", "Architecture", "Kind", "Need", "Shape", "find", "of", "shape"]
+__all__ = ["FAMILIES", "IRREGULAR", "Architecture", "Kind", "Need", "Shape", "find", "in_own_class", "of", "shape"]
 
 IRREGULAR = "mariotte_"
 """Before a family's name, the ``config.model_type`` of its models with irregular sizes."""
@@ -33,11 +33,15 @@ def find(model_type: str) -> Architecture:
     family = model_type.removeprefix(IRREGULAR)
     if family != model_type and family in FAMILIES:
         known = FAMILIES[family]
-        head_dim = known.head_dim or "head_dim"
-        return replace(known, irregular=True, hidden_multiple_of_heads=False, head_dim=head_dim)
+        return in_own_class(known)
     if model_type not in FAMILIES:
         raise unknown("model type", model_type, FAMILIES, hint="; see docs/extend.md for describing a family")
     return FAMILIES[model_type]
+
+
+def in_own_class(entry: Architecture) -> Architecture:
+    """A family's entry for a model in the class of ours, whose config states the width of a head by itself."""
+    return replace(entry, irregular=True, hidden_multiple_of_heads=False, head_dim=entry.head_dim or "head_dim")
 
 
 def of(config: Mapping[str, Any]) -> Architecture:
